@@ -1,0 +1,1 @@
+"""Run a notebook cell on shards of your data: `%load_ext bacalhau_jupyter`, then `%%bacalhau`."""

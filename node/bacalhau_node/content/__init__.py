@@ -1,0 +1,1 @@
+"""Content addressing: UnixFS and the block store."""

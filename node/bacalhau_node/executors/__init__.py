@@ -1,0 +1,1 @@
+"""Ways to run a shard, all behind `ports.Executor`."""

@@ -1,0 +1,253 @@
+"""What the node needs from the outside, as Protocols: one contract suite each, fakes included.
+
+The engine and the node know only these. Adapters (executors, sources, content, transports,
+journal) implement them and never import each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Literal, Protocol
+
+import msgspec
+
+from bacalhau_node.ids import Execution, JobId, NodeId
+from bacalhau_node.messages import ShardError, ValueKind
+from bacalhau_node.protocol.events import Row
+from bacalhau_node.sharding import Entry, Reference
+from bacalhau_node.spec import InputSource, Isolation, JobSpec
+
+
+# --- executor ---
+
+
+class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
+    """What an executor can do here, found by running one real thing. `problem` says why it can't."""
+
+    executor: str
+    isolation: Isolation
+    slots: int
+    memory_per_slot: int
+    python: str
+    versions: Mapping[str, str] = {}
+    limits_enforced: bool = True
+    problem: str | None = None
+
+
+class StagedFile(msgspec.Struct, frozen=True):
+    """A file of a shard that lies on this machine now. `mount` is where the shard must find it.
+
+    `mount` is absolute in the container ("/inputs/a/b.csv"); an executor without containers
+    uses `path` itself. `shared`: it came by `--with`.
+    """
+
+    path: Path
+    mount: str
+    logical: str
+    size: int
+    shared: bool = False
+
+
+class ShardTask(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything an executor needs to run one execution.
+
+    `bundle` is the unpacked folder of a `PythonCell` (None for a `Command`). `files` come in
+    plan order. `scratch` is an empty folder of this execution on the store's file system: the
+    executor leaves there whatever it returns by path.
+    """
+
+    execution: Execution
+    spec: JobSpec
+    count: int
+    files: tuple[StagedFile, ...]
+    scratch: Path
+    bundle: Path | None = None
+
+
+class RawValue(msgspec.Struct, frozen=True):
+    """A value as the executor leaves it: bytes, or a file in the task's scratch folder."""
+
+    kind: ValueKind = "none"
+    type: str = "NoneType"
+    data: bytes | Path = b""
+
+
+class RawOutcome(msgspec.Struct, frozen=True, kw_only=True):
+    """How an execution ended, before its bytes have names. `outputs`: a folder in scratch, or None if nothing was written."""
+
+    ok: bool
+    exit_code: int = 0
+    value: RawValue = RawValue()
+    outputs: Path | None = None
+    stdout: bytes = b""
+    stderr: bytes = b""
+    cut: int = 0
+    error: ShardError | None = None
+    seconds: float = 0.0
+    max_rss: int = 0
+
+
+class ShardStarted(msgspec.Struct, frozen=True):
+    """The shard's own code runs now."""
+
+
+class ShardLines(msgspec.Struct, frozen=True):
+    """Text that it printed, at most once and in order within a stream; whole lines where possible."""
+
+    stream: Literal["stdout", "stderr"]
+    text: str
+
+
+ExecutorEvent = ShardStarted | ShardLines
+
+
+class Executor(Protocol):
+    """Runs executions. All calls come from one asyncio loop; at most `slots` + prefetch `run`s at once."""
+
+    async def probe(self) -> Capabilities:
+        """What works here, found by trying; never raises, says `problem` instead."""
+        ...
+
+    def check(self, spec: JobSpec) -> str | None:
+        """Why this node can never run `spec` (a sentence for its user), or None. Cheap; no I/O."""
+        ...
+
+    async def run(self, task: ShardTask, emit: Callable[[ExecutorEvent], None]) -> RawOutcome:
+        """Run to the end and say how it ended, failures of the shard included.
+
+        Cancelling the asyncio task kills the shard with everything it started, within a second,
+        leaves the slot usable, and re-raises. Raises only `BugError` and cancellation.
+        """
+        ...
+
+    async def release(self, job: JobId) -> None:
+        """No more executions of `job` will come: free what was held for it."""
+        ...
+
+    async def close(self) -> None:
+        """End everything this executor started; leaves no process, container, mount or file behind."""
+        ...
+
+
+# --- content ---
+
+
+class ContentStore(Protocol):
+    """Blocks and files by CID. Methods may block on disk: call from a thread unless they say "quick"."""
+
+    def put(self, data: bytes, *, codec: Literal["raw", "dag-json"] = "raw") -> str:
+        """Store one block of at most 1 MiB and return its CID. Quick."""
+        ...
+
+    def get(self, cid: str) -> bytes:
+        """The verified bytes of one block; raises `ContentError` when it is missing or damaged. Quick."""
+        ...
+
+    def has(self, cid: str) -> bool:
+        """Whether the block is here. Quick."""
+        ...
+
+    def flush(self) -> None:
+        """Make every `put` so far durable (group commit). Quick."""
+        ...
+
+    def add_bytes(self, data: bytes) -> str:
+        """Import `data` as a UnixFS file and return its CID."""
+        ...
+
+    def add_path(self, path: Path, *, move: bool = False) -> str:
+        """Import a file or a folder as UnixFS. `move`: the store takes the files over, and does not copy them."""
+        ...
+
+    def list(self, cid: str) -> list[tuple[str, str, int]]:
+        """All files below a UnixFS root: (logical path, CID, size), sorted by path; `("", cid, size)` for a file."""
+        ...
+
+    def read(self, cid: str) -> bytes:
+        """A whole UnixFS file, verified."""
+        ...
+
+    def file(self, cid: str) -> Path | None:
+        """A file on disk that holds exactly this UnixFS file's bytes, if the store has it as one piece."""
+        ...
+
+    def export(self, cid: str, target: Path) -> None:
+        """Write a UnixFS file or folder to `target` (which must not exist), verified, never outside of it."""
+        ...
+
+    def pin(self, cid: str) -> None:
+        """Keep this root and all below it; counted."""
+        ...
+
+    def unpin(self, cid: str) -> None:
+        """Take one `pin` back."""
+        ...
+
+    def close(self) -> None:
+        """Flush and close."""
+        ...
+
+
+# --- sources ---
+
+
+class Source(Protocol):
+    """Lists an input and hands its files out. Methods block: call from a thread."""
+
+    def claims(self, source: str) -> bool:
+        """Whether this source understands the text of `--input`."""
+        ...
+
+    def list(self, source: InputSource, *, index: int) -> list[Entry]:
+        """Every file and (as entries ending in "/" of size 0) every empty folder; raises `ContentError` or `SpecError`."""
+        ...
+
+    def open(self, reference: Reference, *, scratch: Path) -> Path:
+        """A path that holds the entry's bytes now; raises `ContentError` ("changed", "gone") when it no longer does."""
+        ...
+
+    def check(self, reference: Reference) -> None:
+        """Raise `ContentError` if the entry has changed since it was listed (asked when a shard ends)."""
+        ...
+
+
+# --- transport ---
+
+
+class Transport(Protocol):
+    """Bytes between nodes, at most once, in no order: nothing above may assume more."""
+
+    @property
+    def node(self) -> NodeId: ...
+
+    async def send(self, to: NodeId, data: bytes) -> None:
+        """Hand `data` to the network; returning does not mean that it arrived."""
+        ...
+
+    def received(self) -> AsyncIterator[tuple[NodeId, bytes]]:
+        """(author, bytes) as they come; ends when the transport is closed."""
+        ...
+
+    def peers(self) -> Sequence[NodeId]:
+        """Nodes that can be sent to now, sorted."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+# --- journal ---
+
+
+class Journal(Protocol):
+    """What was decided, before anyone is told. Rows replace rows of the same key."""
+
+    def commit(self, rows: Iterable[Row]) -> None:
+        """Write all rows in one transaction; returns when they survive the process. Quick."""
+        ...
+
+    def load(self) -> list[Row]:
+        """Every row, jobs before their shards; raises `ContentError` for a damaged or newer journal."""
+        ...
+
+    def close(self) -> None: ...

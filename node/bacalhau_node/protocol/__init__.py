@@ -1,0 +1,1 @@
+"""The sans-IO machines: events in, effects out; no clock, no socket, no await."""

@@ -1,0 +1,275 @@
+"""What the machines are told (events) and what they ask for (effects). Frozen; no behaviour.
+
+Events are named for what happened, effects for what to do. Time comes in as `now` (seconds of
+a monotonic clock, never stored on disk); a timer comes back as the very value that was asked for.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from bacalhau_node.ids import Execution, JobId, NodeId
+from bacalhau_node.messages import Message, Outcome, ShardError
+from bacalhau_node.spec import JobSpec
+
+JobState = Literal["Pending", "Queued", "Running", "Completed", "Failed", "Stopped"]
+ShardState = Literal["waiting", "offered", "taken", "running", "proposed", "accepted", "kept", "failed", "stopped"]
+FINAL_JOB: frozenset[str] = frozenset(("Completed", "Failed", "Stopped"))
+FINAL_SHARD: frozenset[str] = frozenset(("kept", "failed", "stopped"))
+
+
+# --- journal rows: state, not a log ---
+
+
+class JobRow(msgspec.Struct, frozen=True, tag="job"):
+    """One job as the requester knows it. `plan` is the CID of the plan's root block."""
+
+    job: JobId
+    state: JobState
+    spec: JobSpec
+    plan: str
+    count: int
+    created: float
+    """Wall clock (seconds since 1970), for people only; set by whoever submits."""
+    reason: str = ""
+    cid: str = ""
+    """The CID of the whole result, once the job has ended with at least one kept shard."""
+
+
+class ShardRow(msgspec.Struct, frozen=True, tag="shard"):
+    """One shard of it: enough to go on after a restart. `attempts` is how many offers were made."""
+
+    job: JobId
+    shard: int
+    state: ShardState
+    attempts: int = 0
+    node: NodeId | None = None
+    outcome: Outcome | None = None
+
+
+class ComputeRow(msgspec.Struct, frozen=True, tag="compute"):
+    """A result that this node owes a requester, until it is kept or refused (`outcome` None: forget it)."""
+
+    execution: Execution
+    requester: NodeId
+    outcome: Outcome | None
+
+
+Row = JobRow | ShardRow | ComputeRow
+
+
+# --- events ---
+
+
+class Submitted(msgspec.Struct, frozen=True):
+    """A client handed in a job; its plan is made: `blocks` holds the CID of each shard's entry list."""
+
+    job: JobId
+    spec: JobSpec
+    plan: str
+    blocks: tuple[str, ...]
+    created: float
+
+
+class CancelRequested(msgspec.Struct, frozen=True):
+    """A client wants the job to stop; what is finished is kept."""
+
+    job: JobId
+
+
+class Received(msgspec.Struct, frozen=True):
+    """A message came from `sender` (the key of its connection)."""
+
+    sender: NodeId
+    message: Message
+
+
+class NodeSeen(msgspec.Struct, frozen=True):
+    """A node is known, with `room` for so many executions now."""
+
+    node: NodeId
+    room: int
+
+
+class NodeGone(msgspec.Struct, frozen=True):
+    """A node is known to be dead: its executions are lost at once."""
+
+    node: NodeId
+
+
+class ResultKept(msgspec.Struct, frozen=True):
+    """The blocks of an accepted result are stored (the answer to `Keep`)."""
+
+    execution: Execution
+
+
+class JobSealed(msgspec.Struct, frozen=True):
+    """The job's root over all kept shards is stored (the answer to `Seal`)."""
+
+    job: JobId
+    cid: str
+
+
+class ExecutionStarted(msgspec.Struct, frozen=True):
+    """The executor has started the code of this execution."""
+
+    execution: Execution
+
+
+class ExecutionEnded(msgspec.Struct, frozen=True):
+    """The executor is done and the outcome's bytes are in the content store."""
+
+    execution: Execution
+    outcome: Outcome
+
+
+class TimerFired(msgspec.Struct, frozen=True):
+    """The time asked for by `SetTimer` has come."""
+
+    timer: Timer
+
+
+# --- timers ---
+
+
+class LeaseTimer(msgspec.Struct, frozen=True):
+    """Requester: look whether executions of this job have been silent for too long."""
+
+    job: JobId
+
+
+class JobDeadline(msgspec.Struct, frozen=True):
+    """Requester: `--job-timeout` is over."""
+
+    job: JobId
+
+
+class RetryTimer(msgspec.Struct, frozen=True):
+    """Requester: nodes that were busy may have room now."""
+
+    job: JobId
+
+
+class HeartbeatTimer(msgspec.Struct, frozen=True):
+    """Compute: tell this requester that its executions are alive."""
+
+    requester: NodeId
+
+
+class ProposeTimer(msgspec.Struct, frozen=True):
+    """Compute: this proposal has not been answered: send it again."""
+
+    execution: Execution
+
+
+Timer = LeaseTimer | JobDeadline | RetryTimer | HeartbeatTimer | ProposeTimer
+
+
+# --- effects ---
+
+
+class Send(msgspec.Struct, frozen=True):
+    """Send `message` to a node (perhaps this one)."""
+
+    to: NodeId
+    message: Message
+
+
+class SetTimer(msgspec.Struct, frozen=True):
+    """Give `TimerFired(timer)` back at `at` on the clock of `now`. Setting an equal timer again moves it."""
+
+    timer: Timer
+    at: float
+
+
+class Write(msgspec.Struct, frozen=True):
+    """Journal this row before any effect of the same turn is carried out."""
+
+    row: Row
+
+
+class Keep(msgspec.Struct, frozen=True):
+    """Requester: pin (or publish) this accepted result, then report `ResultKept`."""
+
+    execution: Execution
+    node: NodeId
+    outcome: Outcome
+
+
+class Seal(msgspec.Struct, frozen=True):
+    """Requester: store the root over the records of all kept shards, then report `JobSealed`."""
+
+    job: JobId
+    records: tuple[tuple[int, str], ...]
+    """(shard, record CID), by shard."""
+
+
+class ShardChanged(msgspec.Struct, frozen=True):
+    """Requester, for clients: a shard's state is now this."""
+
+    job: JobId
+    shard: int
+    state: ShardState
+    node: NodeId | None
+    attempt: int
+    error: ShardError | None = None
+
+
+class JobChanged(msgspec.Struct, frozen=True):
+    """Requester, for clients: the job's state is now this."""
+
+    job: JobId
+    state: JobState
+    reason: str = ""
+    cid: str = ""
+
+
+class Notify(msgspec.Struct, frozen=True):
+    """Tell the clients that watch the job."""
+
+    update: ShardChanged | JobChanged
+
+
+class Run(msgspec.Struct, frozen=True):
+    """Compute: stage and run this execution; report `ExecutionStarted` and `ExecutionEnded`."""
+
+    execution: Execution
+    spec: JobSpec
+    block: str
+    count: int
+
+
+class Stop(msgspec.Struct, frozen=True):
+    """Compute: kill this execution if it runs, forget its result; no event follows."""
+
+    execution: Execution
+
+
+class Forget(msgspec.Struct, frozen=True):
+    """Compute: this result is kept elsewhere or unwanted: unpin it."""
+
+    execution: Execution
+    outcome: Outcome
+
+
+class ReleaseJob(msgspec.Struct, frozen=True):
+    """Compute: no execution of this job is held any more: its slots are free for others."""
+
+    job: JobId
+
+
+Event = (
+    Submitted
+    | CancelRequested
+    | Received
+    | NodeSeen
+    | NodeGone
+    | ResultKept
+    | JobSealed
+    | ExecutionStarted
+    | ExecutionEnded
+    | TimerFired
+)
+Effect = Send | SetTimer | Write | Keep | Seal | Notify | Run | Stop | Forget | ReleaseJob

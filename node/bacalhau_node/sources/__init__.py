@@ -1,0 +1,1 @@
+"""Where inputs come from, all behind `ports.Source`."""

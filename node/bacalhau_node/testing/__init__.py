@@ -1,0 +1,1 @@
+"""Public test helpers: simulator, fakes, contract suites, builders."""
