@@ -4,29 +4,20 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import msgspec
 
+from bacalhau_node.feed import ShardText as ShardText
+from bacalhau_node.feed import Update as Update
 from bacalhau_node.ids import JobId, NodeId
 from bacalhau_node.messages import Outcome
 from bacalhau_node.ports import Capabilities
-from bacalhau_node.protocol.events import JobChanged, JobState, ShardChanged, ShardState
+from bacalhau_node.protocol.events import JobChanged as JobChanged
+from bacalhau_node.protocol.events import JobState, ShardState
+from bacalhau_node.protocol.events import ShardChanged as ShardChanged
 from bacalhau_node.sharding import Entry
 from bacalhau_node.spec import JobSpec
-
-
-class ShardText(msgspec.Struct, frozen=True):
-    """Text that a shard printed: as it comes, in order within shard, attempt and stream."""
-
-    job: JobId
-    shard: int
-    attempt: int
-    stream: Literal["stdout", "stderr"]
-    text: str
-
-
-Update = JobChanged | ShardChanged | ShardText
 
 
 class PlannedShard(msgspec.Struct, frozen=True):

@@ -1,0 +1,256 @@
+"""The driver: events in, one turn of the machines, one commit, then the effects.
+
+Theory of operation. Everything that happens to a node becomes an event in one inbox. A
+**turn** takes all events that are waiting, steps the requester and the compute machine,
+commits every journal row and every new block of the turn in one transaction, and only then
+carries out the effects: so nobody is told of a decision that a crash could undo, and a
+thousand shards cost a handful of commits. Effects that take time (running a shard, keeping
+a result) become tasks whose end is the next event. This file is the only place that owns
+tasks and timers.
+
+A busy loop is not a dead node: a timer that fires late by more than a quarter of the lease
+is armed once more for as long as it was late, so that heartbeats which queued up meanwhile
+are heard before anybody is declared lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
+
+from bacalhau_node import wire
+from bacalhau_node.errors import BacalhauError, ProtocolError
+from bacalhau_node.feed import Feed, ShardText, Update
+from bacalhau_node.ids import Execution, JobId, NodeId
+from bacalhau_node.messages import Accept, Cancel, Kept, Lines, Offer, Outcome, Recall, Reject
+from bacalhau_node.ports import ContentStore, Journal, Transport
+from bacalhau_node.protocol import events as ev
+from bacalhau_node.protocol.compute import Compute
+from bacalhau_node.protocol.requester import LEASE, Requester
+
+log = logging.getLogger(__name__)
+
+_TO_COMPUTE = (Offer, Accept, Reject, Kept, Cancel, Recall)
+_COMPUTE_EVENTS = (ev.ExecutionStarted, ev.ExecutionEnded)
+_COMPUTE_TIMERS = (ev.HeartbeatTimer, ev.ProposeTimer)
+
+Execute = Callable[[ev.Run, Callable[[ev.Event | Lines], None]], Awaitable[Outcome]]
+"""Stage, run and store one execution (`runner.Runner.execute`): progress through the callback, the end returned."""
+
+
+class Engine:
+    """Drives the two machines of one node over its ports. All methods on its one asyncio loop."""
+
+    def __init__(
+        self,
+        *,
+        requester: Requester,
+        compute: Compute,
+        transport: Transport,
+        journal: Journal,
+        content: ContentStore,
+        execute: Execute,
+        release: Callable[[JobId], Awaitable[None]],
+        keep: Callable[[ev.Keep], Awaitable[None]],
+        seal: Callable[[ev.Seal], Awaitable[str]],
+    ) -> None:
+        self._requester, self._compute = requester, compute
+        self._transport, self._journal, self._content = transport, journal, content
+        self._execute, self._release, self._keep, self._seal = execute, release, keep, seal
+        self._loop = asyncio.get_running_loop()
+        self._inbox: deque[ev.Event] = deque()
+        self._scheduled = False
+        self._closing = False
+        self._timers: dict[ev.Timer, asyncio.TimerHandle] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._runs: dict[Execution, asyncio.Task[None]] = {}
+        self._requesters: dict[Execution, NodeId] = {}
+        self._feeds: dict[JobId, Feed] = {}
+        self._spawn(self._receive())
+
+    # --- what the node calls ---
+
+    def post(self, event: ev.Event) -> None:
+        """Put an event into the inbox; it is handled in a turn of its own soon."""
+        self._inbox.append(event)
+        if not self._scheduled and not self._closing:
+            self._scheduled = True
+            self._loop.call_soon(self._turn)
+
+    def settle(self, event: ev.Event) -> None:
+        """Handle `event` (and all before it) now: when this returns its rows are committed."""
+        self._inbox.append(event)
+        self._turn()
+
+    def carry_out(self, effects: Iterable[ev.Effect]) -> None:
+        """Commit and carry out effects that recovery returned."""
+        self._finish(list(effects))
+
+    async def updates(self, job: JobId) -> AsyncIterator[Update]:
+        """The job's present state, then its changes, to the end."""
+        feed = self._feeds.get(job)
+        if feed is None:
+            return
+        async for update in feed.follow():
+            yield update
+
+    async def close(self) -> None:
+        """Stop every task and timer; what was decided is in the journal."""
+        self._closing = True
+        for handle in self._timers.values():
+            handle.cancel()
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for feed in self._feeds.values():
+            feed.end()
+
+    # --- a turn ---
+
+    def _turn(self) -> None:
+        self._scheduled = False
+        if self._closing:
+            return
+        effects: list[ev.Effect] = []
+        now = self._loop.time()
+        while self._inbox:
+            event = self._inbox.popleft()
+            if isinstance(event, ev.Submitted):
+                self._feeds[event.job] = Feed(event.job)
+            effects += (self._compute if _for_compute(event) else self._requester).step(event, now)
+        self._finish(effects)
+
+    def _finish(self, effects: list[ev.Effect]) -> None:
+        rows = [effect.row for effect in effects if isinstance(effect, ev.Write)]
+        self._content.flush()
+        if rows:
+            self._journal.commit(rows)
+        for effect in effects:
+            self._perform(effect)
+
+    def _perform(self, effect: ev.Effect) -> None:  # noqa: C901, PLR0912 - one arm per effect, each a line or two
+        match effect:
+            case ev.Write():
+                pass  # committed before
+            case ev.Send(to, message):
+                self._send(to, message)
+            case ev.SetTimer(timer, at):
+                self._set_timer(timer, at)
+            case ev.Notify(update):
+                self._publish(update)
+            case ev.Run():
+                self._runs[effect.execution] = self._spawn(self._run(effect))
+            case ev.Stop(execution):
+                if task := self._runs.pop(execution, None):
+                    task.cancel()
+            case ev.Keep():
+                self._spawn(self._kept(effect))
+            case ev.Seal():
+                self._spawn(self._sealed(effect))
+            case ev.ReleaseJob(job):
+                self._spawn(self._released(job))
+            case ev.Forget():
+                pass  # the store is shared with the requester of this process, which pinned it
+
+    def _publish(self, update: Update) -> None:
+        if feed := self._feeds.get(update.job):
+            feed.publish(update)
+
+    # --- messages ---
+
+    def _send(self, to: NodeId, message: ev.Message) -> None:
+        if to == self._transport.node:
+            self.post(ev.Received(to, message))
+        else:
+            self._spawn(self._transport.send(to, wire.encode(message)))
+
+    async def _receive(self) -> None:
+        async for sender, data in self._transport.received():
+            try:
+                message = wire.decode(data)
+            except ProtocolError as error:
+                log.warning("message dropped", extra={"sender": sender, "error": str(error)})
+                continue
+            if isinstance(message, Lines):
+                self._lines(sender, message)
+            else:
+                self.post(ev.Received(sender, message))
+
+    def _lines(self, sender: NodeId, lines: Lines) -> None:
+        """Pass text on to the job's watchers, if it comes from an execution that is wanted."""
+        if self._requester.live(lines.execution, sender):
+            e = lines.execution
+            if feed := self._feeds.get(e.job):
+                feed.text(ShardText(e.job, e.shard, e.attempt, lines.stream, lines.text))
+
+    # --- timers ---
+
+    def _set_timer(self, timer: ev.Timer, at: float) -> None:
+        if old := self._timers.pop(timer, None):
+            old.cancel()
+        self._timers[timer] = self._loop.call_at(at, self._fire, timer, at)
+
+    def _fire(self, timer: ev.Timer, at: float) -> None:
+        late = self._loop.time() - at
+        if late > LEASE / 4 and isinstance(timer, ev.LeaseTimer):
+            self._set_timer(timer, self._loop.time() + late)
+            return
+        self._timers.pop(timer, None)
+        self.post(ev.TimerFired(timer))
+
+    # --- tasks: each ends in an event ---
+
+    def _spawn(self, work: Coroutine[object, object, None]) -> asyncio.Task[None]:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        """The task boundary: whatever was not foreseen is told once, with its traceback."""
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            log.error("a task of the node failed: %s", error, exc_info=error)
+
+    async def _run(self, run: ev.Run) -> None:
+        try:
+            outcome = await self._execute(run, self._progress)
+        finally:
+            self._runs.pop(run.execution, None)
+        self.post(ev.ExecutionEnded(run.execution, outcome))
+
+    def _progress(self, news: ev.Event | Lines) -> None:
+        if isinstance(news, Lines):
+            to = self._compute.requester(news.execution)
+            if to == self._transport.node:
+                self._lines(to, news)
+            elif to is not None:
+                self._spawn(self._transport.send(to, wire.encode(news)))
+        else:
+            self.post(news)
+
+    async def _kept(self, keep: ev.Keep) -> None:
+        await self._keep(keep)
+        self.post(ev.ResultKept(keep.execution))
+
+    async def _sealed(self, seal: ev.Seal) -> None:
+        self.post(ev.JobSealed(seal.job, await self._seal(seal)))
+
+    async def _released(self, job: JobId) -> None:
+        try:
+            await self._release(job)
+        except BacalhauError:
+            log.exception("job %s was not released cleanly", job)
+
+
+def _for_compute(event: ev.Event) -> bool:
+    match event:
+        case ev.Received(message=message):
+            return isinstance(message, _TO_COMPUTE)
+        case ev.TimerFired(timer):
+            return isinstance(timer, _COMPUTE_TIMERS)
+        case _:
+            return isinstance(event, _COMPUTE_EVENTS)
