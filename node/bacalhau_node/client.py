@@ -12,27 +12,13 @@ from bacalhau_node.feed import ShardText as ShardText
 from bacalhau_node.feed import Update as Update
 from bacalhau_node.ids import JobId, NodeId
 from bacalhau_node.messages import Outcome
+from bacalhau_node.plan import JobPlan as JobPlan
+from bacalhau_node.plan import PlannedShard as PlannedShard
 from bacalhau_node.ports import Capabilities
 from bacalhau_node.protocol.events import JobChanged as JobChanged
 from bacalhau_node.protocol.events import JobState, ShardState
 from bacalhau_node.protocol.events import ShardChanged as ShardChanged
-from bacalhau_node.sharding import Entry
 from bacalhau_node.spec import JobSpec
-
-
-class PlannedShard(msgspec.Struct, frozen=True):
-    """One shard of a plan: its entries in order, and their bytes."""
-
-    entries: tuple[Entry, ...]
-    size: int
-
-
-class JobPlan(msgspec.Struct, frozen=True):
-    """What `--dry-run` shows and what a job is made from. `notes`: sentences for the user ("3 files: 3 shards")."""
-
-    shards: tuple[PlannedShard, ...]
-    shared: tuple[Entry, ...] = ()
-    notes: tuple[str, ...] = ()
 
 
 class Submission(msgspec.Struct, frozen=True):

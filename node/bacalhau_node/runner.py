@@ -1,0 +1,229 @@
+"""One execution from offer to outcome: open its inputs, run it, check them again, name its bytes.
+
+Whatever goes wrong on the way becomes an `Outcome` that says so: an input that is gone or has
+changed is the shard's own error (kind "input"), everything that is this node's fault has kind
+"node", and the requester may try elsewhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from bacalhau_node.content.records import encode_outcome
+from bacalhau_node.errors import BacalhauError, ContentError
+from bacalhau_node.ids import Execution, JobId
+from bacalhau_node.messages import INLINE_LIMIT, Blob, Lines, Outcome, ShardError, Value
+from bacalhau_node.plan import read_shard
+from bacalhau_node.ports import (
+    ContentStore,
+    Executor,
+    ExecutorEvent,
+    RawOutcome,
+    ShardLines,
+    ShardTask,
+    Source,
+    StagedFile,
+)
+from bacalhau_node.protocol.events import Event, ExecutionStarted, Run
+from bacalhau_node.sharding import Entry, Reference, mounts
+from bacalhau_node.spec import InputSource, JobSpec, PythonCell
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+INLINE_FILES = 64
+"""So many files are opened and checked on the loop (a few microseconds each); more go to a thread."""
+
+
+@dataclass
+class _Job:
+    """What all executions of one job on this node share."""
+
+    executor: Executor
+    folder: Path
+    bundle: Path | None = None
+    ready: bool = False
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+class Runner:
+    """Runs executions for the engine. `choose` picks the executor of a job, once."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        content: ContentStore,
+        sources: Sequence[Source],
+        choose: Callable[[JobSpec], Executor],
+    ) -> None:
+        self._folder, self._content, self._sources, self._choose = folder, content, sources, choose
+        self._jobs: dict[JobId, _Job] = {}
+
+    async def execute(self, run: Run, progress: Callable[[Event | Lines], None]) -> Outcome:
+        """Run one execution to its outcome; only cancellation is raised."""
+        execution = run.execution
+        job = self._job(run)
+        scratch = job.folder / f"{execution.shard}.{execution.attempt}"
+        try:
+            return await self._execute(run, job, scratch, progress)
+        except ContentError as error:
+            return _failed("input", error)
+        except BacalhauError as error:
+            log.exception("execution %s failed in the node", execution)
+            return _failed("node", error)
+        except OSError as error:
+            log.exception("execution %s failed in the node", execution)
+            return _failed("node", error)
+        finally:
+            _remove(scratch)
+
+    async def release(self, job: JobId) -> None:
+        """No more executions of `job` will come: free its executor's slots and its folder."""
+        if held := self._jobs.pop(job, None):
+            await held.executor.release(job)
+            await asyncio.to_thread(shutil.rmtree, held.folder, ignore_errors=True)
+
+    def _job(self, run: Run) -> _Job:
+        job = self._jobs.get(run.execution.job)
+        if job is None:
+            job = _Job(self._choose(run.spec), self._folder / run.execution.job)
+            self._jobs[run.execution.job] = job
+        return job
+
+    async def _execute(
+        self, run: Run, job: _Job, scratch: Path, progress: Callable[[Event | Lines], None]
+    ) -> Outcome:
+        if not job.ready:
+            async with job.lock:
+                await self._prepare(job, run.spec)
+        scratch.mkdir()
+        entries, shared = read_shard(self._content, run.block)
+        files = await self._open(entries, run.spec, scratch, side="inputs")
+        files += await self._open(shared, run.spec, scratch, side="shared")
+        task = ShardTask(
+            execution=run.execution,
+            spec=run.spec,
+            count=run.count,
+            files=tuple(files),
+            scratch=scratch,
+            bundle=job.bundle,
+        )
+        raw = await job.executor.run(task, _telling(run.execution, progress))
+        await _in_thread_if(len(files) > INLINE_FILES, self._check, (*entries, *shared))
+        return await self._name(raw)
+
+    async def _prepare(self, job: _Job, spec: JobSpec) -> None:
+        """Unpack the cell's folder, once for the job."""
+        if job.ready:
+            return
+        job.folder.mkdir(parents=True, exist_ok=True)
+        if isinstance(spec.task, PythonCell):
+            bundle = job.folder / "bundle"
+            await asyncio.to_thread(self._content.export, spec.task.bundle, bundle)
+            job.bundle = bundle
+        job.ready = True
+
+    # --- inputs ---
+
+    async def _open(self, entries: Sequence[Entry], spec: JobSpec, scratch: Path, *, side: str) -> list[StagedFile]:
+        if not entries:
+            return []
+        inputs, shared = mounts(spec)
+        targets = inputs if side == "inputs" else shared
+        sources = spec.inputs if side == "inputs" else spec.shared
+
+        def stage() -> list[StagedFile]:
+            return [
+                StagedFile(
+                    path=self._source(sources[entry.source], entry.reference).open(entry.reference, scratch=scratch),
+                    mount=f"{targets[entry.source]}/{entry.path}",
+                    logical=entry.path,
+                    size=entry.size,
+                    shared=side == "shared",
+                )
+                for entry in entries
+            ]
+
+        return await _in_thread_if(len(entries) > INLINE_FILES, stage)
+
+    def _source(self, source: InputSource, reference: Reference) -> Source:
+        for candidate in self._sources:
+            if candidate.claims(source.source):
+                return candidate
+        raise ContentError(f"no source on this node can open {source.source!r} ({type(reference).__name__})")
+
+    def _check(self, entries: Iterable[Entry]) -> None:
+        for entry in entries:
+            for source in self._sources:
+                source.check(entry.reference)
+
+    # --- results ---
+
+    async def _name(self, raw: RawOutcome) -> Outcome:
+        """The outcome with every byte either inside or in the content store."""
+        outcome = Outcome(
+            ok=raw.ok,
+            exit_code=raw.exit_code,
+            value=Value(raw.value.kind, raw.value.type, await self._blob(raw.value.data)),
+            outputs=await self._add(raw.outputs) if raw.outputs else None,
+            stdout=await self._blob(raw.stdout),
+            stderr=await self._blob(raw.stderr),
+            cut=raw.cut,
+            error=raw.error,
+            seconds=raw.seconds,
+            max_rss=raw.max_rss,
+        )
+        return encode_outcome(self._content, outcome)
+
+    async def _blob(self, data: bytes | Path) -> Blob:
+        if isinstance(data, Path):
+            size = data.stat().st_size
+            return Blob(size=size, inline=None, cid=await self._add(data))
+        if len(data) <= INLINE_LIMIT:
+            return Blob(size=len(data), inline=data)
+        cid = await asyncio.to_thread(self._content.add_bytes, data)
+        return Blob(size=len(data), inline=None, cid=cid)
+
+    async def _add(self, path: Path) -> str:
+        def add() -> str:
+            return self._content.add_path(path, move=True)
+
+        return await asyncio.to_thread(add)
+
+
+def _telling(execution: Execution, progress: Callable[[Event | Lines], None]) -> Callable[[ExecutorEvent], None]:
+    def emit(event: ExecutorEvent) -> None:
+        if isinstance(event, ShardLines):
+            progress(Lines(execution, event.stream, event.text))
+        else:
+            progress(ExecutionStarted(execution))
+
+    return emit
+
+
+def _failed(kind: str, error: Exception) -> Outcome:
+    known = "input" if kind == "input" else "node"
+    return Outcome(ok=False, exit_code=1, error=ShardError(kind=known, name=type(error).__name__, message=str(error)))
+
+
+async def _in_thread_if(heavy: bool, work: Callable[..., T], *args: object) -> T:  # noqa: FBT001 - reads as a sentence
+    return await asyncio.to_thread(work, *args) if heavy else work(*args)
+
+
+def _remove(scratch: Path) -> None:
+    """Remove an execution's folder: mostly it is empty or was never made."""
+    try:
+        os.rmdir(scratch)
+    except FileNotFoundError:
+        pass
+    except OSError:
+        shutil.rmtree(scratch, ignore_errors=True)
