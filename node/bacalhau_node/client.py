@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
+import tempfile
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import msgspec
 
+from bacalhau_node.content.records import read_root
+from bacalhau_node.errors import SpecError
+from bacalhau_node.feed import Feed
 from bacalhau_node.feed import ShardText as ShardText
 from bacalhau_node.feed import Update as Update
-from bacalhau_node.ids import JobId, NodeId
+from bacalhau_node.ids import JobId, NodeId, short
 from bacalhau_node.messages import Outcome
+from bacalhau_node.node import Node, open_node
 from bacalhau_node.plan import JobPlan as JobPlan
 from bacalhau_node.plan import PlannedShard as PlannedShard
-from bacalhau_node.ports import Capabilities
+from bacalhau_node.plan import read_shard
+from bacalhau_node.ports import Capabilities, ContentStore
+from bacalhau_node.protocol.events import CancelRequested, JobRow, JobState, ShardState
 from bacalhau_node.protocol.events import JobChanged as JobChanged
-from bacalhau_node.protocol.events import JobState, ShardState
 from bacalhau_node.protocol.events import ShardChanged as ShardChanged
+from bacalhau_node.sharding import Entry
 from bacalhau_node.spec import JobSpec
 
 
@@ -127,3 +136,131 @@ class Client(Protocol):
     async def close(self) -> None:
         """Let go of the node; one in this process is closed with it."""
         ...
+
+
+class LocalClient:
+    """A `Client` of a node in this process."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._inputs: dict[JobId, tuple[tuple[str, ...], ...]] = {}
+
+    @property
+    def interrupted(self) -> tuple[JobId, ...]:
+        """Jobs that an earlier process of this node left unfinished: they are stopped, what they finished is kept."""
+        return self._node.interrupted
+
+    async def put_bundle(self, files: Mapping[str, bytes]) -> str:
+        """See `Client`."""
+        return await asyncio.to_thread(_import_files, self._node.content, files)
+
+    async def plan(self, spec: JobSpec) -> JobPlan:
+        """See `Client`."""
+        return await self._node.plan(spec)
+
+    async def submit(self, spec: JobSpec) -> Submission:
+        """See `Client`."""
+        job, plan = await self._node.submit(spec, created=time.time())
+        self._inputs[job] = tuple(_logical(shard.entries) for shard in plan.shards)
+        capabilities = self._node.capabilities
+        return Submission(job, len(plan.shards), self._node.id, capabilities.executor, plan.notes)
+
+    async def updates(self, job: JobId) -> AsyncIterator[Update]:
+        """See `Client`."""
+        async for update in self._feed(job).follow():
+            yield update
+
+    async def cancel(self, job: JobId) -> None:
+        """See `Client`."""
+        self._feed(job)
+        self._node.engine.post(CancelRequested(job))
+
+    async def job(self, job: JobId) -> JobView:
+        """See `Client`."""
+        feed = self._feed(job)
+        row = feed.row
+        assert row is not None  # a feed is made by its first row
+        inputs = await self._shard_inputs(row)
+        shards = tuple(_shard_view(feed, index, inputs[index]) for index in range(row.count))
+        state = feed.job
+        return JobView(job, state.state, state.reason, state.cid, row.created, row.spec, shards)
+
+    async def jobs(self) -> Sequence[JobLine]:
+        """See `Client`."""
+        rows = [(feed.row, feed.job) for feed in self._node.engine.feeds.values() if feed.row]
+        lines = [JobLine(row.job, state.state, row.created, row.count, state.reason) for row, state in rows]
+        return sorted(lines, key=lambda line: line.created, reverse=True)
+
+    async def find(self, prefix: str) -> JobId:
+        """See `Client`."""
+        wanted = prefix if prefix.startswith("j-") else f"j-{prefix}"
+        found = [job for job in self._node.engine.feeds if job.startswith(wanted)]
+        if len(found) != 1:
+            known = ", ".join(short(job) for job in list(self._node.engine.feeds)[-5:]) or "none"
+            what = "no job" if not found else f"{len(found)} jobs"
+            raise SpecError(f"{what} with an id that starts with {prefix!r}; the latest are: {known}")
+        return found[0]
+
+    async def read(self, cid: str) -> bytes:
+        """See `Client`."""
+        return await asyncio.to_thread(self._node.content.read, cid)
+
+    async def file(self, cid: str) -> Path | None:
+        """See `Client`."""
+        return await asyncio.to_thread(self._node.content.file, cid)
+
+    async def download(self, cid: str, target: Path) -> None:
+        """See `Client`."""
+        await asyncio.to_thread(self._node.content.export, cid, target)
+
+    async def nodes(self) -> Sequence[NodeView]:
+        """See `Client`."""
+        return [NodeView(self._node.id, self._node.slots, self._node.capabilities)]
+
+    async def close(self) -> None:
+        """See `Client`."""
+        await self._node.close()
+
+    def _feed(self, job: JobId) -> Feed:
+        feed = self._node.engine.feeds.get(job)
+        if feed is None:
+            raise SpecError(f"this node knows no job {job}")
+        return feed
+
+    async def _shard_inputs(self, row: JobRow) -> tuple[tuple[str, ...], ...]:
+        """The logical paths of every shard's inputs, read from the plan once."""
+        if row.job not in self._inputs:
+            self._inputs[row.job] = await asyncio.to_thread(_planned_inputs, self._node.content, row.plan)
+        return self._inputs[row.job]
+
+
+async def open_local(*, folder: Path | None = None) -> LocalClient:
+    """A client of a new node in this process, on the running loop; `close` ends both."""
+    return LocalClient(await open_node(folder))
+
+
+def _planned_inputs(content: ContentStore, plan: str) -> tuple[tuple[str, ...], ...]:
+    return tuple(_logical(read_shard(content, block)[0]) for _, block in read_root(content, plan))
+
+
+def _logical(entries: Sequence[Entry]) -> tuple[str, ...]:
+    return tuple(entry.path for entry in entries)
+
+
+def _shard_view(feed: Feed, index: int, inputs: tuple[str, ...]) -> ShardView:
+    live, row = feed.shards.get(index), feed.shard_rows.get(index)
+    outcome = row.outcome if row else None
+    if live is None:
+        return ShardView(index, "waiting", row.attempts if row else 0, None, inputs, outcome)
+    return ShardView(index, live.state, live.attempt, live.node, inputs, outcome)
+
+
+def _import_files(content: ContentStore, files: Mapping[str, bytes]) -> str:
+    """A folder of these files in the store: written out once and taken over."""
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name) / "bundle"
+        for path, data in files.items():
+            target = root / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(data)
+        return content.add_path(root)

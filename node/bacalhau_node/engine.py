@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 
 from bacalhau_node import wire
 from bacalhau_node.errors import BacalhauError, ProtocolError
@@ -67,7 +67,7 @@ class Engine:
         self._tasks: set[asyncio.Task[None]] = set()
         self._runs: dict[Execution, asyncio.Task[None]] = {}
         self._requesters: dict[Execution, NodeId] = {}
-        self._feeds: dict[JobId, Feed] = {}
+        self.feeds: dict[JobId, Feed] = {}
         self._spawn(self._receive())
 
     # --- what the node calls ---
@@ -84,17 +84,13 @@ class Engine:
         self._inbox.append(event)
         self._turn()
 
-    def carry_out(self, effects: Iterable[ev.Effect]) -> None:
-        """Commit and carry out effects that recovery returned."""
+    def recover(self, rows: Iterable[ev.Row], effects: Iterable[ev.Effect]) -> None:
+        """Show the jobs of the journal, then carry out what the machines' recovery asks for."""
+        for row in rows:
+            self._record(row)
+        for feed in self.feeds.values():
+            feed.restore()
         self._finish(list(effects))
-
-    async def updates(self, job: JobId) -> AsyncIterator[Update]:
-        """The job's present state, then its changes, to the end."""
-        feed = self._feeds.get(job)
-        if feed is None:
-            return
-        async for update in feed.follow():
-            yield update
 
     async def close(self) -> None:
         """Stop every task and timer; what was decided is in the journal."""
@@ -105,7 +101,7 @@ class Engine:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for feed in self._feeds.values():
+        for feed in self.feeds.values():
             feed.end()
 
     # --- a turn ---
@@ -118,8 +114,6 @@ class Engine:
         now = self._loop.time()
         while self._inbox:
             event = self._inbox.popleft()
-            if isinstance(event, ev.Submitted):
-                self._feeds[event.job] = Feed(event.job)
             effects += (self._compute if _for_compute(event) else self._requester).step(event, now)
         self._finish(effects)
 
@@ -128,8 +122,16 @@ class Engine:
         self._content.flush()
         if rows:
             self._journal.commit(rows)
+        for row in rows:
+            self._record(row)
         for effect in effects:
             self._perform(effect)
+
+    def _record(self, row: ev.Row) -> None:
+        if not isinstance(row, ev.ComputeRow):
+            if row.job not in self.feeds:
+                self.feeds[row.job] = Feed(row.job)
+            self.feeds[row.job].record(row)
 
     def _perform(self, effect: ev.Effect) -> None:  # noqa: C901, PLR0912 - one arm per effect, each a line or two
         match effect:
@@ -156,7 +158,7 @@ class Engine:
                 pass  # the store is shared with the requester of this process, which pinned it
 
     def _publish(self, update: Update) -> None:
-        if feed := self._feeds.get(update.job):
+        if feed := self.feeds.get(update.job):
             feed.publish(update)
 
     # --- messages ---
@@ -183,7 +185,7 @@ class Engine:
         """Pass text on to the job's watchers, if it comes from an execution that is wanted."""
         if self._requester.live(lines.execution, sender):
             e = lines.execution
-            if feed := self._feeds.get(e.job):
+            if feed := self.feeds.get(e.job):
                 feed.text(ShardText(e.job, e.shard, e.attempt, lines.stream, lines.text))
 
     # --- timers ---

@@ -1,4 +1,4 @@
-"""What the watchers of one job see: its present state, then every change, in order.
+"""What clients may see of one job: its rows, its present state, then every change, in order.
 
 A feed belongs to the loop of its node. A watcher that comes late gets the latest state of the
 job and of each shard first, and the text that was printed so far (the newest `TEXT_LIMIT`
@@ -36,9 +36,11 @@ Update = JobChanged | ShardChanged | ShardText
 
 
 class Feed:
-    """The updates of one job. Also the one place that knows the live state of each shard."""
+    """One job for its watchers. `row` and `shard_rows` are what the journal holds of it."""
 
     def __init__(self, job: JobId) -> None:
+        self.row: JobRow | None = None
+        self.shard_rows: dict[int, ShardRow] = {}
         self.job: JobChanged = JobChanged(job, "Pending")
         self.shards: dict[int, ShardChanged] = {}
         self.ended = False
@@ -46,15 +48,20 @@ class Feed:
         self._length = 0
         self._watchers: list[asyncio.Queue[Update | None]] = []
 
-    @classmethod
-    def restored(cls, row: JobRow, shards: dict[int, ShardRow]) -> Feed:
-        """The feed of a job that was read from the journal."""
-        feed = cls(row.job)
-        for index, shard in shards.items():
+    def record(self, row: JobRow | ShardRow) -> None:
+        """Remember a row that was committed."""
+        if isinstance(row, JobRow):
+            self.row = row
+        else:
+            self.shard_rows[row.shard] = row
+
+    def restore(self) -> None:
+        """Take the present state from the rows (of a job that was read from the journal)."""
+        assert self.row is not None
+        for index, shard in self.shard_rows.items():
             error = shard.outcome.error if shard.outcome else None
-            feed.shards[index] = ShardChanged(row.job, index, shard.state, shard.node, shard.attempts, error)
-        feed.publish(JobChanged(row.job, row.state, row.reason, row.cid))
-        return feed
+            self.shards[index] = ShardChanged(self.row.job, index, shard.state, shard.node, shard.attempts, error)
+        self.publish(JobChanged(self.row.job, self.row.state, self.row.reason, self.row.cid))
 
     def publish(self, update: JobChanged | ShardChanged) -> None:
         """Tell all watchers, and remember it for those to come."""

@@ -48,6 +48,7 @@ class _Job:
     """What all executions of one job on this node share."""
 
     executor: Executor
+    name: str
     folder: Path
     bundle: Path | None = None
     ready: bool = False
@@ -63,7 +64,7 @@ class Runner:
         *,
         content: ContentStore,
         sources: Sequence[Source],
-        choose: Callable[[JobSpec], Executor],
+        choose: Callable[[JobSpec], tuple[Executor, str]],
     ) -> None:
         self._folder, self._content, self._sources, self._choose = folder, content, sources, choose
         self._jobs: dict[JobId, _Job] = {}
@@ -95,7 +96,7 @@ class Runner:
     def _job(self, run: Run) -> _Job:
         job = self._jobs.get(run.execution.job)
         if job is None:
-            job = _Job(self._choose(run.spec), self._folder / run.execution.job)
+            job = _Job(*self._choose(run.spec), self._folder / run.execution.job)
             self._jobs[run.execution.job] = job
         return job
 
@@ -119,7 +120,7 @@ class Runner:
         )
         raw = await job.executor.run(task, _telling(run.execution, progress))
         await _in_thread_if(len(files) > INLINE_FILES, self._check, (*entries, *shared))
-        return await self._name(raw)
+        return await self._name(raw, job.name)
 
     async def _prepare(self, job: _Job, spec: JobSpec) -> None:
         """Unpack the cell's folder, once for the job."""
@@ -168,7 +169,7 @@ class Runner:
 
     # --- results ---
 
-    async def _name(self, raw: RawOutcome) -> Outcome:
+    async def _name(self, raw: RawOutcome, executor: str) -> Outcome:
         """The outcome with every byte either inside or in the content store."""
         outcome = Outcome(
             ok=raw.ok,
@@ -181,6 +182,7 @@ class Runner:
             error=raw.error,
             seconds=raw.seconds,
             max_rss=raw.max_rss,
+            executor=executor,
         )
         return encode_outcome(self._content, outcome)
 

@@ -1,0 +1,211 @@
+"""One node, assembled: folder, store, journal, executors, machines, engine.
+
+Nothing is decided here but which parts make a node. The executors are tried in the order
+container, plain process; each job gets the first that works and can run it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from bacalhau_node.content.blocks import BlockStore
+from bacalhau_node.content.records import seal
+from bacalhau_node.engine import Engine
+from bacalhau_node.errors import BugError
+from bacalhau_node.folders import NodeFolder, data_folder, take_folder
+from bacalhau_node.ids import JobId
+from bacalhau_node.journal import SqliteJournal
+from bacalhau_node.plan import JobPlan, make_plan, store_plan
+from bacalhau_node.ports import Capabilities, ContentStore, Executor, Journal, Source, Transport
+from bacalhau_node.protocol import events as ev
+from bacalhau_node.protocol.compute import Compute
+from bacalhau_node.protocol.requester import Requester
+from bacalhau_node.runner import Runner
+from bacalhau_node.sources.ipfs import ContentSource
+from bacalhau_node.sources.local import LocalSource
+from bacalhau_node.spec import InputSource, JobSpec
+from bacalhau_node.transports.memory import MemoryHub, MemoryTransport
+
+PROBE_AGAIN = 5.0
+"""Seconds after which a submission asks again which executors work (a daemon may have gone or come)."""
+
+
+@dataclass
+class _Option:
+    """An executor and what its last probe said."""
+
+    executor: Executor
+    capabilities: Capabilities
+
+
+class Node:
+    """One running node. Made by `open_node`; all methods on the loop that made it."""
+
+    def __init__(
+        self,
+        folder: NodeFolder,
+        options: Sequence[_Option],
+        *,
+        content: ContentStore,
+        journal: Journal,
+        transport: Transport,
+    ) -> None:
+        self.folder, self.id = folder, folder.node
+        self.content = content
+        self._options = list(options)
+        self._probed = asyncio.get_running_loop().time()
+        self._journal, self._transport = journal, transport
+        self._sources: tuple[Source, ...] = (LocalSource(), ContentSource(content))
+        self._runner = Runner(folder.path / "work", content=content, sources=self._sources, choose=self._choose)
+        self.slots = max(option.capabilities.slots for option in options)
+        self.interrupted: tuple[JobId, ...] = ()
+        self._start()
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What the best executor that works can do."""
+        return self._working()[0].capabilities
+
+    def _start(self) -> None:
+        """Recover the machines from the journal and start the engine."""
+        now = asyncio.get_running_loop().time()
+        rows = self._journal.load()
+        self.interrupted = tuple(
+            row.job for row in rows if isinstance(row, ev.JobRow) and row.state not in ev.FINAL_JOB
+        )
+        requester, effects = Requester.recover(self.id, rows, now, resume=False)
+        compute, more = Compute.recover(self.id, rows, now, slots=self.slots, refuse=self._refuse)
+        self.engine = Engine(
+            requester=requester,
+            compute=compute,
+            transport=self._transport,
+            journal=self._journal,
+            content=self.content,
+            execute=self._runner.execute,
+            release=self._runner.release,
+            keep=self._keep,
+            seal=self._seal,
+        )
+        self.engine.recover(rows, [*effects, *more])
+        self.engine.post(ev.NodeSeen(self.id, self.slots))
+
+    # --- jobs ---
+
+    async def plan(self, spec: JobSpec) -> JobPlan:
+        """List and split the inputs of `spec`."""
+        return await asyncio.to_thread(make_plan, spec, self._sources, slots=self.slots)
+
+    async def submit(self, spec: JobSpec, *, created: float) -> tuple[JobId, JobPlan]:
+        """Plan, journal and start a job; it exists when this returns."""
+        await self.probe_again()
+        if spec.pin:
+            spec = await asyncio.to_thread(self._pin, spec)
+        plan = await self.plan(spec)
+        stored = store_plan(plan, self.content)
+        job = f"j-{uuid.uuid4()}"
+        self.engine.settle(ev.Submitted(job, spec, stored.root, stored.blocks, created))
+        return job, plan
+
+    def _pin(self, spec: JobSpec) -> JobSpec:
+        """The same job over copies of its local inputs in the store, named by CID."""
+        def pinned(source: InputSource) -> InputSource:
+            if not source.source.startswith("/"):
+                return source
+            cid = self.content.add_path(Path(source.source))
+            self.content.pin(cid)
+            return InputSource(source=f"ipfs://{cid}", mount=source.mount)
+
+        return _replaced(spec, tuple(map(pinned, spec.inputs)), tuple(map(pinned, spec.shared)))
+
+    # --- executors ---
+
+    async def probe_again(self) -> None:
+        """Ask the executors again if the last answer is old."""
+        now = asyncio.get_running_loop().time()
+        if now - self._probed < PROBE_AGAIN:
+            return
+        self._probed = now
+        for option in self._options:
+            option.capabilities = await option.executor.probe()
+
+    def _working(self) -> list[_Option]:
+        return [option for option in self._options if option.capabilities.problem is None]
+
+    def problems(self) -> list[str]:
+        """Why the better executors don't work here, one sentence each."""
+        return [option.capabilities.problem for option in self._options if option.capabilities.problem]
+
+    def _refuse(self, spec: JobSpec) -> str | None:
+        """Why no executor of this node can ever run `spec`; None if one can."""
+        reasons = [option.executor.check(spec) for option in self._working()]
+        if None in reasons:
+            return None
+        known = [*(reason for reason in reasons if reason), *self.problems()]
+        return "; ".join(dict.fromkeys(known)) or "no executor works on this node"
+
+    def _choose(self, spec: JobSpec) -> tuple[Executor, str]:
+        for option in self._working():
+            if option.executor.check(spec) is None:
+                return option.executor, option.capabilities.executor
+        raise BugError(f"a job was taken that no executor can run: {self._refuse(spec)}")
+
+    # --- results ---
+
+    async def _keep(self, keep: ev.Keep) -> None:
+        self.content.pin(keep.outcome.record)
+
+    async def _seal(self, order: ev.Seal) -> str:
+        cid = seal(self.content, list(order.records))
+        self.content.pin(cid)
+        self.content.flush()
+        return cid
+
+    # --- end ---
+
+    async def close(self) -> None:
+        """End everything this node started, in an order that loses nothing."""
+        await self.engine.close()
+        await asyncio.gather(*(option.executor.close() for option in self._options))
+        await self._transport.close()
+        self._journal.close()
+        self.content.close()
+        await asyncio.to_thread(shutil.rmtree, self.folder.path / "work", ignore_errors=True)
+        self.folder.close()
+
+
+def _replaced(spec: JobSpec, inputs: tuple[InputSource, ...], shared: tuple[InputSource, ...]) -> JobSpec:
+    return msgspec.structs.replace(spec, inputs=inputs, shared=shared)
+
+
+async def open_node(root: Path | None = None, *, executors: Sequence[Executor] | None = None) -> Node:
+    """A running node below `root` (default: the user's data folder), with these executors or those of this machine."""
+    folder = await asyncio.to_thread(take_folder, root or data_folder())
+    chosen = list(executors) if executors is not None else _executors(folder)
+    await asyncio.to_thread(shutil.rmtree, folder.path / "work", ignore_errors=True)
+    capabilities = await asyncio.gather(*(executor.probe() for executor in chosen))
+    options = [_Option(executor, told) for executor, told in zip(chosen, capabilities, strict=True)]
+    return Node(
+        folder,
+        options,
+        content=BlockStore(folder.store),
+        journal=SqliteJournal(folder.path / "journal.sqlite"),
+        transport=MemoryTransport(MemoryHub(), folder.node),
+    )
+
+
+def _executors(folder: NodeFolder) -> list[Executor]:
+    """The executors of this machine, best isolation first. `docker` is an optional package."""
+    from bacalhau_node.executors.docker import DockerExecutor
+    from bacalhau_node.executors.process import ProcessExecutor
+
+    return [
+        DockerExecutor(folder.path, node=folder.node, is_alive=folder.is_alive),
+        ProcessExecutor(folder.path / "process"),
+    ]
