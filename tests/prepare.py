@@ -1,0 +1,160 @@
+"""Make a fresh machine ready: the virtual environment, this project in it, Debian packages.
+
+The Makefile calls this file with whatever `python3` is on the path, before anything is installed, so
+it uses the standard library only. Each step looks at what is there and does the rest: a set-up that
+was interrupted goes on where it stopped, and a finished one costs nothing.
+
+    python3 tests/prepare.py install EXTRA    # .venv with `-e .[EXTRA]`, at the versions of constraints.txt
+    python3 tests/prepare.py debian NAME...   # programs by name: chromium, dockerd
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+OLDEST = (3, 11)
+PACKAGE_OF = {"chromium": "chromium", "dockerd": "docker.io", "node": "nodejs"}
+QUICK_APT = ("-q", "-y", "-o", "Acquire::Retries=1", "-o", "Acquire::http::Timeout=30")
+
+
+def run(*command: object) -> None:
+    """Run a program with its output on ours; raises `CalledProcessError` when it fails."""
+    subprocess.run([str(word) for word in command], check=True, cwd=ROOT)
+
+
+def version_of(python: str | Path) -> tuple[int, int]:
+    """The (major, minor) version of an interpreter; (0, 0) when it doesn't run."""
+    ask = "import json, sys; print(json.dumps(sys.version_info[:2]))"
+    try:
+        answer = subprocess.run([str(python), "-c", ask], check=True, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return 0, 0
+    major, minor = json.loads(answer.stdout)
+    return major, minor
+
+
+def find_python() -> str:
+    """The interpreter for the environment: the one that runs this, else the newest suitable one on the path."""
+    for name in (sys.executable, "python3.13", "python3.12", "python3.11"):
+        found = shutil.which(name)
+        if found and version_of(found) >= OLDEST:
+            return found
+    running = ".".join(map(str, sys.version_info[:2]))
+    raise SystemExit(
+        f"python3 is {running}, and 3.11 or newer is needed: install it, or name it: make PYTHON=/path/to/python3.12"
+    )
+
+
+def make_environment() -> Path:
+    """Return the interpreter of `.venv`, made if it is missing or broken, with uv in reach."""
+    python = VENV / "bin" / "python"
+    if version_of(python) >= OLDEST:
+        return python
+    shutil.rmtree(VENV, ignore_errors=True)
+    uv = shutil.which("uv")
+    if uv:
+        run(uv, "venv", "--quiet", "--python", find_python(), VENV)
+        return python
+    base = find_python()
+    try:
+        run(base, "-m", "venv", VENV)
+    except subprocess.CalledProcessError:  # Debian's python3 comes without ensurepip
+        shutil.rmtree(VENV, ignore_errors=True)
+        problem = install_debian(f"python{'.'.join(map(str, version_of(base)))}-venv")
+        if problem:
+            raise SystemExit(f"python3 can't make a virtual environment: {problem}") from None
+        run(base, "-m", "venv", VENV)
+    return python
+
+
+def find_uv(python: Path) -> str:
+    """Return uv, the installer: the machine's, else one put into the environment."""
+    own = VENV / "bin" / "uv"
+    found = shutil.which("uv") or (str(own) if own.exists() else None)
+    if found is None:
+        run(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "uv")
+        found = str(own)
+    return found
+
+
+def install(extra: str) -> None:
+    """Put this project, editable, with one of its extras into `.venv`, at the locked versions."""
+    python = make_environment()
+    print(f"Installing bacalhau-jupyter[{extra}] into {VENV.name} …", flush=True)
+    run(
+        find_uv(python),
+        "pip",
+        "install",
+        "--quiet",
+        "--python",
+        python,
+        "--constraints",
+        "constraints.txt",
+        "-e",
+        f".[{extra}]",
+    )
+
+
+def administrator() -> list[str] | None:
+    """The words in front of a command that needs root, or None when there is no way to be it."""
+    if os.geteuid() == 0:
+        return []
+    if (
+        shutil.which("sudo")
+        and subprocess.run(["sudo", "-n", "true"], check=False, capture_output=True).returncode == 0
+    ):
+        return ["sudo", "-n"]
+    return None
+
+
+def install_debian(*packages: str) -> str | None:
+    """Install Debian packages where that is possible; the reason when it is not."""
+    words = administrator()
+    by_hand = f"apt-get install {' '.join(packages)}"
+    if not shutil.which("apt-get"):
+        return f"no apt-get here: install {', '.join(packages)} in this system's way"
+    if words is None:
+        return f"this needs root: sudo {by_hand}"
+    print(f"Installing Debian packages: {', '.join(packages)} …", flush=True)
+    prefix = [*words, "env", "DEBIAN_FRONTEND=noninteractive"]
+    try:
+        run(*prefix, "apt-get", *QUICK_APT, "update")
+        run(*prefix, "apt-get", *QUICK_APT, "install", "--no-install-recommends", *packages)
+    except subprocess.CalledProcessError as error:
+        return f"apt-get ended with {error.returncode}: try {by_hand}"
+    return None
+
+
+def debian(*programs: str) -> None:
+    """Install what gives these programs. One that can't be had is named, not fatal: its tests say so themselves."""
+    sbin = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
+    missing = [name for name in programs if not shutil.which(name, path=sbin)]
+    if missing:
+        problem = install_debian(*(PACKAGE_OF[name] for name in missing))
+        if problem:
+            print(f"Without {', '.join(missing)}: {problem}", flush=True)
+
+
+def main() -> None:
+    """Do what the command line says."""
+    match sys.argv[1:]:
+        case ["install", extra]:
+            install(extra)
+        case ["debian", *programs]:
+            debian(*programs)
+        case _:
+            raise SystemExit(__doc__)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except subprocess.CalledProcessError as problem:
+        raise SystemExit(f"{' '.join(problem.cmd)} ended with {problem.returncode}; run make again to go on") from None
