@@ -1,7 +1,7 @@
 """Make a fresh machine ready: the virtual environment, this project in it, Debian packages.
 
 The Makefile calls this file with whatever `python3` is on the path, before anything is installed, so
-it uses the standard library only. Each step looks at what is there and does the rest: a set-up that
+it uses the standard library only, and no syntax newer than Python 3.8. Each step looks at what is there and does the rest: a set-up that
 was interrupted goes on where it stopped, and a finished one costs nothing.
 
     python3 tests/prepare.py install EXTRA    # .venv with `-e .[EXTRA]`, at the versions of constraints.txt
@@ -53,12 +53,12 @@ def find_python() -> str:
 
 
 def make_environment() -> Path:
-    """Return the interpreter of `.venv`, made if it is missing or broken, with uv in reach."""
+    """Return the interpreter of `.venv`, made anew if it is missing, broken or half made."""
     python = VENV / "bin" / "python"
-    if version_of(python) >= OLDEST:
+    uv = shutil.which("uv")
+    if version_of(python) >= OLDEST and (uv or (VENV / "bin" / "pip").exists()):
         return python
     shutil.rmtree(VENV, ignore_errors=True)
-    uv = shutil.which("uv")
     if uv:
         run(uv, "venv", "--quiet", "--python", find_python(), VENV)
         return python
@@ -144,13 +144,13 @@ def debian(*programs: str) -> None:
 
 def main() -> None:
     """Do what the command line says."""
-    match sys.argv[1:]:
-        case ["install", extra]:
-            install(extra)
-        case ["debian", *programs]:
-            debian(*programs)
-        case _:
-            raise SystemExit(__doc__)
+    command, words = "".join(sys.argv[1:2]), sys.argv[2:]
+    if command == "install" and len(words) == 1:
+        install(*words)
+    elif command == "debian":
+        debian(*words)
+    else:
+        raise SystemExit(__doc__)
 
 
 if __name__ == "__main__":
