@@ -1,8 +1,9 @@
 """Make a fresh machine ready: the virtual environment, this project in it, Debian packages.
 
 The Makefile calls this file with whatever `python3` is on the path, before anything is installed, so
-it uses the standard library only, and no syntax newer than Python 3.8. Each step looks at what is there and does the rest: a set-up that
-was interrupted goes on where it stopped, and a finished one costs nothing.
+it uses the standard library only, and no syntax newer than Python 3.8. Each step looks at what is
+there and does the rest: a set-up that was interrupted goes on where it stopped, and a finished one
+costs nothing.
 
     python3 tests/prepare.py install EXTRA    # .venv with `-e .[EXTRA]`, at the versions of constraints.txt
     python3 tests/prepare.py debian NAME...   # programs by name: chromium, dockerd
