@@ -1,0 +1,154 @@
+"""What people type for sizes, times, counts and inputs, read once for the magic and the command line. Pure.
+
+Every function raises `SpecError` with the text that belongs after the option and its value:
+what is wrong, then what would be right.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING
+
+from bacalhau_node.errors import SpecError
+from bacalhau_node.spec import InputSource
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+_POWERS = "kmgtp"
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?(?:([kmgtp]?)(i?)b)?", re.IGNORECASE)
+_NUMBER = r"([0-9]+(?:\.[0-9]+)?)"
+_TIME = re.compile("".join(rf"(?:{_NUMBER}{unit})?" for unit in ("d", "h", "m(?!s)", "s", "ms")))
+_TIME_UNITS = (86_400.0, 3_600.0, 60.0, 1.0, 0.001)
+_LONGEST = 366 * 86_400.0
+"""No job of a notebook lasts a year: longer is a slip of the keyboard."""
+_LARGEST = 10**18
+_CID = re.compile(r"(?:Qm[1-9A-HJ-NP-Za-km-z]{44}|b[a-z2-7]{50,}|z[1-9A-HJ-NP-Za-km-z]{44,})(?:/.*)?", re.DOTALL)
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+
+
+def size(text: str) -> int:
+    """Bytes: `64MB` (decimal), `1.5GiB` (binary) or a plain number; letters in any case."""
+    match = _SIZE.fullmatch(text)
+    if not match or (match[3] and not match[2]):
+        raise SpecError("not a size; write 500MB, 1.5GiB or a number of bytes")
+    factor = (1024 if match[3] else 1000) ** (_POWERS.index(match[2].lower()) + 1) if match[2] else 1
+    value = float(match[1]) * factor
+    if not 1 <= value <= _LARGEST:
+        raise SpecError("a size between 1 byte and 1000 PB is needed")
+    return round(value)
+
+
+def seconds(text: str) -> float:
+    """Seconds: `90`, `10m`, `1h30m`, `500ms`."""
+    match = _TIME.fullmatch(text) if text else None
+    if match:
+        value = sum(float(part) * unit for part, unit in zip(match.groups(), _TIME_UNITS, strict=True) if part)
+    elif re.fullmatch(_NUMBER, text):
+        value = float(text)
+    else:
+        raise SpecError("not a time; write 90 (seconds), 10m, 1h30m or 500ms")
+    if not 0 < value <= _LONGEST:
+        raise SpecError("a time above 0 and up to a year is needed")
+    return value
+
+
+def count(text: str, *, low: int = 1, high: int = 1_000_000) -> int:
+    """A whole number from `low` to `high`."""
+    if not re.fullmatch(r"[+-]?[0-9]+", text):
+        raise SpecError("not a whole number")
+    value = int(text) if len(text) < 20 else (low - 1 if text.startswith("-") else high + 1)
+    if value < low:
+        raise SpecError(f"at least {low} is needed")
+    if value > high:
+        raise SpecError(f"at most {high} is possible")
+    return value
+
+
+def cores(text: str) -> float:
+    """A number of CPU cores, fractions allowed."""
+    if not re.fullmatch(_NUMBER, text):
+        raise SpecError("not a number of cores; write 2 or 0.5")
+    value = float(text)
+    if not 0.01 <= value <= 4096:
+        raise SpecError("between 0.01 and 4096 cores are possible")
+    return value
+
+
+def pair(text: str) -> tuple[str, str]:
+    """`KEY=VALUE`; the value may hold anything, `=` included."""
+    key, equals, value = text.partition("=")
+    if not equals or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.-]*", key):
+        raise SpecError("write KEY=VALUE, the key of letters, digits and '_'")
+    return key, value
+
+
+def nearest(text: str, allowed: Iterable[str]) -> str:
+    """`; did you mean X?` for the allowed word that looks most like `text`, or nothing."""
+    words = {word.lower(): word for word in allowed}
+    close = difflib.get_close_matches(text.lower(), words, n=1, cutoff=0.6)
+    return f"; did you mean {words[close[0]]}?" if close else ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where relative paths start and how to ask whether one exists; handed in, so that reading stays pure."""
+
+    exists: Callable[[str], bool]
+    cwd: str
+    home: str
+
+
+def source(text: str, place: Place) -> InputSource:
+    """An input: a path, `ipfs://CID[/path]` or a bare CID; with `:/mount` behind it, or as `src=…,dst=…`.
+
+    An existing path wins over a CID, and over the reading of its last `:` as the start of a mount.
+    """
+    if text.startswith("src="):
+        body, comma, mount = text.removeprefix("src=").rpartition(",dst=")
+        return InputSource(source=_where(body if comma else mount, place), mount=_mount(mount) if comma else None)
+    if not _exists(text, place):
+        head, _, mount = text.rpartition(":")
+        if mount.startswith("/") and not mount.startswith("//") and _complete(head, place):
+            return InputSource(source=_where(head, place), mount=_mount(mount))
+    return InputSource(source=_where(text, place))
+
+
+def _complete(text: str, place: Place) -> bool:
+    return bool(_SCHEME.match(text) or _CID.fullmatch(text) or _exists(text, place))
+
+
+def _exists(text: str, place: Place) -> bool:
+    return bool(text) and "\0" not in text and place.exists(_absolute(text, place))
+
+
+def _absolute(text: str, place: Place) -> str:
+    if text == "~" or text.startswith("~/"):
+        text = place.home + text[1:]
+    return str(PurePosixPath(place.cwd) / text)
+
+
+def _where(text: str, place: Place) -> str:
+    if _exists(text, place):
+        return _absolute(text, place)
+    scheme = _SCHEME.match(text)
+    if scheme and scheme[1] != "ipfs":
+        raise SpecError(f"{scheme[1]}:// inputs are not in this version; give a local path, ipfs://CID or a CID")
+    if scheme or _CID.fullmatch(text):
+        path = text.removeprefix("ipfs://")
+        if not _CID.fullmatch(path):
+            raise SpecError("no CID after ipfs://; write ipfs://CID or ipfs://CID/path")
+        return f"ipfs://{path.rstrip('/')}"
+    if not text or "\0" in text:
+        raise SpecError("not a path")
+    raise SpecError(f"no such file or folder: {_absolute(text, place)}")
+
+
+def _mount(text: str) -> str:
+    parts = text.split("/")
+    if parts[0] or ".." in parts or not text.strip("/") or "\0" in text or parts[1] == "outputs":
+        raise SpecError(f"{text!r} can't be a mount; write an absolute folder such as /data, not / nor /outputs")
+    return str(PurePosixPath("/" + text.strip("/")))
