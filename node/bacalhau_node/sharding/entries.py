@@ -1,7 +1,4 @@
-"""From a listing to a plan: which entries make which shard. Pure.
-
-The structs here are the plan's own format; the functions that select and split follow.
-"""
+"""Entries: what a listing is made of, and what a plan hands to shards."""
 
 from __future__ import annotations
 
@@ -39,3 +36,18 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
     reference: Reference
     size: int
     source: int = 0
+
+
+class Unusable(Entry, frozen=True, gc=False, kw_only=True):
+    """Something that was listed and can't be read (`problem` says why): an error for whoever selects it."""
+
+    problem: str
+
+
+Unit = tuple[Entry, ...]
+"""Entries that stay together: one file, or all files of a folder that a pattern selected."""
+
+
+def shown(path: str) -> str:
+    """`path` for a message: as it is, or quoted and escaped when it holds a newline or bytes that are not UTF-8."""
+    return path if path.isprintable() else repr(path)
