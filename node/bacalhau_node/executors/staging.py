@@ -1,0 +1,214 @@
+"""Files into and out of the folder that a slot's container sees.
+
+Theory of operation (DESIGN section 6). A container's mounts are fixed when it is made, long
+before anyone knows which files its shards will get. So every slot has one folder on the
+store's file system, bound into its container, and each shard's files are put there when the
+slot becomes free. Four ways, the cheapest that works for the file:
+
+1. a hard link: nothing is copied, the mount is read-only, so the original is safe;
+2. a reflink (`FICLONE`): another file system object over the same blocks, copied on write;
+3. a copy, up to `COPY_LIMIT` bytes;
+4. a link to the file below a root that the job's containers have bound read-only.
+
+Whether a hard link helps depends on who reads: a node that runs as root starts containers as
+another user, for whom the file's mode has to allow it; if it does not, the file is copied.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Final
+
+from bacalhau_node.errors import BugError, ContentError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from bacalhau_node.ports import StagedFile
+
+COPY_LIMIT: Final = 64 * 1024 * 1024
+"""Largest file that is copied for a shard: a third of a second on a slow disk (DESIGN section 6)."""
+_FICLONE: Final = 0x40049409
+_NO_LINK: Final = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.EOPNOTSUPP)
+"""Answers that mean "not by a hard link here": other file system, not ours, too many links already."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """Who reads the staged files: the user that the container runs as, seen from this machine."""
+
+    uid: int
+    gid: int
+
+    def may_read(self, status: os.stat_result) -> bool:
+        """Whether this user may read a file of this status."""
+        if status.st_uid == self.uid:
+            return bool(status.st_mode & 0o400)
+        if status.st_gid == self.gid:
+            return bool(status.st_mode & 0o040)
+        return bool(status.st_mode & 0o004)
+
+
+class NeedsRoot(Exception):
+    """`file` can be neither linked nor copied: the containers of its job must have its root bound."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__(str(file))
+        self.file = file
+
+
+def stage(
+    files: Iterable[StagedFile], places: Mapping[str, Path], reader: Reader, *, roots: Mapping[Path, str] | None = None
+) -> None:
+    """Put every file where its `mount` says, seen through `places`: mount target -> folder on this machine.
+
+    `roots` are folders that the container has bound: path -> where they lie in it. Raises
+    `NeedsRoot` without touching the file, `ContentError` for one that can't be read.
+    """
+    made: set[Path] = set()
+    for file in files:
+        target = locate(file.mount, places)
+        folder = target if file.mount.endswith("/") else target.parent
+        if folder not in made:
+            _folders(folder, places.values())
+            made.add(folder)
+        if not file.mount.endswith("/"):
+            _place(file.path, target, reader, roots or {})
+
+
+def locate(mount: str, places: Mapping[str, Path]) -> Path:
+    """The path on this machine behind the path `mount` in the container."""
+    path = PurePosixPath(mount)
+    if ".." in path.parts:
+        raise BugError(f"a shard's file is to lie at {mount!r}, which leads out of its folder")
+    for prefix in sorted(places, key=len, reverse=True):
+        if path.is_relative_to(prefix):
+            return places[prefix] / path.relative_to(prefix)
+    raise BugError(f"a shard's file is to lie at {mount!r}, and the container has only {sorted(places)} for files")
+
+
+def mirror(source: Path, target: Path, reader: Reader) -> None:
+    """A copy of the small tree `source` at `target`, by hard links where possible."""
+    _folder(target)
+    for folder, folders, names in os.walk(source):
+        below = target / Path(folder).relative_to(source)
+        for name in folders:
+            _folder(below / name)
+        for name in names:
+            _place(Path(folder, name), below / name, reader, {})
+
+
+def clear(folder: Path) -> None:
+    """Remove everything in `folder`, which itself stays: it is bound into a container."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def destroy(folder: Path) -> None:
+    """Remove `folder` whose container is gone, whatever modes the shard gave to what it left there."""
+    left = [folder]
+    while left:
+        each = left.pop()
+        each.chmod(0o700)
+        left += [path for path in each.iterdir() if path.is_dir() and not path.is_symlink()]
+    shutil.rmtree(folder)
+
+
+def take_out(folder: Path, target: Path) -> Path | None:
+    """Move what a shard left in `folder` to the new folder `target`; None when it left nothing."""
+    paths = list(folder.iterdir())
+    if not paths:
+        return None
+    target.mkdir()
+    for path in paths:
+        path.rename(target / path.name)
+    return target
+
+
+def used(folder: Path) -> int:
+    """Bytes on the disk below `folder`; files that vanish meanwhile count nothing."""
+    total, left = 0, [str(folder)]
+    while left:
+        try:
+            with os.scandir(left.pop()) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        left.append(entry.path)
+                    else:
+                        total += entry.stat(follow_symlinks=False).st_blocks * 512
+        except OSError:
+            continue
+    return total
+
+
+def _place(source: Path, target: Path, reader: Reader, roots: Mapping[Path, str]) -> None:
+    try:
+        real = source.resolve() if source.is_symlink() else source
+        status = real.stat()
+        if (reader.may_read(status) and _link(real, target)) or _clone(real, target):
+            return
+        if status.st_size <= COPY_LIMIT:
+            _copy(real, target)
+            return
+    except OSError as error:
+        raise ContentError(f"{source} can't be given to the shard: {error.strerror}") from error
+    if not reader.may_read(status):
+        raise ContentError(
+            f"{source} may not be read by user {reader.uid}, as whom the shard runs, and is too large to copy "
+            f"({status.st_size} bytes): `chmod a+r` it"
+        )
+    for root, inside in roots.items():
+        if source.is_relative_to(root):
+            target.symlink_to(f"{inside}/{source.relative_to(root)}")
+            return
+    raise NeedsRoot(source)
+
+
+def _link(source: Path, target: Path) -> bool:
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno in _NO_LINK:
+            return False
+        raise
+    return True
+
+
+def _clone(source: Path, target: Path) -> bool:
+    with source.open("rb") as reading, target.open("xb") as writing:
+        try:
+            fcntl.ioctl(writing.fileno(), _FICLONE, reading.fileno())
+        except OSError:
+            target.unlink()
+            return False
+        os.fchmod(writing.fileno(), 0o644)
+    return True
+
+
+def _copy(source: Path, target: Path) -> None:
+    shutil.copyfile(source, target)
+    target.chmod(0o644)
+
+
+def _folders(folder: Path, places: Iterable[Path]) -> None:
+    """Make `folder` and what is missing above it, readable for the container whatever the umask is."""
+    missing = []
+    known = set(places)
+    while folder not in known and not folder.is_dir():
+        missing.append(folder)
+        folder = folder.parent
+    for each in reversed(missing):
+        _folder(each)
+
+
+def _folder(path: Path) -> None:
+    path.mkdir()
+    path.chmod(0o755)
