@@ -13,7 +13,6 @@ from typing import Any
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
-from traitlets.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "notebooks" / "01-first-job.ipynb"
@@ -27,7 +26,7 @@ def execute(path: Path) -> nbformat.NotebookNode:
     client = NotebookClient(
         notebook,
         timeout=CELL_SECONDS,
-        config=Config({"KernelManager": {"transport": "ipc"}}),  # sockets in a folder of ours, not ports
+        extra_arguments=["--log-level=ERROR"],  # new kernels warn about their own local sockets
         kernel_name="python3",
         resources={"metadata": {"path": str(path.parent)}},
     )
