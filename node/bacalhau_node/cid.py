@@ -55,7 +55,7 @@ class Cid(msgspec.Struct, frozen=True, order=True, gc=False):
     @staticmethod
     def decode(binary: bytes) -> Cid:
         """The CID in its byte form; raises `SpecError` for other hashes, codecs or lengths."""
-        if (len(binary) == 34 and binary[:2] == _HASH) or binary[:-32] in _CODECS:  # noqa: PLR2004 - 2 + 32 bytes
+        if (len(binary) == 34 and binary[:2] == _HASH) or binary[:-32] in _CODECS:
             return Cid(binary)
         raise SpecError(
             f"CID {_shown(binary.hex())} is not one this version reads:"
@@ -66,6 +66,11 @@ class Cid(msgspec.Struct, frozen=True, order=True, gc=False):
     def of(block: bytes, *, codec: int = RAW, version: Literal[0, 1] = 1) -> Cid:
         """The CID of `block`. Version 0 exists for dag-pb only."""
         return Cid((_PREFIXES[codec] if version else _HASH) + sha256(block).digest())
+
+    @staticmethod
+    def raw(digest: bytes) -> Cid:
+        """The CID of the raw block with this digest."""
+        return Cid(_PREFIXES[RAW] + digest)
 
     @property
     def digest(self) -> bytes:
@@ -83,7 +88,7 @@ class Cid(msgspec.Struct, frozen=True, order=True, gc=False):
 
     def v1(self) -> Cid:
         """The same block's CID in version 1."""
-        return Cid(_PREFIXES[DAG_PB] + self.binary[2:]) if len(self.binary) == 34 else self  # noqa: PLR2004 - CIDv0
+        return Cid(_PREFIXES[DAG_PB] + self.binary[2:]) if len(self.binary) == 34 else self
 
     def __str__(self) -> str:
         if self.binary[:2] == _HASH:
@@ -97,7 +102,7 @@ def binary_prefix(codec: int, *, version: Literal[0, 1]) -> bytes:
 
 
 def _shown(text: str) -> str:
-    return repr(text if len(text) <= 80 else text[:77] + "…")  # noqa: PLR2004 - a line of output
+    return repr(text if len(text) <= 80 else text[:77] + "…")
 
 
 def _to_base58(binary: bytes) -> str:
@@ -126,6 +131,6 @@ def _from_base32(text: str) -> bytes:
         raise SpecError(f"{_shown(text)} is not a CID: {min(strange)!r} is not a base32 character")
     size, spare = divmod(len(body) * 5, 8)
     number = int(body.translate(_TO_DIGITS), 32)
-    if spare >= 5 or number & ((1 << spare) - 1):  # noqa: PLR2004 - bits in one character
+    if spare >= 5 or number & ((1 << spare) - 1):
         raise SpecError(f"{_shown(text)} is not a CID: its length or last character is wrong; was all of it copied?")
     return (number >> spare).to_bytes(size, "big")

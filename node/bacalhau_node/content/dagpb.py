@@ -51,10 +51,10 @@ class Node(msgspec.Struct, frozen=True, gc=False):
 
 def varint(number: int) -> bytes:
     """`number` as a protobuf varint."""
-    if number < 0x80:  # noqa: PLR2004 - seven bits
+    if number < 0x80:
         return bytes((number,))
     out = bytearray()
-    while number >= 0x80:  # noqa: PLR2004
+    while number >= 0x80:
         out.append(number & 0x7F | 0x80)
         number >>= 7
     out.append(number)
@@ -96,6 +96,11 @@ def leaf_frame(length: int) -> tuple[bytes, bytes]:
     return b"\x0a" + varint(len(head) + length + len(tail)) + head, tail
 
 
+def leaf_overhead(length: int) -> int:
+    """How much larger than its `length` bytes of data a dag-pb leaf is."""
+    return sum(map(len, leaf_frame(length)))
+
+
 def folder_node() -> bytes:
     """The UnixFS message of a plain folder."""
     return b"\x08\x01"
@@ -118,7 +123,7 @@ def decode_node(block: bytes) -> Node:
     for field, value in _fields(block):
         if field == 1 and isinstance(value, bytes) and data is None:
             data = value
-        elif field == 2 and isinstance(value, bytes):  # noqa: PLR2004 - PBNode.Links
+        elif field == 2 and isinstance(value, bytes):
             links.append(_decode_link(value))
         else:
             raise ContentError(f"not a dag-pb block: unexpected field {field}")
@@ -169,7 +174,7 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
         value, at = _read_varint(data, at)
         if tag & 7 == 0:
             yield tag >> 3, value
-        elif tag & 7 == 2:  # noqa: PLR2004 - length-delimited
+        elif tag & 7 == 2:
             if value > end - at:
                 raise ContentError("not a dag-pb block: a field is longer than the block")
             yield tag >> 3, data[at : at + value]
@@ -184,7 +189,7 @@ def _read_varint(data: bytes, at: int) -> tuple[int, int]:
         byte = data[at]
         at += 1
         number |= (byte & 0x7F) << shift
-        if byte < 0x80:  # noqa: PLR2004 - the last byte of a varint
+        if byte < 0x80:
             return number, at
         shift += 7
     raise ContentError("not a dag-pb block: a number is cut off or too long")

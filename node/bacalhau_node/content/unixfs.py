@@ -29,11 +29,11 @@ import msgspec
 from bacalhau_node.cid import DAG_PB, RAW, binary_prefix
 from bacalhau_node.content.dagpb import (
     PbLink,
-    encode_link,
     encode_node,
     file_node,
     folder_node,
     leaf_frame,
+    leaf_overhead,
     symlink_node,
 )
 from bacalhau_node.content.hamt import build_hamt
@@ -139,7 +139,7 @@ def import_reader(read: ReadAt, size: int, sink: Sink, *, profile: Profile, leaf
             sink(cid, block)
         else:
             leaf(cid, at, length)
-        tree.add(Imported(cid, length, length if profile.raw_leaves else _leaf_size(length)))
+        tree.add(Imported(cid, length, length + (0 if profile.raw_leaves else leaf_overhead(length))))
         at += length
     return tree.root()
 
@@ -233,11 +233,6 @@ def _store_node(block: bytes, below: int, sink: Sink, profile: Profile) -> PbLin
     cid = binary_prefix(DAG_PB, version=profile.version) + sha256(block).digest()
     sink(cid, block)
     return PbLink(cid, b"", len(block) + below)
-
-
-def _leaf_size(length: int) -> int:
-    head, tail = leaf_frame(length)
-    return len(head) + length + len(tail)
 
 
 def _hash_leaf(read: ReadAt, at: int, length: int, profile: Profile, *, keep: bool) -> tuple[bytes, bytes, int]:

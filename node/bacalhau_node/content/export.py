@@ -1,0 +1,60 @@
+"""Writing content out as files and folders, inside a target and nowhere else.
+
+Everything is written below a new folder beside the target, which gets its final name only when
+all is there and checked. Names were checked by the reader, folders are made here, and symbolic links are made
+last and only where they stay inside: so no write can pass through one.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from bacalhau_node.cid import Cid
+from bacalhau_node.content.reader import Item, Reader, resolve
+from bacalhau_node.errors import ContentError
+
+
+def export(reader: Reader, root: Cid, target: Path) -> None:
+    """Write the file or folder `root` to `target`; raises `ContentError` and leaves nothing behind."""
+    _refuse_existing(target)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".bacalhau-", dir=target.parent) as beside:
+            made = Path(beside) / "content"
+            _write(reader, root, made)
+            _refuse_existing(target)
+            made.rename(target)
+    except OSError as error:
+        raise ContentError(f"cannot write {target}: {error.strerror or error}") from error
+
+
+def _refuse_existing(target: Path) -> None:
+    if os.path.lexists(target):
+        raise ContentError(f"{target} exists already: choose another name or remove it")
+
+
+def _write(reader: Reader, root: Cid, made: Path) -> None:
+    items = {item.path: item for item in reader.walk()}
+    links = [item for item in items.values() if item.kind == "symlink"]
+    if items[""].kind == "symlink":
+        raise ContentError(f"{root} is a symbolic link, neither a file nor a folder")
+    for link in links:
+        resolve(items, link.path)
+    for item in items.values():
+        if item.kind == "folder":
+            _place(made, item).mkdir()
+        elif item.kind == "file":
+            _write_file(reader, item, _place(made, item))
+    for link in links:
+        _place(made, link).symlink_to(os.fsencode(link.target).decode("utf-8", "surrogateescape"))
+
+
+def _write_file(reader: Reader, item: Item, path: Path) -> None:
+    with path.open("xb") as out:
+        for chunk in reader.chunks(item.cid):
+            out.write(chunk)
+
+
+def _place(made: Path, item: Item) -> Path:
+    return made / item.path if item.path else made

@@ -1,0 +1,83 @@
+"""Inputs named by a CID: `ipfs://CID[/path]` or a bare CID, from the node's own content store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bacalhau_node.cid import Cid
+from bacalhau_node.errors import ContentError, SpecError
+from bacalhau_node.ports import ContentStore
+from bacalhau_node.sharding import ContentRef, Entry, Reference
+from bacalhau_node.spec import InputSource
+
+_SCHEME = "ipfs://"
+
+
+class ContentSource:
+    """`ports.Source` over the content that `store` has; other nodes are not asked in this version."""
+
+    def __init__(self, store: ContentStore) -> None:
+        self._store = store
+
+    def claims(self, source: str) -> bool:
+        """Whether `source` is `ipfs://…` or spells a CID."""
+        if source.startswith(_SCHEME):
+            return True
+        try:
+            Cid.parse(source)
+        except SpecError:
+            return False
+        return True
+
+    def list(self, source: InputSource, *, index: int) -> list[Entry]:
+        """Every file below the CID (or its path); a single file is named by its path, or by the CID itself."""
+        cid, path = _split(source.source)
+        if not self._store.has(cid):
+            raise ContentError(
+                f"{cid} is not in this node's content store, and this version does not fetch from other nodes:"
+                " put the data there first (`bacalhau-node put PATH`), or name its folder",
+            )
+        found = [(_below(item, path), file, size) for item, file, size in self._store.list(cid)]
+        entries = [
+            Entry(name or path.rpartition("/")[2] or cid, ContentRef(file), size, index)
+            for name, file, size in found
+            if name is not None
+        ]
+        if path and not entries:
+            some = ", ".join(item for item, _, _ in self._store.list(cid)[:5]) or "nothing"
+            raise ContentError(f"there is no {path!r} in {cid}: it holds {some}")
+        return entries
+
+    def open(self, reference: Reference, *, scratch: Path) -> Path:
+        """The store's own file where it has one, else one written to `scratch` (once for each CID)."""
+        cid = _cid(reference)
+        path = self._store.file(cid)
+        if path is None:
+            path = scratch / cid
+            if not path.exists():  # an export appears whole or not at all
+                self._store.export(cid, path)
+        return path
+
+    def check(self, reference: Reference) -> None:
+        """Content by CID cannot change, but the store's file that was handed out can: it is looked at again."""
+        self._store.file(_cid(reference))
+
+
+def _split(source: str) -> tuple[str, str]:
+    cid, _, path = source.removeprefix(_SCHEME).partition("/")
+    return str(Cid.parse(cid)), path.strip("/")
+
+
+def _below(item: str, path: str) -> str | None:
+    """`item` seen from the file or folder `path`: "" for itself, None outside of it."""
+    if not path:
+        return item
+    if item in {path, f"{path}/"}:
+        return item.removeprefix(path).strip("/")
+    return item.removeprefix(f"{path}/") if item.startswith(f"{path}/") else None
+
+
+def _cid(reference: Reference) -> str:
+    if not isinstance(reference, ContentRef):
+        raise ContentError(f"{reference.path} is a local file, not content by CID")
+    return reference.cid
