@@ -39,12 +39,16 @@ class JobRow(msgspec.Struct, frozen=True, tag="job"):
 
 
 class ShardRow(msgspec.Struct, frozen=True, tag="shard"):
-    """One shard of it: enough to go on after a restart. `attempts` is how many offers were made."""
+    """One shard of it: enough to go on after a restart. `attempts` is how many offers were made.
+
+    `attempt` is the one whose outcome was accepted (a late result may be of an earlier offer), else 0.
+    """
 
     job: JobId
     shard: int
     state: ShardState
     attempts: int = 0
+    attempt: int = 0
     node: NodeId | None = None
     outcome: Outcome | None = None
 
@@ -191,7 +195,10 @@ class Write(msgspec.Struct, frozen=True):
 
 
 class Keep(msgspec.Struct, frozen=True):
-    """Requester: pin (or publish) this accepted result, then report `ResultKept`."""
+    """Requester: pin (or publish) this accepted result, then report `ResultKept`.
+
+    A shard's final failure is kept in the same way: its output may lie in the store.
+    """
 
     execution: Execution
     node: NodeId

@@ -1,0 +1,372 @@
+"""The compute node's half: takes what it has room for, runs it, and looks after the results until they are kept.
+
+Theory of operation. `step` takes one event and returns the effects. An execution is **held** from the
+moment it is taken until its requester has kept, refused or cancelled it; that is also how long
+its job keeps its slots' containers here (`ReleaseJob` follows the last one).
+
+**Room.** A node takes at most its free slots and a few more, so that a slot never waits for the
+network between short shards: this prefetch is doubled while shards last under 20 ms, halved
+when they last over 100 ms, and ends at 64. The executor queues what is beyond its slots.
+
+**The same answer to the same question.** The transport may repeat and reorder. A repeated offer of what is
+held is answered alike; one of what was refused or is over is refused as busy, never run again:
+for each shard the highest attempt seen is remembered (of the last `REMEMBERED` jobs; a node
+that was restarted remembers only results that it still owes).
+
+**Owing a result.** When an execution ends its outcome is journaled, then proposed, again and again until the
+answer comes. `Accept` ends the repeating, `Kept` and `Reject` end the owing. If `Kept` is lost, the
+next heartbeat, which lists everything held, is answered by it once more.
+
+**Silence.** Any message of a requester shows that it is alive; it answers every heartbeat. After the orphan
+grace its work is stopped and its results are forgotten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Final
+
+from bacalhau_node.errors import BugError
+from bacalhau_node.ids import Execution, JobId, NodeId
+from bacalhau_node.messages import (
+    Accept,
+    Cancel,
+    Heartbeat,
+    Kept,
+    Message,
+    Offer,
+    Outcome,
+    Propose,
+    Recall,
+    Refuse,
+    Reject,
+    Started,
+    Take,
+)
+from bacalhau_node.protocol.events import (
+    ComputeRow,
+    Effect,
+    Event,
+    ExecutionEnded,
+    ExecutionStarted,
+    Forget,
+    HeartbeatTimer,
+    ProposeTimer,
+    Received,
+    ReleaseJob,
+    Row,
+    Run,
+    Send,
+    SetTimer,
+    Stop,
+    TimerFired,
+    Write,
+)
+from bacalhau_node.protocol.placement import LEASE
+from bacalhau_node.protocol.tables import EXECUTION, Story, advance, remember, told
+from bacalhau_node.spec import JobSpec
+
+HEARTBEAT: Final = LEASE / 3
+"""Seconds between heartbeats: two may be lost without harm."""
+
+PROPOSE_AGAIN: Final = 5.0
+"""Seconds after which an unanswered proposal is sent again."""
+
+ORPHAN_GRACE: Final = 600.0
+"""Seconds of silence after which a requester's work is given up (DESIGN section 5)."""
+
+MAX_PREFETCH: Final = 64
+SHORT_SHARD: Final = 0.02
+LONG_SHARD: Final = 0.1
+"""Prefetch beyond the free slots, and the seconds of a shard that double or halve it (DESIGN section 5)."""
+
+REMEMBERED: Final = 256
+"""Jobs without held executions whose attempts are remembered (a guess)."""
+
+
+@dataclass(slots=True, eq=False, repr=False)
+class Held:
+    """One execution and whose it is; `outcome` from its end on."""
+
+    execution: Execution
+    requester: NodeId
+    state: str = "taken"
+    outcome: Outcome | None = None
+    story: Story = ()
+
+
+@dataclass(slots=True, eq=False, repr=False)
+class Owner:
+    """A requester that this node works for. `beating`: its heartbeat timer is set."""
+
+    heard: float
+    held: dict[Execution, Held] = field(default_factory=dict)
+    beating: bool = False
+
+
+@dataclass(slots=True, eq=False, repr=False)
+class JobHere:
+    """A job of which this node has seen offers: how many executions are held, and each shard's highest attempt."""
+
+    held: int = 0
+    seen: dict[int, int] = field(default_factory=dict)
+
+
+class Compute:
+    """The machine of the work that one node does for requesters.
+
+    `slots`: executions that run at once. `refuse` says why this node can never run a job, or None.
+    """
+
+    def __init__(self, node: NodeId, *, slots: int, refuse: Callable[[JobSpec], str | None]) -> None:
+        self.node = node
+        self.slots = slots
+        self.prefetch = 0
+        self.active = 0
+        """Executions taken or running."""
+        self.held: dict[Execution, Held] = {}
+        self._refuse = refuse
+        self._owners: dict[NodeId, Owner] = {}
+        self._jobs: dict[JobId, JobHere] = {}
+        self._now = 0.0
+        self._rows: list[Effect] = []
+        self._out: list[Effect] = []
+
+    # --- the way in ---
+
+    def step(self, event: Event, now: float) -> list[Effect]:
+        """What to do after `event`; `now` is monotonic, in seconds."""
+        self._now = now
+        match event:
+            case Received():
+                self._received(event.sender, event.message)
+            case ExecutionStarted():
+                self._started(event.execution)
+            case ExecutionEnded():
+                self._ended(event.execution, event.outcome)
+            case TimerFired():
+                self._fired(event)
+            case _:
+                raise BugError(f"a compute node was given {type(event).__name__}")
+        return self._effects()
+
+    @classmethod
+    def recover(
+        cls,
+        node: NodeId,
+        rows: Iterable[Row],
+        now: float,
+        *,
+        slots: int,
+        refuse: Callable[[JobSpec], str | None],
+    ) -> tuple[Compute, list[Effect]]:
+        """A compute node that still owes the results of a journal, and what to do first: propose them."""
+        self = cls(node, slots=slots, refuse=refuse)
+        self._now = now
+        for row in rows:
+            if isinstance(row, ComputeRow) and row.outcome is not None:
+                held = Held(row.execution, row.requester, state="proposed", outcome=row.outcome)
+                self._hold(held)
+                self._propose(held)
+        return self, self._effects()
+
+    @property
+    def room(self) -> int:
+        """How many more executions this node would take now."""
+        return max(0, self.slots + self.prefetch - self.active)
+
+    def requester(self, execution: Execution) -> NodeId | None:
+        """Whose execution this is, while it is held."""
+        held = self.held.get(execution)
+        return held.requester if held is not None else None
+
+    def check(self) -> None:
+        """Raise `BugError` if the records contradict each other or break a rule of the protocol."""
+        active = sum(held.state in ("taken", "running") for held in self.held.values())
+        if active != self.active or active > self.slots + MAX_PREFETCH:
+            raise BugError(f"node {self.node}: {active} executions at work, counted {self.active}, {self.slots} slots")
+        owned = [held for owner in self._owners.values() for held in owner.held.values()]
+        if len(owned) != len(self.held) or sum(job.held for job in self._jobs.values()) != len(self.held):
+            raise BugError(f"node {self.node}: {len(self.held)} executions held, {len(owned)} owned")
+        for held in self.held.values():
+            if (held.outcome is not None) != (held.state in ("proposed", "accepted")):
+                raise BugError(f"execution {held.execution} is {held.state}", story=told(held.story))
+
+    # --- messages ---
+
+    def _received(self, sender: NodeId, message: Message) -> None:
+        if (owner := self._owners.get(sender)) is not None:
+            owner.heard = self._now
+        match message:
+            case Offer():
+                self._offered(sender, message)
+            case Accept():
+                held = self._of(sender, message.execution)
+                if held is not None and held.state == "proposed":
+                    self._move(held, "accept")
+            case Kept() | Reject():
+                self._drop_all(sender, (message.execution,))
+            case Cancel():
+                self._drop_all(sender, message.executions)
+            case Recall():
+                self._recalled(sender, message)
+            case _:
+                raise BugError(f"a compute node was given the message {type(message).__name__}")
+
+    def _offered(self, sender: NodeId, offer: Offer) -> None:
+        executions = [Execution(offer.job, one.shard, one.attempt) for one in offer.shards]
+        if (reason := self._refuse(offer.spec)) is not None:
+            self._out.append(Send(sender, Refuse(tuple(executions), "never", reason, self.room)))
+            return
+        taken: list[Execution] = []
+        busy: list[Execution] = []
+        runs: list[Effect] = []
+        for execution, one in zip(executions, offer.shards, strict=True):
+            if self._of(sender, execution) is not None:
+                taken.append(execution)
+            elif self.room and self._unseen(execution):
+                taken.append(execution)
+                self._hold(Held(execution, sender))
+                runs.append(Run(execution, offer.spec, one.block, offer.count))
+            else:
+                self._see(execution)
+                busy.append(execution)
+        if taken:
+            self._out.append(Send(sender, Take(tuple(taken), self.room)))
+        if busy:
+            reason = f"all {self.slots} slots are in use"
+            self._out.append(Send(sender, Refuse(tuple(busy), "busy", reason, self.room)))
+        self._out.extend(runs)
+
+    def _recalled(self, sender: NodeId, message: Recall) -> None:
+        given = [one for one in message.executions if (held := self._of(sender, one)) and held.state == "taken"]
+        self._drop_all(sender, tuple(given))
+        if given:
+            self._out.append(Send(sender, Refuse(tuple(given), "busy", "given back as asked", self.room)))
+
+    def _of(self, sender: NodeId, execution: Execution) -> Held | None:
+        """The held execution, if it is this requester's."""
+        held = self.held.get(execution)
+        return held if held is not None and held.requester == sender else None
+
+    # --- executions ---
+
+    def _started(self, execution: Execution) -> None:
+        held = self.held.get(execution)
+        if held is None:
+            return  # it was stopped meanwhile
+        self._move(held, "start")
+        self._out.append(Send(held.requester, Started(execution)))
+
+    def _ended(self, execution: Execution, outcome: Outcome) -> None:
+        held = self.held.get(execution)
+        if held is None:
+            self._out.append(Forget(execution, outcome))  # it was stopped meanwhile
+            return
+        self._move(held, "end")
+        self.active -= 1
+        self._adapt(outcome.seconds)
+        held.outcome = outcome
+        self._rows.append(Write(ComputeRow(execution, held.requester, outcome)))
+        self._propose(held)
+
+    def _adapt(self, seconds: float) -> None:
+        if seconds < SHORT_SHARD:
+            self.prefetch = min(MAX_PREFETCH, 2 * self.prefetch or 1)
+        elif seconds > LONG_SHARD:
+            self.prefetch //= 2
+
+    def _propose(self, held: Held) -> None:
+        assert held.outcome is not None, "only what has ended is proposed"
+        self._out.append(Send(held.requester, Propose(held.execution, held.outcome, self.room)))
+        self._out.append(SetTimer(ProposeTimer(held.execution), self._now + PROPOSE_AGAIN))
+
+    # --- records ---
+
+    def _hold(self, held: Held) -> None:
+        execution = held.execution
+        self._see(execution)
+        self.held[execution] = held
+        self._jobs[execution.job].held += 1
+        if held.state == "taken":
+            self.active += 1
+        owner = self._owners.setdefault(held.requester, Owner(self._now))
+        owner.held[execution] = held
+        if not owner.beating:
+            owner.beating = True
+            self._out.append(SetTimer(HeartbeatTimer(held.requester), self._now + HEARTBEAT))
+
+    def _unseen(self, execution: Execution) -> bool:
+        job = self._jobs.get(execution.job)
+        return job is None or job.seen.get(execution.shard, 0) < execution.attempt
+
+    def _see(self, execution: Execution) -> None:
+        job = self._jobs.get(execution.job)
+        if job is None:
+            job = self._jobs[execution.job] = JobHere()
+            if len(self._jobs) > REMEMBERED:
+                self._forget_oldest()
+        job.seen[execution.shard] = max(execution.attempt, job.seen.get(execution.shard, 0))
+
+    def _forget_oldest(self) -> None:
+        oldest = next((job for job, here in self._jobs.items() if not here.held), None)
+        if oldest is not None:
+            del self._jobs[oldest]
+
+    def _move(self, held: Held, verb: str) -> None:
+        held.state = advance(EXECUTION, held.state, verb, what=f"execution {held.execution}", story=held.story)
+        held.story = remember(held.story, self._now, verb)
+
+    def _drop_all(self, sender: NodeId, executions: Iterable[Execution]) -> None:
+        for execution in executions:
+            if (held := self._of(sender, execution)) is not None:
+                self._drop(held)
+
+    def _drop(self, held: Held) -> None:
+        """Nobody wants this execution, or its result, any more."""
+        execution = held.execution
+        self._move(held, "drop")
+        if held.outcome is None:
+            self.active -= 1
+            self._out.append(Stop(execution))
+        else:
+            self._rows.append(Write(ComputeRow(execution, held.requester, None)))
+            self._out.append(Forget(execution, held.outcome))
+        del self.held[execution]
+        del self._owners[held.requester].held[execution]
+        job = self._jobs[execution.job]
+        job.held -= 1
+        if job.held == 0:
+            self._out.append(ReleaseJob(execution.job))
+
+    # --- time ---
+
+    def _fired(self, event: TimerFired) -> None:
+        match event.timer:
+            case HeartbeatTimer() as timer:
+                self._beat(timer.requester)
+            case ProposeTimer() as timer:
+                held = self.held.get(timer.execution)
+                if held is not None and held.state == "proposed":
+                    self._propose(held)
+            case _:
+                raise BugError(f"a compute node was given the timer {type(event.timer).__name__}")
+
+    def _beat(self, requester: NodeId) -> None:
+        owner = self._owners.get(requester)
+        if owner is None:
+            return
+        if self._now - owner.heard >= ORPHAN_GRACE:
+            self._drop_all(requester, tuple(owner.held))
+        if not owner.held:
+            del self._owners[requester]
+            return
+        running = tuple(held.execution for held in owner.held.values() if held.state == "running")
+        self._out.append(Send(requester, Heartbeat(tuple(owner.held), running, self.room)))
+        self._out.append(SetTimer(HeartbeatTimer(requester), self._now + HEARTBEAT))
+
+    def _effects(self) -> list[Effect]:
+        effects = self._rows + self._out
+        self._rows, self._out = [], []
+        return effects

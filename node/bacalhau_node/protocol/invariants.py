@@ -1,0 +1,57 @@
+"""The rules that must hold after every step, as code: tests and the simulator call them through `check()`.
+
+They walk over everything, so the engine doesn't call them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from bacalhau_node.errors import BugError
+from bacalhau_node.ids import NodeId
+from bacalhau_node.protocol.records import Job, Node, Shard
+from bacalhau_node.protocol.tables import told
+
+LIVE = ("offered", "taken", "running")
+DECIDED = ("accepted", "kept", "failed")
+
+
+def check_requester(jobs: Iterable[Job], nodes: Mapping[NodeId, Node]) -> None:
+    """Raise `BugError` for the first rule that a job, shard or node breaks."""
+    for job in jobs:
+        _check_job(job)
+        for shard in job.shards:
+            _check_shard(job, shard)
+    for node in nodes.values():
+        unanswered = sum(not attempt.answered for attempt in node.live.values())
+        if node.room < 0 or node.unanswered != unanswered:
+            raise BugError(f"node {node.id}: room {node.room}, {node.unanswered} unanswered, counted {unanswered}")
+
+
+def _check_job(job: Job) -> None:
+    states = [shard.state for shard in job.shards]
+    for state, count in job.counts.items():
+        if states.count(state) != count:
+            raise BugError(f"job {job.id} counts {count} shards {state}, there are {states.count(state)}")
+    queued = {shard.index for queue in (job.fresh, job.again) for shard in queue}
+    lost = [shard.index for shard in job.shards if shard.state == "waiting" and shard.index not in queued]
+    if lost:
+        raise BugError(f"job {job.id}: shards {lost} wait, but in no queue")
+    if job.closing is not None and job.unfinished:
+        raise BugError(f"job {job.id} is ending, but {job.unfinished} shards go on")
+    if job.spec.parallel is not None and len(job.live) > job.spec.parallel:
+        raise BugError(f"job {job.id}: {len(job.live)} live executions, at most {job.spec.parallel} are allowed")
+
+
+def _check_shard(job: Job, shard: Shard) -> None:
+    wrong = ""
+    if (shard.state in LIVE) != bool(shard.live) or len(shard.live) > job.spec.replicas:
+        wrong = f"{len(shard.live)} live attempts while {shard.state}"
+    elif (shard.state in DECIDED) != (shard.accepted is not None):
+        wrong = f"{shard.state}, and its outcome is {'there' if shard.accepted else 'missing'}"
+    elif any(job.live.get(attempt.execution) is not attempt for attempt in shard.live.values()):
+        wrong = "a live attempt that its job does not know"
+    elif shard.accepted is not None and (shard.state, shard.accepted.outcome.ok) in (("kept", False), ("failed", True)):
+        wrong = f"{shard.state}, though its outcome was ok={shard.accepted.outcome.ok}"
+    if wrong:
+        raise BugError(f"shard {shard.index} of job {job.id}: {wrong}", story=told(shard.story))

@@ -1,0 +1,94 @@
+"""Which state may follow which: the transitions of a shard at the requester and at a compute node.
+
+Both machines change the state of a record only through `advance`. A pair that is not in the
+table is a bug of this package, and the error carries what happened to the record before. What
+*peers* send out of turn never gets here: the machines drop it first, by the execution it names.
+
+`python -m bacalhau_node.protocol.tables` prints the tables as Mermaid diagrams.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from bacalhau_node.errors import BugError
+
+Table = Mapping[str, Mapping[str, str]]
+Story = tuple[tuple[float, str, str], ...]
+"""What happened to a record: (when, verb, detail), oldest first, the last `STORY_LENGTH` of it."""
+
+STORY_LENGTH: Final = 8
+"""Two whole attempts (offer, take, start, return); memory is bounded for 100,000 shards."""
+
+SHARD: Final[Table] = {
+    "waiting": {"offer": "offered", "accept": "accepted", "stop": "stopped"},
+    "offered": {
+        "take": "taken",
+        "accept": "accepted",
+        "return": "waiting",
+        "fail": "failed",
+        "stop": "stopped",
+    },
+    "taken": {"start": "running", "accept": "accepted", "return": "waiting", "fail": "failed", "stop": "stopped"},
+    "running": {"accept": "accepted", "return": "waiting", "fail": "failed", "stop": "stopped"},
+    "accepted": {"keep": "kept", "fail": "failed"},
+    "kept": {},
+    "failed": {},
+    "stopped": {},
+}
+"""A shard at the requester. `return`: refused, lost, or to be repeated. `accept` while waiting: a
+late result of a lost attempt. `accepted` holds a result or a final failure until it is stored."""
+
+EXECUTION: Final[Table] = {
+    "taken": {"start": "running", "end": "proposed", "drop": "over"},
+    "running": {"end": "proposed", "drop": "over"},
+    "proposed": {"accept": "accepted", "drop": "over"},
+    "accepted": {"drop": "over"},
+    "over": {},
+}
+"""An execution at a compute node. `drop`: kept elsewhere, rejected, cancelled, recalled or orphaned."""
+
+DIAGRAMS: Final[Mapping[str, tuple[str, Table]]] = {
+    "A shard, at the requester": ("waiting", SHARD),
+    "An execution, at a compute node": ("taken", EXECUTION),
+}
+
+
+def advance(table: Table, state: str, verb: str, *, what: str, story: Story) -> str:
+    """The state that `verb` leads to; raises `BugError` with the story when it may not happen now."""
+    after = table[state].get(verb)
+    if after is None:
+        raise BugError(f"{what} is {state}: {verb!r} can't happen to it", story=told(story))
+    return after
+
+
+def remember(story: Story, now: float, verb: str, detail: str = "") -> Story:
+    """The story with one more line, without its oldest ones."""
+    return (*story[1 - STORY_LENGTH :], (now, verb, detail))
+
+
+def told(story: Story) -> tuple[str, ...]:
+    """The story as lines of text."""
+    return tuple(f"{now:.3f} {verb} {detail}".rstrip() for now, verb, detail in story)
+
+
+def mermaid() -> str:
+    """Every table as a titled Mermaid state diagram, as ARCHITECTURE.md shows them."""
+    return "\n\n".join(f"{title}:\n\n{_diagram(first, table)}" for title, (first, table) in DIAGRAMS.items())
+
+
+def _diagram(first: str, table: Table) -> str:
+    arrows = [f"    [*] --> {first}"]
+    for state, verbs in table.items():
+        ends: dict[str, list[str]] = {}
+        for verb, after in verbs.items():
+            ends.setdefault(after, []).append(verb)
+        arrows += [f"    {state} --> {after}: {', '.join(names)}" for after, names in ends.items()]
+        if not verbs:
+            arrows.append(f"    {state} --> [*]")
+    return "\n".join(("```mermaid", "stateDiagram-v2", *arrows, "```"))
+
+
+if __name__ == "__main__":
+    print(mermaid())  # noqa: T201 - printing is what this entry point is for
