@@ -11,7 +11,6 @@ from typing import Protocol
 
 import msgspec
 
-from bacalhau_node.content.records import read_root
 from bacalhau_node.errors import SpecError
 from bacalhau_node.feed import Feed
 from bacalhau_node.feed import ShardText as ShardText
@@ -21,7 +20,7 @@ from bacalhau_node.messages import Outcome
 from bacalhau_node.node import Node, open_node
 from bacalhau_node.plan import JobPlan as JobPlan
 from bacalhau_node.plan import PlannedShard as PlannedShard
-from bacalhau_node.plan import read_shard
+from bacalhau_node.plan import read_blocks, read_shard
 from bacalhau_node.ports import Capabilities, ContentStore
 from bacalhau_node.protocol.events import CancelRequested, JobRow, JobState, ShardState
 from bacalhau_node.protocol.events import JobChanged as JobChanged
@@ -97,8 +96,10 @@ class Client(Protocol):
         ...
 
     def updates(self, job: JobId) -> AsyncIterator[Update]:
-        """First the present state (one `JobChanged`, a `ShardChanged` for each shard that is not waiting, the text so
-        far), then every change; ends after a `JobChanged` to a final state."""
+        """The present state, then every change; ends after a `JobChanged` to a final state.
+
+        The present state is one `JobChanged`, a `ShardChanged` for each shard that is not waiting, the text so far.
+        """
         ...
 
     async def cancel(self, job: JobId) -> None:
@@ -240,7 +241,7 @@ async def open_local(*, folder: Path | None = None) -> LocalClient:
 
 
 def _planned_inputs(content: ContentStore, plan: str) -> tuple[tuple[str, ...], ...]:
-    return tuple(_logical(read_shard(content, block)[0]) for _, block in read_root(content, plan))
+    return tuple(_logical(read_shard(content, block)[0]) for block in read_blocks(content, plan))
 
 
 def _logical(entries: Sequence[Entry]) -> tuple[str, ...]:

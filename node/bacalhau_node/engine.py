@@ -18,17 +18,19 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Protocol
 
 from bacalhau_node import wire
 from bacalhau_node.errors import BacalhauError, ProtocolError
-from bacalhau_node.feed import Feed, ShardText, Update
+from bacalhau_node.feed import Feed, ShardText
 from bacalhau_node.ids import Execution, JobId, NodeId
-from bacalhau_node.messages import Accept, Cancel, Kept, Lines, Offer, Outcome, Recall, Reject
+from bacalhau_node.messages import Accept, Cancel, Kept, Lines, Message, Offer, Outcome, Recall, Reject
 from bacalhau_node.ports import ContentStore, Journal, Transport
 from bacalhau_node.protocol import events as ev
 from bacalhau_node.protocol.compute import Compute
-from bacalhau_node.protocol.requester import LEASE, Requester
+from bacalhau_node.protocol.placement import LEASE
+from bacalhau_node.protocol.requester import Requester
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +38,25 @@ _TO_COMPUTE = (Offer, Accept, Reject, Kept, Cancel, Recall)
 _COMPUTE_EVENTS = (ev.ExecutionStarted, ev.ExecutionEnded)
 _COMPUTE_TIMERS = (ev.HeartbeatTimer, ev.ProposeTimer)
 
-Execute = Callable[[ev.Run, Callable[[ev.Event | Lines], None]], Awaitable[Outcome]]
-"""Stage, run and store one execution (`runner.Runner.execute`): progress through the callback, the end returned."""
+
+class Work(Protocol):
+    """What takes time: each call is one task of the engine, and its end the next event."""
+
+    async def execute(self, run: ev.Run, progress: Callable[[ev.Event | Lines], None]) -> Outcome:
+        """Stage, run and store one execution; progress through the callback, the end returned."""
+        ...
+
+    async def release(self, job: JobId) -> None:
+        """No execution of `job` is held any more."""
+        ...
+
+    async def keep(self, order: ev.Keep) -> None:
+        """Store an accepted result so that its node may forget it."""
+        ...
+
+    async def seal(self, order: ev.Seal) -> str:
+        """Store the root over a job's records; returns its CID."""
+        ...
 
 
 class Engine:
@@ -51,14 +70,11 @@ class Engine:
         transport: Transport,
         journal: Journal,
         content: ContentStore,
-        execute: Execute,
-        release: Callable[[JobId], Awaitable[None]],
-        keep: Callable[[ev.Keep], Awaitable[None]],
-        seal: Callable[[ev.Seal], Awaitable[str]],
+        work: Work,
     ) -> None:
         self._requester, self._compute = requester, compute
         self._transport, self._journal, self._content = transport, journal, content
-        self._execute, self._release, self._keep, self._seal = execute, release, keep, seal
+        self._work = work
         self._loop = asyncio.get_running_loop()
         self._inbox: deque[ev.Event] = deque()
         self._scheduled = False
@@ -133,7 +149,7 @@ class Engine:
                 self.feeds[row.job] = Feed(row.job)
             self.feeds[row.job].record(row)
 
-    def _perform(self, effect: ev.Effect) -> None:  # noqa: C901, PLR0912 - one arm per effect, each a line or two
+    def _perform(self, effect: ev.Effect) -> None:  # noqa: C901 - one arm per effect, each a line or two
         match effect:
             case ev.Write():
                 pass  # committed before
@@ -157,13 +173,13 @@ class Engine:
             case ev.Forget():
                 pass  # the store is shared with the requester of this process, which pinned it
 
-    def _publish(self, update: Update) -> None:
+    def _publish(self, update: ev.ShardChanged | ev.JobChanged) -> None:
         if feed := self.feeds.get(update.job):
             feed.publish(update)
 
     # --- messages ---
 
-    def _send(self, to: NodeId, message: ev.Message) -> None:
+    def _send(self, to: NodeId, message: Message) -> None:
         if to == self._transport.node:
             self.post(ev.Received(to, message))
         else:
@@ -219,7 +235,7 @@ class Engine:
 
     async def _run(self, run: ev.Run) -> None:
         try:
-            outcome = await self._execute(run, self._progress)
+            outcome = await self._work.execute(run, self._progress)
         finally:
             self._runs.pop(run.execution, None)
         self.post(ev.ExecutionEnded(run.execution, outcome))
@@ -235,15 +251,15 @@ class Engine:
             self.post(news)
 
     async def _kept(self, keep: ev.Keep) -> None:
-        await self._keep(keep)
+        await self._work.keep(keep)
         self.post(ev.ResultKept(keep.execution))
 
     async def _sealed(self, seal: ev.Seal) -> None:
-        self.post(ev.JobSealed(seal.job, await self._seal(seal)))
+        self.post(ev.JobSealed(seal.job, await self._work.seal(seal)))
 
     async def _released(self, job: JobId) -> None:
         try:
-            await self._release(job)
+            await self._work.release(job)
         except BacalhauError:
             log.exception("job %s was not released cleanly", job)
 

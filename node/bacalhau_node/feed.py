@@ -101,8 +101,8 @@ class Feed:
             queue.put_nowait(None)
         self._watchers.append(queue)
         try:
-            while (update := await queue.get()) is not None:
-                yield update
+            while (change := await queue.get()) is not None:
+                yield change
         finally:
             self._watchers.remove(queue)
 

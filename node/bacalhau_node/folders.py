@@ -60,7 +60,7 @@ def take_folder(root: Path) -> NodeFolder:
     nodes = root / "nodes"
     try:
         nodes.mkdir(parents=True, exist_ok=True)
-        os.chmod(root, 0o700)
+        root.chmod(0o700)
     except OSError as error:
         raise ContentError(
             f"the data folder {root} cannot be made: {error.strerror}. Set BACALHAU_DIR to a folder that you may write"

@@ -16,9 +16,10 @@ from pathlib import Path
 import msgspec
 
 from bacalhau_node.content.blocks import BlockStore
-from bacalhau_node.content.records import seal
 from bacalhau_node.engine import Engine
 from bacalhau_node.errors import BugError
+from bacalhau_node.executors.docker import DockerExecutor
+from bacalhau_node.executors.process import ProcessExecutor
 from bacalhau_node.folders import NodeFolder, data_folder, take_folder
 from bacalhau_node.ids import JobId
 from bacalhau_node.journal import SqliteJournal
@@ -88,10 +89,7 @@ class Node:
             transport=self._transport,
             journal=self._journal,
             content=self.content,
-            execute=self._runner.execute,
-            release=self._runner.release,
-            keep=self._keep,
-            seal=self._seal,
+            work=self._runner,
         )
         self.engine.recover(rows, [*effects, *more])
         self.engine.post(ev.NodeSeen(self.id, self.slots))
@@ -115,6 +113,7 @@ class Node:
 
     def _pin(self, spec: JobSpec) -> JobSpec:
         """The same job over copies of its local inputs in the store, named by CID."""
+
         def pinned(source: InputSource) -> InputSource:
             if not source.source.startswith("/"):
                 return source
@@ -134,6 +133,10 @@ class Node:
         self._probed = now
         for option in self._options:
             option.capabilities = await option.executor.probe()
+
+    def executors(self) -> list[Capabilities]:
+        """What each executor said at its last probe, best isolation first."""
+        return [option.capabilities for option in self._options]
 
     def _working(self) -> list[_Option]:
         return [option for option in self._options if option.capabilities.problem is None]
@@ -155,17 +158,6 @@ class Node:
             if option.executor.check(spec) is None:
                 return option.executor, option.capabilities.executor
         raise BugError(f"a job was taken that no executor can run: {self._refuse(spec)}")
-
-    # --- results ---
-
-    async def _keep(self, keep: ev.Keep) -> None:
-        self.content.pin(keep.outcome.record)
-
-    async def _seal(self, order: ev.Seal) -> str:
-        cid = seal(self.content, list(order.records))
-        self.content.pin(cid)
-        self.content.flush()
-        return cid
 
     # --- end ---
 
@@ -201,10 +193,7 @@ async def open_node(root: Path | None = None, *, executors: Sequence[Executor] |
 
 
 def _executors(folder: NodeFolder) -> list[Executor]:
-    """The executors of this machine, best isolation first. `docker` is an optional package."""
-    from bacalhau_node.executors.docker import DockerExecutor
-    from bacalhau_node.executors.process import ProcessExecutor
-
+    """The executors of this machine, best isolation first."""
     return [
         DockerExecutor(folder.path, node=folder.node, is_alive=folder.is_alive),
         ProcessExecutor(folder.path / "process"),

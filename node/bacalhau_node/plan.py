@@ -1,8 +1,8 @@
 """The plan of a job: made once by the requester, stored as blocks, read by whoever runs a shard.
 
-A shard's block holds its entries and a link to the block of what `--with` brought; the root
-holds links to all of them. So an offer names one CID for each shard, and a node reads only
-the blocks of the shards that it runs.
+A shard's block holds its entries (a long list goes on in the blocks that `more` links to) and
+links to the blocks of what `--with` brought; the root holds links to all shards. So an offer
+names one CID for each shard, and a node reads only the blocks of the shards that it runs.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from collections.abc import Sequence
 import msgspec
 
 from bacalhau_node import dagjson
-from bacalhau_node.content.records import seal
+from bacalhau_node.content.records import read_root, seal
 from bacalhau_node.errors import ContentError, SpecError
 from bacalhau_node.ports import ContentStore, Source
-from bacalhau_node.sharding import Entry, mounts, plan_block, read_block, select, split
+from bacalhau_node.sharding import Entry, check_places, chunks, mounts, plan_block, read_block, select, split
 from bacalhau_node.spec import InputSource, JobSpec
 
 
@@ -43,37 +43,65 @@ class StoredPlan(msgspec.Struct, frozen=True):
 
 def make_plan(spec: JobSpec, sources: Sequence[Source], *, slots: int) -> JobPlan:
     """List the inputs and split them. Blocks on disks; raises `SpecError` and `ContentError`."""
-    mounts(spec)  # clashes are told before anything is listed
+    mounts(spec)  # clashes of mounts are told before anything is listed
     listed = _list_all(spec.inputs, sources)
-    shared = _list_all(spec.shared, sources)
+    shared = [entry for entry in _list_all(spec.shared, sources) if not entry.path.endswith("/")]
     units = select(listed, spec.globs)
     shards, notes = split(units, spec.sharding, slots=slots, with_inputs=bool(spec.inputs))
-    planned = tuple(PlannedShard(tuple(entries), sum(entry.size for entry in entries)) for entries in shards)
+    check_places(spec, (entry for entries in shards for entry in entries), shared)
+    planned = tuple(PlannedShard(entries, sum(entry.size for entry in entries)) for entries in shards)
     return JobPlan(planned, tuple(shared), tuple(notes))
 
 
 def store_plan(plan: JobPlan, content: ContentStore) -> StoredPlan:
     """Put the plan's blocks into the store."""
-    shared = content.put(dagjson.encode(plan_block(plan.shared)), codec="dag-json") if plan.shared else None
-    blocks = tuple(_store_shard(shard, shared, content) for shard in plan.shards)
+    shared = _store_entries(plan.shared, content)
+    blocks = tuple(_store_shard(shard.entries, shared, content) for shard in plan.shards)
     return StoredPlan(seal(content, list(enumerate(blocks))), blocks)
 
 
 def read_shard(content: ContentStore, block: str) -> tuple[tuple[Entry, ...], tuple[Entry, ...]]:
     """(entries of the shard, entries that go to every shard), from the shard's block."""
+    node = _node(content, block)
+    return (*read_block(node), *_linked(content, node, "more")), _linked(content, node, "shared")
+
+
+def read_blocks(content: ContentStore, root: str) -> tuple[str, ...]:
+    """The shards' blocks of a stored plan, by shard."""
+    return tuple(block for _, block in read_root(content, root))
+
+
+def _store_shard(entries: tuple[Entry, ...], shared: list[dagjson.Link], content: ContentStore) -> str:
+    first, *rest = list(chunks(entries)) or [()]
+    node = plan_block(first)
+    if rest:
+        node["more"] = [_store_block(part, content) for part in rest]
+    if shared:
+        node["shared"] = shared
+    return content.put(dagjson.encode(node), codec="dag-json")
+
+
+def _store_entries(entries: tuple[Entry, ...], content: ContentStore) -> list[dagjson.Link]:
+    return [_store_block(part, content) for part in chunks(entries)]
+
+
+def _store_block(entries: tuple[Entry, ...], content: ContentStore) -> dagjson.Link:
+    return dagjson.Link(content.put(dagjson.encode(plan_block(entries)), codec="dag-json"))
+
+
+def _node(content: ContentStore, block: str) -> dict[str, object]:
     node = dagjson.decode(content.get(block))
     if not isinstance(node, dict):
         raise ContentError(f"{block} is not a shard of a plan")
-    link = node.get("shared")
-    shared = read_block(dagjson.decode(content.get(str(link)))) if link is not None else ()
-    return read_block(node), shared
+    return node
 
 
-def _store_shard(shard: PlannedShard, shared: str | None, content: ContentStore) -> str:
-    node = plan_block(shard.entries)
-    if shared is not None:
-        node["shared"] = dagjson.Link(shared)
-    return content.put(dagjson.encode(node), codec="dag-json")
+def _linked(content: ContentStore, node: dict[str, object], name: str) -> tuple[Entry, ...]:
+    links = node.get(name, [])
+    if not isinstance(links, list):
+        raise ContentError(f"a shard of a plan has {name!r} that is not a list of links")
+    parts = (read_block(_node(content, link.cid)) for link in links if isinstance(link, dagjson.Link))
+    return tuple(entry for part in parts for entry in part)
 
 
 def _list_all(inputs: Sequence[InputSource], sources: Sequence[Source]) -> list[Entry]:

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from bacalhau_node.content.records import encode_outcome
+import msgspec
+
+from bacalhau_node.content.records import encode_outcome, seal
 from bacalhau_node.errors import BacalhauError, ContentError
 from bacalhau_node.ids import Execution, JobId
-from bacalhau_node.messages import INLINE_LIMIT, Blob, Lines, Outcome, ShardError, Value
+from bacalhau_node.messages import INLINE_LIMIT, Blob, ErrorKind, Lines, Outcome, ShardError, Value
 from bacalhau_node.plan import read_shard
 from bacalhau_node.ports import (
     ContentStore,
@@ -31,8 +32,8 @@ from bacalhau_node.ports import (
     Source,
     StagedFile,
 )
-from bacalhau_node.protocol.events import Event, ExecutionStarted, Run
-from bacalhau_node.sharding import Entry, Reference, mounts
+from bacalhau_node.protocol.events import Event, ExecutionStarted, Keep, Run, Seal
+from bacalhau_node.sharding import Entry, container_path, mounts, shown
 from bacalhau_node.spec import InputSource, JobSpec, PythonCell
 
 log = logging.getLogger(__name__)
@@ -93,6 +94,17 @@ class Runner:
             await held.executor.release(job)
             await asyncio.to_thread(shutil.rmtree, held.folder, ignore_errors=True)
 
+    async def keep(self, order: Keep) -> None:
+        """Pin an accepted result: the blocks are in the store that all nodes of this user share."""
+        self._content.pin(order.outcome.record)
+
+    async def seal(self, order: Seal) -> str:
+        """Store and pin the root over a job's records."""
+        cid = seal(self._content, order.records)
+        self._content.pin(cid)
+        self._content.flush()
+        return cid
+
     def _job(self, run: Run) -> _Job:
         job = self._jobs.get(run.execution.job)
         if job is None:
@@ -100,16 +112,23 @@ class Runner:
             self._jobs[run.execution.job] = job
         return job
 
-    async def _execute(
-        self, run: Run, job: _Job, scratch: Path, progress: Callable[[Event | Lines], None]
-    ) -> Outcome:
+    async def _execute(self, run: Run, job: _Job, scratch: Path, progress: Callable[[Event | Lines], None]) -> Outcome:
         if not job.ready:
             async with job.lock:
                 await self._prepare(job, run.spec)
-        scratch.mkdir()
+        scratch.mkdir()  # noqa: ASYNC240 - a few microseconds, less than a thread's hand-over
         entries, shared = read_shard(self._content, run.block)
-        files = await self._open(entries, run.spec, scratch, side="inputs")
-        files += await self._open(shared, run.spec, scratch, side="shared")
+        heavy = len(entries) + len(shared) > INLINE_FILES
+
+        def stage() -> list[StagedFile]:
+            inputs = self._open(entries, run.spec.inputs, mounts(run.spec)[0], scratch)
+            return inputs + self._open(shared, run.spec.shared, mounts(run.spec)[1], scratch, shared=True)
+
+        def check() -> None:
+            self._check(entries, run.spec.inputs)
+            self._check(shared, run.spec.shared)
+
+        files = await _in_thread_if(heavy, stage)
         task = ShardTask(
             execution=run.execution,
             spec=run.spec,
@@ -119,7 +138,7 @@ class Runner:
             bundle=job.bundle,
         )
         raw = await job.executor.run(task, _telling(run.execution, progress))
-        await _in_thread_if(len(files) > INLINE_FILES, self._check, (*entries, *shared))
+        await _in_thread_if(heavy, check)
         return await self._name(raw, job.name)
 
     async def _prepare(self, job: _Job, spec: JobSpec) -> None:
@@ -135,37 +154,35 @@ class Runner:
 
     # --- inputs ---
 
-    async def _open(self, entries: Sequence[Entry], spec: JobSpec, scratch: Path, *, side: str) -> list[StagedFile]:
-        if not entries:
-            return []
-        inputs, shared = mounts(spec)
-        targets = inputs if side == "inputs" else shared
-        sources = spec.inputs if side == "inputs" else spec.shared
+    def _open(
+        self,
+        entries: Sequence[Entry],
+        sources: Sequence[InputSource],
+        targets: Sequence[str],
+        scratch: Path,
+        *,
+        shared: bool = False,
+    ) -> list[StagedFile]:
+        return [
+            StagedFile(
+                path=self._source(sources[entry.source]).open(entry.reference, scratch=scratch),
+                mount=container_path(targets[entry.source], sources[entry.source], entry),
+                logical=entry.path,
+                size=entry.size,
+                shared=shared,
+            )
+            for entry in entries
+        ]
 
-        def stage() -> list[StagedFile]:
-            return [
-                StagedFile(
-                    path=self._source(sources[entry.source], entry.reference).open(entry.reference, scratch=scratch),
-                    mount=f"{targets[entry.source]}/{entry.path}",
-                    logical=entry.path,
-                    size=entry.size,
-                    shared=side == "shared",
-                )
-                for entry in entries
-            ]
+    def _check(self, entries: Sequence[Entry], sources: Sequence[InputSource]) -> None:
+        for entry in entries:
+            self._source(sources[entry.source]).check(entry.reference)
 
-        return await _in_thread_if(len(entries) > INLINE_FILES, stage)
-
-    def _source(self, source: InputSource, reference: Reference) -> Source:
+    def _source(self, source: InputSource) -> Source:
         for candidate in self._sources:
             if candidate.claims(source.source):
                 return candidate
-        raise ContentError(f"no source on this node can open {source.source!r} ({type(reference).__name__})")
-
-    def _check(self, entries: Iterable[Entry]) -> None:
-        for entry in entries:
-            for source in self._sources:
-                source.check(entry.reference)
+        raise ContentError(f"no source of this node opens {shown(source.source)}")
 
     # --- results ---
 
@@ -184,11 +201,11 @@ class Runner:
             max_rss=raw.max_rss,
             executor=executor,
         )
-        return encode_outcome(self._content, outcome)
+        return encode_outcome(self._content, _printable(outcome))
 
     async def _blob(self, data: bytes | Path) -> Blob:
         if isinstance(data, Path):
-            size = data.stat().st_size
+            size = data.stat().st_size  # noqa: ASYNC240 - microseconds
             return Blob(size=size, inline=None, cid=await self._add(data))
         if len(data) <= INLINE_LIMIT:
             return Blob(size=len(data), inline=data)
@@ -212,19 +229,35 @@ def _telling(execution: Execution, progress: Callable[[Event | Lines], None]) ->
     return emit
 
 
-def _failed(kind: str, error: Exception) -> Outcome:
-    known = "input" if kind == "input" else "node"
-    return Outcome(ok=False, exit_code=1, error=ShardError(kind=known, name=type(error).__name__, message=str(error)))
+def _printable(outcome: Outcome) -> Outcome:
+    """The outcome with an error that every format can carry: lone surrogates become escapes."""
+    if outcome.error is None:
+        return outcome
+    plain = msgspec.to_builtins(outcome.error)
+    return msgspec.structs.replace(outcome, error=msgspec.convert(_escaped(plain), ShardError))
 
 
-async def _in_thread_if(heavy: bool, work: Callable[..., T], *args: object) -> T:  # noqa: FBT001 - reads as a sentence
-    return await asyncio.to_thread(work, *args) if heavy else work(*args)
+def _escaped(value: object) -> object:
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode("utf-8")
+    if isinstance(value, dict):
+        return {key: _escaped(item) for key, item in value.items()}
+    return [_escaped(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _failed(kind: ErrorKind, error: Exception) -> Outcome:
+    failure = ShardError(kind=kind, name=type(error).__name__, message=str(error))
+    return _printable(Outcome(ok=False, exit_code=1, error=failure))
+
+
+async def _in_thread_if(heavy: bool, work: Callable[[], T]) -> T:  # noqa: FBT001 - reads as a sentence
+    return await asyncio.to_thread(work) if heavy else work()
 
 
 def _remove(scratch: Path) -> None:
     """Remove an execution's folder: mostly it is empty or was never made."""
     try:
-        os.rmdir(scratch)
+        scratch.rmdir()
     except FileNotFoundError:
         pass
     except OSError:

@@ -35,7 +35,7 @@ class ContentSource:
         if not self._store.has(cid):
             raise ContentError(
                 f"{cid} is not in this node's content store, and this version does not fetch from other nodes:"
-                " put the data there first (`bacalhau-node put PATH`), or name its folder",
+                " name the folder or file that holds the data",
             )
         found = [(_below(item, path), file, size) for item, file, size in self._store.list(cid)]
         entries = [
