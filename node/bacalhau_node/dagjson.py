@@ -28,6 +28,9 @@ class Link(msgspec.Struct, frozen=True, gc=False):
 
     cid: str
 
+    def __str__(self) -> str:
+        return self.cid
+
 
 def encode(value: Any) -> bytes:
     """`value` as canonical DAG-JSON.

@@ -29,7 +29,7 @@ from bacalhau_node.content.export import export
 from bacalhau_node.content.index import Block, Index, OwnedFile
 from bacalhau_node.content.intake import INLINE, Files, Intake
 from bacalhau_node.content.reader import Reader
-from bacalhau_node.content.unixfs import PROFILES, import_bytes, import_file, leaf_block
+from bacalhau_node.content.unixfs import PROFILES, import_bytes, leaf_block
 from bacalhau_node.errors import BugError, ContentError, SpecError
 
 MAX_PUT = 1024 * 1024
@@ -102,20 +102,21 @@ class BlockStore:
         if len(data) <= INLINE:
             return str(Cid(import_bytes(data, self._remember, profile=self._profile).cid))
         path = self._files.temporary()
-        path.write_bytes(data)
+        try:
+            path.write_bytes(data)
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            raise ContentError(f"cannot write to the content store {self.folder}: {error.strerror}") from error
         return self.add_path(path, move=True)
 
     def add_path(self, path: Path, *, move: bool = False) -> str:
         """Import a file or a folder as UnixFS, hidden names and symbolic links (as links) included.
 
         With `move` the store takes the files over without copying them, and `path` is gone afterwards; files
-        with further hard links or on another disk are copied. Durable when it returns.
+        with further hard links or on another disk are copied. A `path` that is itself a link is refused: whoever
+        made it may not own what it leads to. In the index when it returns.
         """
-        intake = Intake(self._index, self._files, profile=self._profile, move=move)
-        try:
-            return str(Cid(intake.add(path).cid))
-        except OSError as error:
-            raise ContentError(f"cannot import {path}: {error.strerror or error}") from error
+        return str(Cid(Intake(self._index, self._files, profile=self._profile, move=move).add(path).cid))
 
     def list(self, cid: str) -> list[tuple[str, str, int]]:
         """All files below a UnixFS root, see `ports.ContentStore.list`."""
@@ -138,7 +139,7 @@ class BlockStore:
             return None
         path = self._files.file_path(root)
         if self._files.stamp(path) != owned.stamp:
-            self._hash_again(owned, path)
+            self._hash_again(owned)
         return path
 
     def export(self, cid: str, target: Path) -> None:
@@ -181,7 +182,7 @@ class BlockStore:
                 yield str(error)
         for owned in self._index.files():
             try:
-                self._hash_again(owned, self._files.file_path(owned.root))
+                self._hash_again(owned)
             except ContentError as error:
                 yield str(error)
 
@@ -230,16 +231,21 @@ class BlockStore:
             return self._files.block_path(block.digest)
         return self._files.file_path(block.slice.root)
 
-    def _hash_again(self, owned: OwnedFile, path: Path) -> None:
-        before = self._files.stamp(path)
-        matches = before is not None and any(
-            Cid(import_file(path, lambda *_: None, profile=profile).cid).v1().binary == owned.root
-            for profile in PROFILES.values()
-        )
-        if before is None or not matches:
-            what = "gone" if before is None else "changed by another program"
-            raise ContentError(f"{path}, which holds the file {Cid(owned.root)}, is {what}: import its data again")
-        self._index.write((), files=(OwnedFile(owned.root, before),))
+    def _hash_again(self, owned: OwnedFile) -> None:
+        """Compare a whole file with its blocks; raises `ContentError`, or notes the stamp that it has now."""
+        root, path = Cid(owned.root), self._files.file_path(owned.root)
+        stamp = self._files.stamp(path)
+        if stamp is None or stamp.size != owned.stamp.size:
+            raise _not_whole(root, path)
+        with path.open("rb") as whole:
+            for chunk in Reader(self, root).chunks(root, size=owned.stamp.size):
+                if whole.read(len(chunk)) != chunk:
+                    raise _not_whole(root, path)
+        self._index.write((), files=(OwnedFile(owned.root, stamp),))
+
+
+def _not_whole(root: Cid, path: Path) -> ContentError:
+    return ContentError(f"{path}, which holds the file {root}, was changed or removed: import its data again")
 
 
 def _read_slice(path: Path, block: Block, cid: Cid) -> bytes:

@@ -8,6 +8,7 @@ last and only where they stay inside: so no write can pass through one.
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -41,18 +42,26 @@ def _write(reader: Reader, root: Cid, made: Path) -> None:
         raise ContentError(f"{root} is a symbolic link, neither a file nor a folder")
     for link in links:
         resolve(items, link.path)
+    _refuse_too_large(root, sum(item.size for item in items.values()), made.parent)
     for item in items.values():
         if item.kind == "folder":
             _place(made, item).mkdir()
         elif item.kind == "file":
             _write_file(reader, item, _place(made, item))
     for link in links:
-        _place(made, link).symlink_to(os.fsencode(link.target).decode("utf-8", "surrogateescape"))
+        _place(made, link).symlink_to(link.target)
+
+
+def _refuse_too_large(root: Cid, size: int, folder: Path) -> None:
+    """Parts of a tree may be named many times: what counts is what would be written, and no file may have more."""
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise ContentError(f"{root} expands to {size} bytes and {folder.parent} has room for {free}: make room first")
 
 
 def _write_file(reader: Reader, item: Item, path: Path) -> None:
     with path.open("xb") as out:
-        for chunk in reader.chunks(item.cid):
+        for chunk in reader.chunks(item.cid, size=item.size):
             out.write(chunk)
 
 

@@ -1,18 +1,20 @@
 """Taking files and folders into the store: copied, or taken over where they lie.
 
-Theory of operation. A regular file over `INLINE` bytes stays one file: it is hashed where it lies, then gets a
-second name (a hard link) in the store, then the index learns of it, and only when the whole import is
+Theory of operation. A regular file over `INLINE` bytes stays one file: it gets a second name (a hard link) in
+`tmp/`, is hashed, renamed to its place, and then the index learns of it; only when the whole import is
 in the index are the names outside removed. A process that dies in between leaves the source as it was
-and a store whose index is true; the same import, repeated, finds what is there. A
-copy differs only in what is hashed: the store's own new copy, so a source that changes meanwhile does no harm.
+and a store whose index is true; the same import, repeated, finds what is there. What
+is to stay outside, or has more names there, is copied first, and the copy is what is hashed.
 
 Blocks are indexed before whatever links to them: a root in the index has everything below it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import stat
 import uuid
 from pathlib import Path
 from typing import Final
@@ -20,8 +22,7 @@ from typing import Final
 from bacalhau_node.cid import Cid
 from bacalhau_node.content.dagpb import leaf_overhead
 from bacalhau_node.content.index import Block, Index, OwnedFile, Slice, Stamp
-from bacalhau_node.content.unixfs import Imported, Profile, import_file, import_folder
-from bacalhau_node.errors import ContentError
+from bacalhau_node.content.unixfs import READ_FLAGS, Imported, Profile, changed, import_file, import_folder, unreadable
 
 INLINE: Final = 4096
 """Blocks and whole files up to this size live in the index: a page of it is cheaper than a file."""
@@ -50,21 +51,17 @@ class Files:
     def write_block(self, digest: bytes, data: bytes) -> None:
         """Put a block where it belongs, whole or not at all."""
         path = self.block_path(digest)
-        if _size(path) == len(data):
+        if _holds(path, data):
             return
         temporary = self.temporary()
         temporary.write_bytes(data)
-        self._place(temporary, path)
+        self.place(temporary, path)
 
-    def adopt(self, source: Path, path: Path, *, move: bool) -> None:
-        """Give `source` the name `path` in the store: its only one (`move`), or a second one."""
+    def place(self, made: Path, path: Path) -> None:
+        """Give a finished file its name in the store, over whatever has it."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        if move:
-            source.replace(path)
-            return
-        second = self.temporary()
-        second.hardlink_to(source)
-        second.replace(path)
+        made.chmod(0o444)  # whoever gets a link to it should not write to it by mistake
+        made.replace(path)
 
     def temporary(self) -> Path:
         """A new name in `tmp/`."""
@@ -78,10 +75,6 @@ class Files:
             return None
         return Stamp(status.st_size, status.st_mtime_ns, status.st_ino, self._boot)
 
-    def _place(self, temporary: Path, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.replace(path)
-
 
 class Intake:
     """One import: collects rows and writes them in order, some thousand a transaction."""
@@ -93,13 +86,17 @@ class Intake:
 
     def add(self, path: Path) -> Imported:
         """Import the file or folder at `path`; with `move` it is gone afterwards."""
-        if path.is_dir():
-            root = import_folder(path, self.sink, profile=self._profile, hidden=True, add_file=self._add_file)
-        else:
-            root = self._add_file(path)
-        self._write()
-        if self._move:
-            _remove(path)
+        try:
+            folder = stat.S_ISDIR(path.lstat().st_mode)
+            if folder:
+                root = import_folder(path, self.sink, profile=self._profile, hidden=True, add_file=self._add_file)
+            else:
+                root = self._add_file(path)
+            self._write()
+            if self._move:
+                shutil.rmtree(path) if folder else path.unlink()
+        except OSError as error:
+            raise unreadable(path, error) from error
         return root
 
     def sink(self, cid: bytes, block: bytes) -> None:
@@ -111,50 +108,46 @@ class Intake:
         self._append(Block(digest, len(block), block if inline else None))
 
     def _add_file(self, path: Path) -> Imported:
-        status = path.stat()
-        if status.st_size <= INLINE:
+        status = path.lstat()
+        if status.st_size <= INLINE or not stat.S_ISREG(status.st_mode):  # what is no file is refused there
             return import_file(path, self.sink, profile=self._profile)
-        if self._move and status.st_nlink == 1 and status.st_dev == self._files.folder.stat().st_dev:
-            return self._own(path, move=False)
-        copy = self._files.temporary()
+        held = self._files.temporary()
         try:
-            _copy(path, copy)
-            return self._own(copy, move=True)
+            self._hold(path, held, links=status.st_nlink)
+            return self._own(path, held)
         finally:
-            copy.unlink(missing_ok=True)
+            held.unlink(missing_ok=True)
 
-    def _own(self, source: Path, *, move: bool) -> Imported:
-        """Hash `source`, give it its place in the store, and note its blocks as slices of it."""
-        before = self._files.stamp(source)
+    def _hold(self, path: Path, held: Path, *, links: int) -> None:
+        """Make `held` the same file as `path`, or a copy where it has other names, lies elsewhere, or is to stay."""
+        if self._move and links == 1:
+            with contextlib.suppress(OSError):  # another disk, or one without hard links
+                held.hardlink_to(path)
+                return
+        _copy(path, held)
+
+    def _own(self, path: Path, held: Path) -> Imported:
+        """Hash the file `held`, give it its place in the store, and note its blocks as slices of it."""
+        stamp = self._files.stamp(held)
         leaves: list[tuple[bytes, int, int]] = []
         nodes: list[tuple[bytes, bytes]] = []
         got = import_file(
-            source,
+            held,
             lambda cid, block: nodes.append((cid, block)),
             profile=self._profile,
             leaf=lambda cid, at, length: leaves.append((cid, at, length)),
         )
+        if stamp is None or self._files.stamp(held) != stamp:
+            raise changed(path)
         root = Cid(got.cid).v1().binary
-        path = self._files.file_path(root)
-        known = self._index.file(root)
-        if known is None or known.stamp != self._files.stamp(path):
-            self._files.adopt(source, path, move=move)
-            stamp = self._files.stamp(path)
-            if stamp is None or stamp != before:
-                raise ContentError(f"{source} changed while it was imported: try again when nothing writes to it")
-            path.chmod(0o444)
-            self._owned.append(OwnedFile(root, stamp))
-        self._note(root, leaves)
+        self._files.place(held, self._files.file_path(root))  # one that is there may be damaged: the new one is not
+        self._owned.append(OwnedFile(root, stamp))
+        for cid, at, length in leaves:
+            around = 0 if self._profile.raw_leaves else leaf_overhead(length)
+            self._append(Block(cid[-32:], length + around, None, Slice(root, at, length)))
         for cid, block in nodes:
             self.sink(cid, block)
         return got
-
-    def _note(self, root: bytes, leaves: list[tuple[bytes, int, int]]) -> None:
-        around = 0
-        for cid, at, length in leaves:
-            if not self._profile.raw_leaves:
-                around = leaf_overhead(length)
-            self._append(Block(cid[-32:], length + around, None, Slice(root, at, length)))
 
     def _append(self, block: Block) -> None:
         self._blocks.append(block)
@@ -168,26 +161,23 @@ class Intake:
 
 def _copy(source: Path, target: Path) -> None:
     """Copy bytes; where the file system can, by sharing them (`copy_file_range` makes reflinks)."""
-    try:
-        with source.open("rb") as reader, target.open("xb") as writer:
+    with os.fdopen(os.open(source, READ_FLAGS), "rb", buffering=0) as reader, target.open("xb", buffering=0) as writer:
+        before = os.fstat(reader.fileno())
+        with contextlib.suppress(OSError, AttributeError):  # not between these file systems, or not on this one
             while os.copy_file_range(reader.fileno(), writer.fileno(), 1 << 30):
                 pass
-    except (OSError, AttributeError):  # other file systems, kernels and systems: plain bytes
-        shutil.copyfile(source, target)
+        shutil.copyfileobj(reader, writer, 1 << 20)  # what is left, perhaps all of it
+        after = os.fstat(reader.fileno())
+        written = os.fstat(writer.fileno()).st_size
+    if (before.st_mtime_ns, before.st_size) != (after.st_mtime_ns, written):
+        raise changed(source)
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
-
-
-def _size(path: Path) -> int:
+def _holds(path: Path, data: bytes) -> bool:
     try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return -1
+        return path.stat().st_size == len(data) and path.read_bytes() == data
+    except OSError:
+        return False
 
 
 def _boot() -> str:

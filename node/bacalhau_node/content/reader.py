@@ -19,12 +19,12 @@ import msgspec
 
 from bacalhau_node.cid import DAG_PB, RAW, Cid
 from bacalhau_node.content import dagpb, hamt
+from bacalhau_node.content.unixfs import MAX_DEPTH
 from bacalhau_node.errors import ContentError, SpecError
+from bacalhau_node.sharding import is_hidden, shown
 
 MAX_BLOCK: Final = 2 * 1024 * 1024
 """What kubo accepts since 0.40."""
-MAX_DEPTH: Final = 64
-"""Levels of folders, and of nodes in a file (a petabyte has six)."""
 MAX_VISITS: Final = 10_000_000
 """Nodes and entries looked at in one call."""
 MAX_NAME: Final = 255
@@ -65,16 +65,18 @@ class Reader:
         return self._walk(self._root, "", 0)
 
     def listing(self) -> list[tuple[str, str, int]]:
-        """(path, CID, size) of every file and of every empty folder (`path/`, size 0) below the root, sorted.
+        """(path, CID, size) of every file and of every empty folder (`path/`, size 0), sorted by the path's bytes.
 
-        Links that stay inside the root count as what they lead to.
+        Links that stay inside the root count as what they lead to. Others are an error, but where they are hidden:
+        there they are left out.
         """
         items = {item.path: item for item in self.walk()}
-        return sorted(self._files(items, _children(items), "", "", ()))
+        found = list(self._files(items, _children(items), "", "", ()))
+        return sorted(found, key=lambda entry: entry[0].encode("utf-8", "surrogateescape"))
 
-    def chunks(self, cid: Cid) -> Iterator[bytes]:
-        """The bytes of a file, part by part."""
-        return self._parts(cid, None, 0)
+    def chunks(self, cid: Cid, *, size: int | None = None) -> Iterator[bytes]:
+        """The bytes of a file, part by part; `size`: how many there must be."""
+        return self._parts(cid, size, 0)
 
     def _walk(self, cid: Cid, path: str, depth: int) -> Iterator[Item]:
         self._visit(depth, path)
@@ -121,27 +123,24 @@ class Reader:
         items: dict[str, Item],
         children: dict[str, list[str]],
         path: str,
-        shown: str,
+        name: str,
         inside: tuple[str, ...],
     ) -> Iterator[tuple[str, str, int]]:
-        """What is listed below `path` as `shown`; `inside`: the folders that links have led to on the way."""
-        self._visit(len(inside), shown)
+        """What is listed of `path` under `name`; `inside`: the folders that links have led to on the way."""
+        self._visit(len(inside), name)
         item = items[path]
         if item.kind == "file":
-            yield shown, str(item.cid), item.size
+            yield name, str(item.cid), item.size
         elif item.kind == "symlink":
-            real = resolve(items, path)
-            if real not in items:
-                raise ContentError(f"the link {path} leads to {item.target!r}, which does not exist: leave it out")
-            if real in inside or path.startswith(real + "/") or not real:
-                raise ContentError(f"the link {path} leads to {item.target!r}, a folder around itself: leave it out")
-            yield from self._files(items, children, real, shown, (*inside, real))
+            real = _followed(items, path, inside)
+            if real is not None:
+                yield from self._files(items, children, real, name, (*inside, real))
         elif children[path]:
             for child in children[path]:
-                name = child.rpartition("/")[2]
-                yield from self._files(items, children, child, f"{shown}/{name}" if shown else name, inside)
-        elif shown:
-            yield f"{shown}/", str(item.cid), 0
+                last = child.rpartition("/")[2]
+                yield from self._files(items, children, child, f"{name}/{last}" if name else last, inside)
+        elif name:
+            yield f"{name}/", str(item.cid), 0
 
     def _parts(self, cid: Cid, expected: int | None, depth: int) -> Iterator[bytes]:
         self._visit(depth, str(cid))
@@ -177,7 +176,7 @@ class Reader:
     def _visit(self, depth: int, where: str) -> None:
         self._visits += 1
         if depth > MAX_DEPTH:
-            raise ContentError(f"{where} in {self._root} lies over {MAX_DEPTH} levels deep")
+            raise ContentError(f"{shown(where)} in {self._root} lies over {MAX_DEPTH} levels deep")
         if self._visits > MAX_VISITS:
             raise ContentError(f"{self._root} expands to over {MAX_VISITS} entries")
 
@@ -187,15 +186,30 @@ class Reader:
             raise ContentError(f"{self._root} expands to over {self._max_bytes} bytes")
 
 
+def _followed(items: dict[str, Item], path: str, inside: tuple[str, ...]) -> str | None:
+    """Where a link leads, for a listing; None for a hidden one that leads nowhere good."""
+    try:
+        real = resolve(items, path)
+        if real not in items:
+            raise _bad_link(items, path, "which does not exist")
+        if not real or real in inside or path.startswith(f"{real}/"):
+            raise _bad_link(items, path, "a folder around itself")
+    except ContentError:
+        if is_hidden(path):
+            return None
+        raise
+    return real
+
+
 def resolve(items: dict[str, Item], path: str) -> str:
     """Where the link at `path` leads, over `items`; perhaps to nothing, but never out: that is a `ContentError`."""
     current, hops = path.rpartition("/")[0], 0
-    parts = _steps(items[path], path)
+    parts = _steps(items, items[path])
     while parts:
         part = parts.popleft()
         if part == "..":
             if not current:
-                raise ContentError(f"the link {path} leads to {items[path].target!r}, out of its folder: leave it out")
+                raise _bad_link(items, path, "out of its folder")
             current = current.rpartition("/")[0]
             continue
         following = f"{current}/{part}" if current else part
@@ -203,17 +217,21 @@ def resolve(items: dict[str, Item], path: str) -> str:
         if item is not None and item.kind == "symlink":
             hops += 1
             if hops > _MAX_HOPS:
-                raise ContentError(f"the link {path} leads to {items[path].target!r}, in circles: leave it out")
-            parts.extendleft(reversed(_steps(item, path)))
+                raise _bad_link(items, path, "in circles")
+            parts.extendleft(reversed(_steps(items, item)))
         else:
             current = following
     return current
 
 
-def _steps(link: Item, path: str) -> deque[str]:
+def _steps(items: dict[str, Item], link: Item) -> deque[str]:
     if link.target.startswith("/") or not link.target or "\0" in link.target:
-        raise ContentError(f"the link {path} leads to {link.target!r}, out of its folder: leave it out")
+        raise _bad_link(items, link.path, "out of its folder")
     return deque(step for step in link.target.split("/") if step not in {"", "."})
+
+
+def _bad_link(items: dict[str, Item], path: str, where: str) -> ContentError:
+    return ContentError(f"the link {shown(path)} leads to {items[path].target!r}, {where}: leave it out")
 
 
 def _children(items: dict[str, Item]) -> dict[str, list[str]]:
@@ -233,7 +251,9 @@ def _child(link: dagpb.PbLink) -> Cid:
 
 def _checked_name(name: bytes, path: str) -> str:
     if name in {b"", b".", b".."} or b"/" in name or b"\0" in name or len(name) > MAX_NAME:
-        raise ContentError(f"the folder {path or '/'} holds the name {_text(name)!r:.300}, which no file may have")
+        raise ContentError(
+            f"the folder {shown(path) or '/'} holds the name {_text(name)!r:.300}, which no file may have"
+        )
     return _text(name)
 
 

@@ -15,6 +15,7 @@ releases the interpreter's lock: 1.7 times the speed on two cores.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections import deque
@@ -22,7 +23,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 import msgspec
 
@@ -38,6 +39,7 @@ from bacalhau_node.content.dagpb import (
 )
 from bacalhau_node.content.hamt import build_hamt
 from bacalhau_node.errors import ContentError
+from bacalhau_node.sharding import shown
 
 Sink = Callable[[bytes, bytes], None]
 """Takes a block: its CID in bytes, its bytes."""
@@ -74,6 +76,12 @@ PROFILES: dict[str, Profile] = {
     )
 }
 
+MAX_DEPTH: Final = 128
+"""Levels of folders that are imported and read: bounds the recursion, and what a stranger's tree may cost."""
+
+READ_FLAGS: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+"""How sources are opened: no link is followed that was put in a file's place, and no pipe is waited for."""
+
 _FOLDER_LIMIT = 262_144
 _RUN = 8  # leaves hashed by one task of the pool
 _THREADS = 4
@@ -93,12 +101,15 @@ def import_bytes(data: bytes, sink: Sink, *, profile: Profile) -> Imported:
 
 
 def import_file(path: Path, sink: Sink, *, profile: Profile, leaf: LeafSink | None = None) -> Imported:
-    """Import a regular file; raises `ContentError` when it changes meanwhile or cannot be read."""
+    """Import a regular file; raises `ContentError` when it changes meanwhile, is something else or can't be read."""
     try:
-        with path.open("rb", buffering=0) as handle:
-            return _import_handle(path, handle.fileno(), sink, profile, leaf)
+        handle = os.open(path, READ_FLAGS)
+        try:
+            return _import_handle(path, handle, sink, profile=profile, leaf=leaf)
+        finally:
+            os.close(handle)
     except OSError as error:
-        raise ContentError(f"cannot import {path}: {error.strerror or error}") from error
+        raise unreadable(path, error) from error
 
 
 def import_folder(
@@ -116,18 +127,7 @@ def import_folder(
     folder or link, naming it.
     """
     add = add_file or (lambda file: import_file(file, sink, profile=profile))
-    links, size = [], 0
-    try:
-        entries = sorted(os.scandir(path), key=lambda entry: os.fsencode(entry.name))
-        for entry in entries:
-            if hidden or not entry.name.startswith("."):
-                item = _import_entry(entry, sink, profile=profile, hidden=hidden, add=add)
-                links.append(PbLink(item.cid, os.fsencode(entry.name), item.tsize))
-                size += item.size
-    except OSError as error:
-        raise ContentError(f"cannot import {path}: {error.strerror or error}") from error
-    root = _store_folder(links, sink, profile)
-    return Imported(root.cid, size, root.tsize)
+    return _Folders(sink, profile, hidden=hidden, add=add).add(path, 0)
 
 
 def import_reader(read: ReadAt, size: int, sink: Sink, *, profile: Profile, leaf: LeafSink | None = None) -> Imported:
@@ -181,52 +181,88 @@ class _Tree:
         self.add(Imported(node.cid, sum(item.size for item in items), node.tsize), level + 1)
 
 
-def _import_handle(path: Path, handle: int, sink: Sink, profile: Profile, leaf: LeafSink | None) -> Imported:
+class _Folders:
+    """Imports folders, those below first."""
+
+    def __init__(self, sink: Sink, profile: Profile, *, hidden: bool, add: Callable[[Path], Imported]) -> None:
+        self._sink, self._profile, self._hidden, self._add_file = sink, profile, hidden, add
+
+    def add(self, path: Path, depth: int) -> Imported:
+        if depth > MAX_DEPTH:
+            raise ContentError(f"cannot import {shown(str(path))}: it lies over {MAX_DEPTH} folders deep")
+        links, size = [], 0
+        try:
+            with os.scandir(path) as scan:
+                entries = sorted(scan, key=lambda entry: os.fsencode(entry.name))
+        except OSError as error:
+            raise unreadable(path, error) from error
+        for entry in entries:
+            if self._hidden or not entry.name.startswith("."):
+                item = self._entry(entry, depth)
+                links.append(PbLink(item.cid, os.fsencode(entry.name), item.tsize))
+                size += item.size
+        root = self._store(links)
+        return Imported(root.cid, size, root.tsize)
+
+    def _entry(self, entry: os.DirEntry[str], depth: int) -> Imported:
+        path = Path(entry.path)
+        if entry.is_symlink():
+            return self._link(path)
+        if entry.is_dir(follow_symlinks=False):
+            return self.add(path, depth + 1)
+        if entry.is_file(follow_symlinks=False):
+            return self._add_file(path)
+        raise ContentError(f"cannot import {shown(str(path))}: it is a socket, pipe or device; leave it out")
+
+    def _link(self, path: Path) -> Imported:
+        try:
+            target = os.fsencode(path.readlink())
+        except OSError as error:
+            raise unreadable(path, error) from error
+        node = _store_node(encode_node((), symlink_node(target)), 0, self._sink, self._profile)
+        return Imported(node.cid, 0, node.tsize)
+
+    def _store(self, links: list[PbLink]) -> PbLink:
+        if self._profile.folder_limit == "links":
+            large = sum(len(link.name) + len(link.cid) for link in links) > _FOLDER_LIMIT
+            block = b"" if large else encode_node(links, folder_node())
+        else:
+            block = encode_node(links, folder_node())
+            large = len(block) > _FOLDER_LIMIT
+        if large:
+            return build_hamt(links, lambda node, below: _store_node(node, below, self._sink, self._profile))
+        return _store_node(block, sum(link.tsize for link in links), self._sink, self._profile)
+
+
+def unreadable(path: Path, error: OSError) -> ContentError:
+    """What to raise when the system refuses to hand out `path`."""
+    if error.errno == errno.ELOOP:
+        return ContentError(f"cannot import {shown(str(path))}: it is a symbolic link; name what it leads to")
+    name = error.filename if isinstance(error.filename, str) else str(path)
+    return ContentError(f"cannot import {shown(name)}: {error.strerror or error}")
+
+
+def changed(path: Path) -> ContentError:
+    """What to raise when `path` is no longer what it was when its import began."""
+    return ContentError(f"{shown(str(path))} changed while it was imported: try again when nothing writes to it")
+
+
+def _import_handle(path: Path, handle: int, sink: Sink, *, profile: Profile, leaf: LeafSink | None) -> Imported:
     before = os.fstat(handle)
     if not stat.S_ISREG(before.st_mode):
-        raise ContentError(f"cannot import {path}: it is not a regular file")
+        raise ContentError(f"cannot import {shown(str(path))}: it is not a regular file")
 
     def read(at: int, length: int) -> bytes:
         data = os.pread(handle, length, at)
         if len(data) != length:
-            raise ContentError(f"{path} changed while it was imported: try again when nothing writes to it")
+            raise changed(path)
         return data
 
     root = import_reader(read, before.st_size, sink, profile=profile, leaf=leaf)
     after = os.fstat(handle)
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-        raise ContentError(f"{path} changed while it was imported: try again when nothing writes to it")
+        raise changed(path)
     return root
-
-
-def _import_entry(
-    entry: os.DirEntry[str],
-    sink: Sink,
-    *,
-    profile: Profile,
-    hidden: bool,
-    add: Callable[[Path], Imported],
-) -> Imported:
-    path = Path(entry.path)
-    if entry.is_symlink():
-        node = _store_node(encode_node((), symlink_node(os.fsencode(path.readlink()))), 0, sink, profile)
-        return Imported(node.cid, 0, node.tsize)
-    if entry.is_dir(follow_symlinks=False):
-        return import_folder(path, sink, profile=profile, hidden=hidden, add_file=add)
-    if entry.is_file(follow_symlinks=False):
-        return add(path)
-    raise ContentError(f"cannot import {path}: it is a socket, pipe or device; remove it or leave it out")
-
-
-def _store_folder(links: list[PbLink], sink: Sink, profile: Profile) -> PbLink:
-    block = b"" if _over_by_links(links, profile) else encode_node(links, folder_node())
-    if not block or (profile.folder_limit == "block" and len(block) > _FOLDER_LIMIT):
-        return build_hamt(links, lambda node, below: _store_node(node, below, sink, profile))
-    return _store_node(block, sum(link.tsize for link in links), sink, profile)
-
-
-def _over_by_links(links: list[PbLink], profile: Profile) -> bool:
-    return profile.folder_limit == "links" and sum(len(link.name) + len(link.cid) for link in links) > _FOLDER_LIMIT
 
 
 def _store_node(block: bytes, below: int, sink: Sink, profile: Profile) -> PbLink:

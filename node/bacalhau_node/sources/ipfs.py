@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from bacalhau_node.cid import Cid
-from bacalhau_node.errors import ContentError, SpecError
+from bacalhau_node.errors import BugError, ContentError, SpecError
 from bacalhau_node.ports import ContentStore
-from bacalhau_node.sharding import ContentRef, Entry, Reference
+from bacalhau_node.sharding import ContentRef, Entry, Reference, shown
 from bacalhau_node.spec import InputSource
 
 _SCHEME = "ipfs://"
@@ -37,15 +37,15 @@ class ContentSource:
                 f"{cid} is not in this node's content store, and this version does not fetch from other nodes:"
                 " name the folder or file that holds the data",
             )
-        found = [(_below(item, path), file, size) for item, file, size in self._store.list(cid)]
+        listed = self._store.list(cid)
         entries = [
-            Entry(name or path.rpartition("/")[2] or cid, ContentRef(file), size, index)
-            for name, file, size in found
-            if name is not None
+            Entry(below or _last(path) or cid, ContentRef(file), size, index)
+            for item, file, size in listed
+            if (below := _below(item, path)) is not None
         ]
-        if path and not entries:
-            some = ", ".join(item for item, _, _ in self._store.list(cid)[:5]) or "nothing"
-            raise ContentError(f"there is no {path!r} in {cid}: it holds {some}")
+        if path and not entries and f"{path}/" not in {item for item, _, _ in listed}:
+            some = ", ".join(shown(item) for item, _, _ in listed[:5]) or "nothing"
+            raise ContentError(f"there is no {shown(path)} in {cid}, which holds {some}")
         return entries
 
     def open(self, reference: Reference, *, scratch: Path) -> Path:
@@ -60,7 +60,8 @@ class ContentSource:
 
     def check(self, reference: Reference) -> None:
         """Content by CID cannot change, but the store's file that was handed out can: it is looked at again."""
-        self._store.file(_cid(reference))
+        if isinstance(reference, ContentRef):
+            self._store.file(reference.cid)
 
 
 def _split(source: str) -> tuple[str, str]:
@@ -69,15 +70,17 @@ def _split(source: str) -> tuple[str, str]:
 
 
 def _below(item: str, path: str) -> str | None:
-    """`item` seen from the file or folder `path`: "" for itself, None outside of it."""
-    if not path:
-        return item
-    if item in {path, f"{path}/"}:
-        return item.removeprefix(path).strip("/")
-    return item.removeprefix(f"{path}/") if item.startswith(f"{path}/") else None
+    """`item` seen from the file or folder `path`: "" for a file itself, None for what is not in it."""
+    if not path or item == path:
+        return item.removeprefix(path)
+    return (item.removeprefix(f"{path}/") or None) if item.startswith(f"{path}/") else None
+
+
+def _last(path: str) -> str:
+    return path.rpartition("/")[2]
 
 
 def _cid(reference: Reference) -> str:
     if not isinstance(reference, ContentRef):
-        raise ContentError(f"{reference.path} is a local file, not content by CID")
+        raise BugError(f"a source of content was asked to open {reference!r}")
     return reference.cid
