@@ -1,0 +1,72 @@
+"""Run the cases and write the table: `python -m tests.bench [CASE]...`."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.bench import harness
+
+CASES = ("importing", "first", "hello", "stream", "core", "fanout", "containers", "glob", "results", "killed")
+CASE_SECONDS = 300
+
+
+def plan(names: list[str]) -> list[tuple[str, str]]:
+    """The (case, executor) pairs to run, in the table's order."""
+    unknown = set(names) - set(CASES)
+    if unknown:
+        raise SystemExit(f"no such case: {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
+    chosen = [name for name in CASES if name in names or not names]
+    return [(name, one) for name in chosen for one in importlib.import_module(f"tests.bench.cases.{name}").EXECUTORS]
+
+
+def environment(executor: str, folder: Path) -> dict[str, str]:
+    """A case's environment: an empty data folder, and for "plain" no Docker daemon in sight."""
+    paths = [str(harness.ROOT), str(harness.ROOT / "node"), os.environ.get("PYTHONPATH", "")]
+    own = {"BACALHAU_DIR": str(folder), "PYTHONPATH": os.pathsep.join(filter(None, paths)), "IPYTHONDIR": str(folder)}
+    return os.environ | own | ({"DOCKER_HOST": harness.NOWHERE} if executor == "plain" else {})
+
+
+def run_case(name: str, executor: str) -> bool:
+    """Run one case in a process of its own; whether it came to its end."""
+    print(f"{name} ({executor}) …", flush=True)
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        command = [sys.executable, "-m", "tests.bench.child", name, executor]
+        env = environment(executor, Path(folder))
+        try:
+            return subprocess.run(command, env=env, check=False, timeout=CASE_SECONDS).returncode == 0
+        except subprocess.TimeoutExpired:
+            print(f"{name} ({executor}) did not end within {CASE_SECONDS} s", flush=True)
+            return False
+
+
+def write_table() -> None:
+    """Write BENCHMARKS.md from the last run of every case."""
+    order = {pair: at for at, pair in enumerate(plan([]))}
+    runs = [harness.load(path) for path in harness.OUT.glob("*.json")]
+    runs = sorted(
+        (run for run in runs if (run.case, run.executor) in order), key=lambda run: order[run.case, run.executor]
+    )
+    if not runs:
+        return
+    text = harness.TABLE.read_text() if harness.TABLE.exists() else "# Benchmarks\n\n"
+    head = text.split(harness.BEGIN)[0]
+    harness.TABLE.write_text(f"{head}{harness.BEGIN}\n\n{harness.report(runs)}\n")
+    print(harness.table(runs))
+
+
+def main(names: list[str]) -> int:
+    """Run, write; the number of cases that did not end well."""
+    broken = [pair for pair in plan(names) if not run_case(*pair)]
+    write_table()
+    for name, executor in broken:
+        print(f"{name} ({executor}) gave no figures")
+    return len(broken)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,32 @@
+"""One case on one executor, in this process: `python -m tests.bench.child CASE EXECUTOR`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import time
+
+from tests.bench.harness import Run, calibrate, now, save, table
+
+
+def main(name: str, executor: str) -> None:
+    """Calibrate, run, calibrate, keep."""
+    case = importlib.import_module(f"tests.bench.cases.{name}")
+    before = calibrate()
+    start = time.monotonic()
+    figures = tuple(case.run(executor))
+    seconds = time.monotonic() - start
+    run = Run(
+        case=name,
+        executor=executor,
+        date=now(),
+        calibration=(before, calibrate()),
+        seconds=seconds,
+        figures=figures,
+    )
+    save(run)
+    print(table([run]), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
