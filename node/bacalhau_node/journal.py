@@ -1,0 +1,205 @@
+"""What was decided, before anyone is told: the rows of a node in one SQLite file.
+
+Theory of operation. The journal holds state, not a log: one row for each job, each shard and
+each result that is owed, and a later row of the same key takes the place of the earlier one.
+So a restart reads what is, and nothing grows with the number of steps that led there. A row is
+a MessagePack blob beside its key and its CRC-32 (SQLite finds damaged pages, not damaged content).
+
+One `commit` is one transaction. With WAL and `synchronous=NORMAL` it is a write without a
+flush: it survives the death of the process, and after a power cut the journal is whole but may
+end a moment earlier. `durable` flushes each commit. On network file systems, where WAL
+doesn't work, a rollback journal takes its place. The file is held exclusively while it is open.
+
+A journal that can't be read is an error and stays as it is: an empty one in its place would
+say that the node owes nobody anything. So a new file is made beside its place and renamed
+into it, and an empty file there is known to be damage.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+
+from bacalhau_node.errors import ContentError
+from bacalhau_node.filesystem import on_network
+from bacalhau_node.protocol.events import ComputeRow, JobRow, Row, ShardRow
+
+VERSION = 1
+"""Format of file and rows, in SQLite's `user_version`."""
+
+Key = tuple[int, str, int, int]
+"""(kind, job, shard, attempt): its order is the order of `load`."""
+
+_SCHEMA = f"""
+BEGIN;
+CREATE TABLE entry (
+    kind INTEGER NOT NULL, job TEXT NOT NULL, shard INTEGER NOT NULL, attempt INTEGER NOT NULL,
+    data BLOB NOT NULL, crc INTEGER NOT NULL, PRIMARY KEY (kind, job, shard, attempt));
+PRAGMA user_version = {VERSION};
+COMMIT;
+"""
+_PUT = """
+INSERT INTO entry (kind, job, shard, attempt, data, crc) VALUES (?, ?, ?, ?, ?, ?)
+ON CONFLICT (kind, job, shard, attempt) DO UPDATE SET data = excluded.data, crc = excluded.crc
+"""
+_DELETE = "DELETE FROM entry WHERE kind = ? AND job = ? AND shard = ? AND attempt = ?"
+_LOAD = "SELECT data, crc FROM entry ORDER BY kind, job, shard, attempt"
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[Row] = msgspec.msgpack.Decoder(Row)
+
+
+def row_key(row: Row) -> Key:
+    """What `row` is about; rows of one key replace each other. Jobs sort before shards, shards before results."""
+    match row:
+        case JobRow():
+            return 0, row.job, 0, 0
+        case ShardRow():
+            return 1, row.job, row.shard, 0
+        case ComputeRow(execution):
+            return 2, execution.job, execution.shard, execution.attempt
+
+
+def is_forgotten(row: Row) -> bool:
+    """Whether `row` takes its predecessor away and leaves nothing."""
+    return isinstance(row, ComputeRow) and row.outcome is None
+
+
+class SqliteJournal:
+    """The journal of one node in the file `path`, which is made if it isn't there. One call at a time, any thread."""
+
+    def __init__(self, path: Path, *, durable: bool = False) -> None:
+        self._path = path
+        with self._told():
+            if not path.exists():
+                _create(path)
+                if durable:
+                    _flush_folder(path.parent)
+            self._db = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
+        try:
+            with self._told():
+                self._prepare(durable=durable)
+        except ContentError:
+            self._db.close()
+            raise
+
+    def commit(self, rows: Iterable[Row]) -> None:
+        """Write all rows in one transaction, or none and raise `ContentError` when the disk won't take them."""
+        latest = {row_key(row): row for row in rows}
+        gone = [key for key, row in latest.items() if is_forgotten(row)]
+        kept = [(*key, *_packed(row)) for key, row in latest.items() if not is_forgotten(row)]
+        with self._told(), self._transaction():
+            self._db.executemany(_PUT, kept)
+            self._db.executemany(_DELETE, gone)
+
+    def load(self) -> list[Row]:
+        """Every row: jobs, then shards, then results that are owed; raises `ContentError` for a damaged journal."""
+        with self._told():
+            if (finding := self._one("PRAGMA quick_check(1)")) != "ok":
+                raise ContentError(self._damage(str(finding)))
+            return [self._unpacked(data, crc) for data, crc in self._db.execute(_LOAD)]
+
+    def close(self) -> None:
+        """Write what is in the WAL into the file, and let go of it."""
+        self._db.close()
+
+    def _prepare(self, *, durable: bool) -> None:
+        if self._path.stat().st_size == 0:
+            raise ContentError(self._damage("it is empty"))
+        self._db.execute("PRAGMA locking_mode = EXCLUSIVE")  # before the first access: WAL then needs no shared memory
+        version = self._one("PRAGMA user_version")
+        if version != VERSION:
+            raise ContentError(self._other_version(version))
+        self._db.execute(f"PRAGMA journal_mode = {'DELETE' if on_network(self._path.parent) else 'WAL'}")
+        self._db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+        with self._transaction():
+            pass  # takes the lock, or says now that somebody else has it
+
+    def _one(self, query: str) -> object:
+        """The first column of the first row."""
+        return self._db.execute(query).fetchone()[0]
+
+    def _unpacked(self, data: bytes, crc: int) -> Row:
+        if zlib.crc32(data) != crc:
+            raise ContentError(self._damage("a row differs from its checksum"))
+        try:
+            return _decoder.decode(data)
+        except msgspec.DecodeError as error:
+            raise ContentError(self._damage(f"a row is not what this version writes: {error}")) from error
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._db.execute("COMMIT")
+        finally:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+
+    # --- what went wrong ---
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """SQLite's errors in words that say what to do."""
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF in {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}:
+                raise ContentError(f"the journal {self._path} is in use by another process: end that first") from error
+            raise ContentError(
+                f"the journal {self._path} can't be used: {error}. Check that its disk has room and may be written to"
+            ) from error
+        except sqlite3.DatabaseError as error:
+            raise ContentError(self._damage(str(error))) from error
+        except OSError as error:
+            raise ContentError(f"the journal {self._path} can't be used: {error.strerror}") from error
+
+    def _damage(self, finding: str) -> str:
+        return (
+            f"the journal {self._path} is damaged ({finding}). Move {self._path.name} and {self._path.name}-wal out of "
+            f"{self._path.parent} to go on without it: its jobs are forgotten then, their results stay in the store"
+        )
+
+    def _other_version(self, version: object) -> str:
+        if version == 0:
+            return self._damage("it is a database of something else")
+        return (
+            f"the journal {self._path} has format {version}, this version of bacalhau-jupyter knows {VERSION}: "
+            f"use the version that wrote it, or another BACALHAU_DIR"
+        )
+
+
+def _packed(row: Row) -> tuple[bytes, int]:
+    data = _encoder.encode(row)
+    return data, zlib.crc32(data)
+
+
+def _create(path: Path) -> None:
+    """Make an empty journal, whole from the moment that it has its name."""
+    for suffix in ("-wal", "-journal"):
+        if (rest := path.with_name(path.name + suffix)).exists():
+            raise ContentError(
+                f"{rest} belongs to {path.name}, which is not there: put that back, or move both away for a new journal"
+            )
+    fresh = path.with_name(path.name + ".new")
+    fresh.unlink(missing_ok=True)
+    with sqlite3.connect(fresh) as db:
+        db.executescript(_SCHEMA)
+    db.close()
+    fresh.replace(path)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make the names in `folder` survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
