@@ -46,11 +46,8 @@ def run_case(name: str, executor: str) -> bool:
 
 def write_table() -> None:
     """Write BENCHMARKS.md from the last run of every case."""
-    order = {pair: at for at, pair in enumerate(plan([]))}
-    runs = [harness.load(path) for path in harness.OUT.glob("*.json")]
-    runs = sorted(
-        (run for run in runs if (run.case, run.executor) in order), key=lambda run: order[run.case, run.executor]
-    )
+    kept = {(run.case, run.executor): run for run in map(harness.load, harness.OUT.glob("*.json"))}
+    runs = [kept[pair] for pair in plan([]) if pair in kept]
     if not runs:
         return
     text = harness.TABLE.read_text() if harness.TABLE.exists() else "# Benchmarks\n\n"

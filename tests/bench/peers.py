@@ -76,8 +76,10 @@ class Joblib:
 
     def __init__(self) -> None:
         import joblib  # noqa: PLC0415
+        from joblib.externals import loky  # noqa: PLC0415
 
         self.joblib = joblib
+        self.loky = loky
         self.parallel = joblib.Parallel(n_jobs=WORKERS)
 
     def map(self, call: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
@@ -86,13 +88,13 @@ class Joblib:
 
     def settle(self, call: Callable[[Any], Any], items: Sequence[Any], *, seconds: float) -> int:
         """By loky, the executor under it: `Parallel` itself returns nothing when one task fails."""
-        executor = self.joblib.externals.loky.get_reusable_executor(WORKERS)
+        executor = self.loky.get_reusable_executor(WORKERS)
         futures = [executor.submit(call, item) for item in items]
         return _count([lambda one=one: one.result(seconds) for one in futures])
 
     def close(self) -> None:
         """End the workers."""
-        self.joblib.externals.loky.get_reusable_executor().shutdown(wait=False, kill_workers=True)
+        self.loky.get_reusable_executor().shutdown(wait=False, kill_workers=True)
 
 
 class Dask:
