@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import codecs
 import hashlib
+import json
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,7 +25,7 @@ from typing import Any, Literal, Protocol
 
 import msgspec
 
-from bacalhau_node.errors import BugError
+from bacalhau_node.errors import BugError, ProtocolError
 from bacalhau_node.ids import Execution
 from bacalhau_node.messages import ShardError, ValueKind
 from bacalhau_node.ports import ExecutorEvent, RawOutcome, RawValue, ShardLines, ShardStarted, ShardTask
@@ -40,6 +41,9 @@ AGENT_FILE = Path(__file__).with_name("agent.py")
 
 WARM_MODULES = ("numpy", "pandas", "polars", "pyarrow")
 """Modules that may be imported before a fork: their import alone starts no thread and opens no device."""
+
+OOM_FILES = ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control")
+"""The counters of a container's own control group, as it sees them: version 2, version 1."""
 
 Emit = Callable[[ExecutorEvent], None]
 
@@ -78,24 +82,23 @@ class AgentLost(Exception):
         self.partial = partial
 
 
-class AgentSetup(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class AgentSetup(msgspec.Struct, frozen=True, kw_only=True):
     """The first frame: what an agent knows before it has a job. All paths as the agent sees them.
 
     `path` goes in front of `sys.path`, `env` over the agent's environment, `imports` are preloaded.
-    A shard joins a control group by writing to the `cgroup` files; `oom` are files with an
-    `oom_kill N` line, read around each shard. `watch`: no control group holds memory and processes,
-    the agent looks by itself.
+    `oom`: files with an `oom_kill N` line, the first that exists is read around each shard (the default
+    is where a container sees its own). `watch`: no control group holds memory and processes, the agent
+    looks by itself.
     """
 
     path: tuple[str, ...] = ()
     env: Mapping[str, str] = {}
     imports: tuple[str, ...] = ()
-    cgroup: tuple[str, ...] = ()
-    oom: tuple[str, ...] = ()
+    oom: tuple[str, ...] = OOM_FILES
     watch: bool = False
 
 
-class AgentJob(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class AgentJob(msgspec.Struct, frozen=True, kw_only=True):
     """The job that this agent serves, until it ends. `bundle`: the cell's folder as the agent sees it."""
 
     bundle: str = ""
@@ -110,8 +113,8 @@ class AgentJob(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 class ShardRun(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One execution as the agent is told to run it; see `shard_run`. All paths as the agent sees them.
 
-    `outputs`, `work` (the working and temporary folder) and `scratch` (large values) are made by the
-    agent where missing; `work` is emptied and removed by it. `hold`: after a shard that wrote into
+    `outputs`, `work` (the working and temporary folder) and `scratch` (large values, only when there
+    is one) are made by the agent where missing; `work` is removed by it. `hold`: after a shard that wrote into
     `outputs`, start no other until `collected`. Limits are bytes and seconds; 0 is none.
     """
 
@@ -203,7 +206,6 @@ def _identity(execution: Execution, count: int) -> dict[str, str]:
 # --- frames ---
 
 _LENGTHS = struct.Struct(">II")
-_encode = msgspec.json.Encoder().encode
 
 
 class _Reply(msgspec.Struct, frozen=True, kw_only=True):
@@ -238,7 +240,7 @@ _decoder = msgspec.json.Decoder(_Reply)
 def frame(kind: str, fields: msgspec.Struct | Mapping[str, Any] | None = None) -> bytes:
     """One frame to the agent: `fields` with the type beside them, without a body."""
     values = fields if isinstance(fields, Mapping) else msgspec.to_builtins(fields) if fields is not None else {}
-    header = _encode({"t": kind, **values})
+    header = json.dumps({"t": kind, **values}).encode()  # paths may hold surrogates, which only this one escapes
     return _LENGTHS.pack(len(header), 0) + header
 
 
@@ -250,7 +252,7 @@ class AgentLink:
         self._buffer = bytearray()
 
     async def receive(self) -> list[tuple[_Reply, bytes]]:
-        """The next frames, at least one; empty when the agent is gone. Raises `BugError` for what is none."""
+        """The next frames, at least one; empty when the agent is gone. Raises `ProtocolError` for what is none."""
         while True:
             frames = self._parse()
             if frames:
@@ -266,7 +268,7 @@ class AgentLink:
         while len(buffer) - at >= _LENGTHS.size:
             header, body = _LENGTHS.unpack_from(buffer, at)
             if header > MAX_HEADER or body > MAX_BODY:
-                raise BugError(
+                raise ProtocolError(
                     f"the agent announced a frame of {header} + {body} bytes: something else wrote to its pipe"
                 )
             start = at + _LENGTHS.size
@@ -286,7 +288,7 @@ class AgentLink:
         try:
             return _decoder.decode(header), body
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise BugError(f"the agent sent a frame that is none ({error}): {header[:200]!r}") from error
+            raise ProtocolError(f"the agent sent a frame that is none ({error}): {header[:200]!r}") from error
 
 
 # --- the slot ---
@@ -342,7 +344,7 @@ class _Pending:
         if not head.file:
             return RawValue(head.kind, head.type, body)
         if head.file != Path(head.file).name:
-            raise BugError(f"the agent named {head.file!r} as a file of its scratch folder")
+            raise ProtocolError(f"the agent named {head.file!r} as a file of its scratch folder")
         return RawValue(head.kind, head.type, self.scratch / head.file)
 
     def partial(self) -> RawOutcome:
@@ -364,6 +366,8 @@ class AgentSlot:
         self.ready: asyncio.Future[str] = loop.create_future()
         self.warm: asyncio.Future[tuple[str, ...]] = loop.create_future()
         self.dead: asyncio.Future[str] = loop.create_future()
+        self.holding = ""
+        """The key of the `hold` run whose outputs wait for `collected`, cancelled ones included."""
         self._pipe = pipe
         self._explain = explain
         self._pending: dict[str, _Pending] = {}
@@ -416,6 +420,7 @@ class AgentSlot:
 
     def collected(self, run: ShardRun) -> None:
         """The outputs of a `hold` run are taken: the next shard may start."""
+        self.holding = ""
         self._pipe.write(frame("collected", {"key": run.key}))
 
     async def close(self) -> None:
@@ -437,25 +442,26 @@ class AgentSlot:
             while frames := await link.receive():
                 for reply, body in frames:
                     self._handle(reply, body)
-        except BugError as error:
+        except ProtocolError as error:
             cause = str(error)
         self._pipe.close()
         self._end(cause or self._explain())
 
     def _handle(self, reply: _Reply, body: bytes) -> None:
         pending = self._pending.get(reply.key)
-        if reply.t == "ready":
+        if reply.t == "ready" and not self.ready.done():
             self.ready.set_result(reply.python)
         elif reply.t == "warm":
             if not self.warm.done():
                 self.warm.set_result(reply.imports)
         elif reply.t == "error":
-            raise BugError(f"the agent did not understand its host: {reply.message}")
+            raise ProtocolError(f"the agent did not understand its host: {reply.message}")
         elif pending is not None:
             self._shard(pending, reply, body)
+            if reply.t == "done" and reply.outputs and pending.run.hold:
+                self.holding = reply.key
 
-    @staticmethod
-    def _shard(pending: _Pending, reply: _Reply, body: bytes) -> None:
+    def _shard(self, pending: _Pending, reply: _Reply, body: bytes) -> None:
         if reply.t == "started":
             pending.started, pending.pid = True, reply.pid
             pending.emit(ShardStarted())
@@ -463,9 +469,11 @@ class AgentSlot:
             pending.lines(reply.stream, body)
         elif reply.t == "done":
             pending.flush()
+            if pending.ended.done():
+                raise ProtocolError("the agent ended one shard twice")
             pending.ended.set_result(pending.outcome(reply, body))
         else:
-            raise BugError(f"the agent sent a frame of the unknown type {reply.t!r}")
+            raise ProtocolError(f"the agent sent a frame of the unknown type {reply.t!r}")
 
     def _end(self, cause: str) -> None:
         self.dead.set_result(cause)

@@ -1,0 +1,399 @@
+"""Shards as plain processes of this machine: no isolation, for one's own jobs.
+
+Theory of operation. A slot holds at most one agent at a time, a plain process of the notebook's
+own interpreter in its own session; a socket pair is its two streams, and thus its dead-man's
+switch. An agent serves the shards of one job and is replaced when another job needs its slot, or
+when the job is released. Inputs are used where they lie.
+
+A run waits for a slot (first come, first served) and then goes to the agent. While the shards of
+a job last under 20 ms a slot takes several runs ahead, so that a busy node does not keep it
+waiting. An agent that dies under a shard fails that shard; the runs queued behind it start again
+elsewhere.
+
+Spares: after the first job, or when `warm` asks, one unused agent per slot is kept with the last
+job's modules imported. They end after five minutes without a job.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.metadata
+import os
+import re
+import sys
+from collections import deque
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from bacalhau_node.executors.limits import DEFAULT_DISK, memory_per_slot, usable_cores, usable_memory
+from bacalhau_node.executors.plain import PlainAgent
+from bacalhau_node.executors.slot import AgentLost, ShardRun, agent_job, shard_run, warm_imports
+from bacalhau_node.messages import ShardError
+from bacalhau_node.ports import Capabilities, ExecutorEvent, RawOutcome, ShardTask
+from bacalhau_node.spec import ISOLATION_RANK, Command, JobSpec, PythonCell
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+    from bacalhau_node.ids import JobId
+
+SHORT: Final = 0.02
+"""Seconds: shards that last less let a slot take more runs ahead (DESIGN section 5)."""
+MAX_AHEAD: Final = 32
+"""Runs that one slot takes at most, the running one included."""
+SPARE_SECONDS: Final = 300.0
+"""How long a spare waits for a job (DESIGN section 6)."""
+RESTARTS: Final = 3
+"""How often a run that had not started is given to another agent."""
+_NVIDIA: Final = Path("/proc/driver/nvidia/version")
+
+
+class _Seat:
+    """One slot: the agent in it, the job that it serves, and how many runs it holds."""
+
+    def __init__(self) -> None:
+        self.agent: PlainAgent | None = None
+        self.job: JobId | None = None
+        self.runs = 0
+        self.ahead = 1
+        self.lock = asyncio.Lock()
+
+    def learned(self, seconds: float) -> None:
+        """Take more ahead while shards are short, nothing ahead when one was not."""
+        self.ahead = min(2 * self.ahead, MAX_AHEAD) if seconds < SHORT else 1
+
+
+class ProcessExecutor:
+    """Runs shards as plain processes. `folder` is for its own small files; `slots` shards run at once.
+
+    Implements `ports.Executor` with isolation "none".
+    """
+
+    def __init__(self, folder: Path, *, slots: int | None = None) -> None:
+        self._folder = folder
+        self._slots = slots or usable_cores()
+        self._memory = memory_per_slot(self._slots)
+        self._seats = [_Seat() for _ in range(self._slots)]
+        self._waiting: deque[tuple[JobId, asyncio.Future[_Seat]]] = deque()
+        self._spares: list[PlainAgent] = []
+        self._imports: tuple[str, ...] = ()
+        self._versions: dict[str, str] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._retire: asyncio.TimerHandle | None = None
+        self._filling = asyncio.Lock()
+        self._closed = False
+
+    # --- ports.Executor ---
+
+    async def probe(self) -> Capabilities:
+        """Start one agent for real; it stays as a spare."""
+        problem = None
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            spare = await PlainAgent.start(self._folder, ())
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait({spare.slot.ready, spare.slot.dead}, return_when=asyncio.FIRST_COMPLETED)
+            if spare.alive:
+                self._spares.append(spare)
+            else:
+                problem = f"no process could be started: {spare.slot.dead.result()}"
+                await spare.end()
+        except OSError as error:
+            problem = f"no process could be started: {error}"
+        self._versions = await asyncio.to_thread(_installed)
+        return Capabilities(
+            executor="process",
+            isolation="none",
+            slots=self._slots,
+            memory_per_slot=self._memory,
+            python=_python(),
+            versions=self._versions,
+            limits_enforced=bool(self._spares and self._spares[0].group is not None),
+            problem=problem,
+        )
+
+    def check(self, spec: JobSpec) -> str | None:
+        """Why plain processes can never run `spec`, or None."""
+        resources = spec.resources
+        if resources.gpus:
+            have = "are not given one" if _NVIDIA.exists() else "have none (no NVIDIA driver found)"
+            return f"needs a GPU; plain processes on this node {have}"
+        if spec.image is not None:
+            return f"needs the image {spec.image}; this node runs shards as plain processes, without images"
+        if spec.isolation is not None and ISOLATION_RANK[spec.isolation] > ISOLATION_RANK["none"]:
+            return f"asks for --isolation {spec.isolation}; this node runs shards as plain processes"
+        if spec.container_per == "shard":
+            return "asks for --container-per shard; this node runs shards as plain processes"
+        if resources.memory is not None and resources.memory > usable_memory():
+            return f"needs {_gigabytes(resources.memory)} of memory for a shard; has {_gigabytes(usable_memory())}"
+        if resources.cpu > usable_cores():
+            return f"needs {resources.cpu:g} cores for a shard; has {usable_cores()}"
+        return self._mismatch(spec.task) if isinstance(spec.task, PythonCell) else None
+
+    async def run(self, task: ShardTask, emit: Callable[[ExecutorEvent], None]) -> RawOutcome:
+        """Run one execution; see `ports.Executor`."""
+        cause = ""
+        for _ in range(RESTARTS):
+            try:
+                return await self._run_once(task, emit)
+            except AgentLost as lost:
+                if lost.started:
+                    return _lost_outcome(lost)
+                cause = lost.cause
+        error = ShardError("node", message=f"no process could be kept to run the shard: {cause}")
+        return RawOutcome(ok=False, exit_code=-1, error=error)
+
+    async def release(self, job: JobId) -> None:
+        """End the job's agents, and have spares ready for the next."""
+        seats = [seat for seat in self._seats if seat.job == job and not seat.runs]
+        await asyncio.gather(*(self._vacate(seat) for seat in seats))
+        self._spawn(self._fill())
+
+    async def close(self) -> None:
+        """End all agents."""
+        self._closed = True
+        if self._retire is not None:
+            self._retire.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        agents = [seat.agent for seat in self._seats if seat.agent is not None]
+        await asyncio.gather(*(agent.end() for agent in (*agents, *self._spares)))
+        self._spares.clear()
+
+    # --- spares ---
+
+    async def warm(self, imports: tuple[str, ...] = ()) -> None:
+        """Have an unused agent ready for every slot, with these modules imported."""
+        self._imports = warm_imports(imports)
+        await self._fill()
+        await asyncio.gather(*(_warmed(spare) for spare in self._spares))
+
+    async def _fill(self) -> None:
+        async with self._filling:
+            await self._fill_now()
+
+    async def _fill_now(self) -> None:
+        dead = [spare for spare in self._spares if not spare.alive]
+        self._spares = [spare for spare in self._spares if spare.alive]
+        await asyncio.gather(*(spare.end() for spare in dead))
+        for spare in self._spares:
+            spare.slot.prepare(self._imports)
+        while len(self._spares) < self._slots and not self._closed:
+            self._spares.append(await self._start(self._imports))
+        if self._retire is not None:
+            self._retire.cancel()
+        if self._closed:
+            return
+        loop = asyncio.get_running_loop()
+        self._retire = loop.call_later(SPARE_SECONDS, lambda: self._spawn(self._retire_spares()))
+
+    async def _retire_spares(self) -> None:
+        spares, self._spares = self._spares, []
+        await asyncio.gather(*(spare.end() for spare in spares))
+
+    async def _start(self, imports: tuple[str, ...]) -> PlainAgent:
+        await asyncio.to_thread(self._folder.mkdir, parents=True, exist_ok=True)
+        return await PlainAgent.start(self._folder, imports)
+
+    def _spawn(self, work: Coroutine[object, object, None]) -> asyncio.Task[None]:
+        """Go on with `work` whatever happens to the caller; `close` waits for it."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    # --- slots ---
+
+    async def _run_once(self, task: ShardTask, emit: Callable[[ExecutorEvent], None]) -> RawOutcome:
+        seat = await self._acquire(task.execution.job)
+        try:
+            await asyncio.shield(self._spawn(self._settle(seat, task)))
+            agent = seat.agent
+            assert agent is not None
+            try:
+                outcome = await agent.slot.run(
+                    self._shard_run(task),
+                    host_scratch=task.scratch / "value",
+                    host_outputs=task.scratch / "outputs",
+                    emit=emit,
+                )
+            except AgentLost:
+                await asyncio.shield(self._spawn(agent.end()))
+                raise
+            seat.learned(outcome.seconds)
+            return await _checked(outcome)
+        finally:
+            seat.runs -= 1
+            self._serve_waiting()
+
+    async def _acquire(self, job: JobId) -> _Seat:
+        seat = None if self._waiting else self._pick(job)
+        if seat is not None:
+            seat.runs += 1
+            return seat
+        future: asyncio.Future[_Seat] = asyncio.get_running_loop().create_future()
+        ticket = job, future
+        self._waiting.append(ticket)
+        try:
+            return await future
+        except asyncio.CancelledError:
+            if ticket in self._waiting:
+                self._waiting.remove(ticket)
+            elif not future.cancelled():
+                future.result().runs -= 1
+                self._serve_waiting()
+            raise
+
+    def _serve_waiting(self) -> None:
+        """Give slots to those who wait, in their order."""
+        while self._waiting:
+            job, future = self._waiting[0]
+            seat = self._pick(job)
+            if seat is None:
+                return
+            self._waiting.popleft()
+            if not future.cancelled():
+                seat.runs += 1
+                future.set_result(seat)
+
+    def _pick(self, job: JobId) -> _Seat | None:
+        """An idle slot, the job's own first, then one without a job; else one of the job that takes runs ahead."""
+        idle = [seat for seat in self._seats if not seat.runs]
+        if idle:
+            return min(idle, key=lambda seat: (seat.job != job, seat.job is not None))
+        ahead = [seat for seat in self._seats if seat.job == job and seat.runs < seat.ahead]
+        return min(ahead, key=lambda seat: seat.runs, default=None)
+
+    async def _settle(self, seat: _Seat, task: ShardTask) -> None:
+        """Have an agent of the task's job in the slot."""
+        async with seat.lock:
+            job = task.execution.job
+            if seat.agent is not None and seat.agent.alive and seat.job == job:
+                return
+            await self._vacate(seat)
+            seat.job, seat.ahead = job, 1
+            work = agent_job(task, bundle=str(task.bundle))
+            self._imports = work.imports
+            seat.agent = await self._take_agent(work.imports)
+            seat.agent.limit(task.spec.resources.memory or self._memory)
+            seat.agent.slot.bind(work)
+
+    async def _take_agent(self, imports: tuple[str, ...]) -> PlainAgent:
+        while self._spares:
+            spare = self._spares.pop()
+            if spare.alive:
+                return spare
+            await spare.end()
+        return await self._start(imports)
+
+    @staticmethod
+    async def _vacate(seat: _Seat) -> None:
+        agent, seat.agent, seat.job = seat.agent, None, None
+        if agent is not None:
+            await agent.end()
+
+    def _shard_run(self, task: ShardTask) -> ShardRun:
+        run = shard_run(
+            task,
+            locate=lambda path, _: str(path),
+            outputs=str(task.scratch / "outputs"),
+            work=str(task.scratch / "work"),
+            scratch=str(task.scratch / "value"),
+            memory=task.spec.resources.memory or self._memory,
+            disk=task.spec.resources.disk or DEFAULT_DISK,
+        )
+        if not isinstance(task.spec.task, Command):
+            return run
+        places = {"BACALHAU_INPUTS": str(_links(task)), "BACALHAU_OUTPUTS": run.outputs}
+        return msgspec.structs.replace(run, env={**run.env, **places})
+
+    def _mismatch(self, cell: PythonCell) -> str | None:
+        """What the cell needs and this interpreter has not, in one sentence."""
+        if cell.python and cell.python != _python():
+            return f"needs Python {cell.python}; this node runs {_python()}"
+        if not self._versions:
+            return None
+        for name, version in cell.versions.items():
+            have = self._versions.get(_normal(name))
+            if have is None:
+                return f"needs {name} {version}; this node has no {name}"
+            if _minor(have) != _minor(version):
+                return f"needs {name} {version}; this node has {have}"
+        return None
+
+
+# --- small things ---
+
+
+def _lost_outcome(lost: AgentLost) -> RawOutcome:
+    """What to say of a shard whose agent went away under it: the shard killed it, or someone else did."""
+    error = ShardError("signal", message=f"the agent that ran the shard ended: {lost.cause}")
+    return msgspec.structs.replace(lost.partial, error=error)
+
+
+async def _warmed(spare: PlainAgent) -> None:
+    """Wait until a spare has started and has its modules."""
+    await asyncio.wait({spare.slot.ready, spare.slot.dead}, return_when=asyncio.FIRST_COMPLETED)
+
+
+async def _checked(outcome: RawOutcome) -> RawOutcome:
+    """The outcome, failed if its outputs can't travel."""
+    if outcome.outputs is None:
+        return outcome
+    problem = await asyncio.to_thread(_output_problem, outcome.outputs)
+    if problem is None:
+        return outcome
+    error = outcome.error or ShardError("output", message=problem)
+    return msgspec.structs.replace(outcome, ok=False, exit_code=outcome.exit_code or 1, outputs=None, error=error)
+
+
+def _output_problem(outputs: Path) -> str | None:
+    """What in the folder is neither a file, nor a folder, nor a link to one inside."""
+    root = outputs.resolve()
+    for base, folders, files in os.walk(outputs):
+        for name in (*folders, *files):
+            path = Path(base, name)
+            inside = f"outputs/{path.relative_to(outputs)}"
+            if path.is_symlink():
+                if not path.resolve().is_relative_to(root):
+                    return (
+                        f"{inside} is a link to {path.readlink()}, which is outside of outputs: copy the file instead"
+                    )
+            elif not (path.is_file() or path.is_dir()):
+                return f"{inside} is neither a file nor a folder: remove it before the cell ends"
+    return None
+
+
+def _links(task: ShardTask) -> Path:
+    """A folder with a link to each input where a container would have it: `/inputs/a.csv` is `a.csv` in it."""
+    folder = task.scratch / "inputs"
+    for file in task.files:
+        link = folder / (file.mount.removeprefix("/inputs") or "/").lstrip("/")
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(file.path)
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def _installed() -> dict[str, str]:
+    """The distributions of this interpreter: normal name -> version."""
+    found = ((one.name, one.version) for one in importlib.metadata.distributions())
+    return {_normal(name): version for name, version in found if name}
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _minor(version: str) -> list[str]:
+    return version.split(".")[:2]
+
+
+def _python() -> str:
+    return f"{sys.version_info.major}.{sys.version_info.minor}"
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1024**3:.3g} GB"
