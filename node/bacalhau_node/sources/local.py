@@ -52,6 +52,8 @@ class LocalSource:
         root = source.source.rstrip("/") or "/"
         if "\0" in root:
             raise SpecError(f"--input {root!r}: a path can't hold a null character")
+        if any("\ud800" <= letter <= "\udfff" for letter in root):
+            raise SpecError(f"--input {root!r}: its name is not UTF-8, which a job can't carry; name a folder above it")
         try:
             found = os.stat(root)
         except (FileNotFoundError, NotADirectoryError) as error:

@@ -1,0 +1,241 @@
+"""What every transport promises: bytes between nodes, at most once, in no order; and how bad the memory hub can be."""
+
+import asyncio
+import contextlib
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import pytest
+
+from bacalhau_node.errors import BugError, NodeUnreachable
+from bacalhau_node.ports import Transport
+from bacalhau_node.transports import memory
+from bacalhau_node.transports.memory import MemoryHub, MemoryTransport
+
+Join = Callable[[str], Awaitable[Transport]]
+DEADLINE = 5
+
+
+@pytest.fixture(params=["memory"])
+async def join() -> AsyncIterator[Join]:
+    """Makes nodes that can reach each other; all are closed at the end."""
+    hub, made = MemoryHub(), []
+
+    async def one(name: str) -> Transport:
+        made.append(MemoryTransport(hub, name))
+        return made[-1]
+
+    yield one
+    for transport in made:
+        await transport.close()
+
+
+async def read(transport: Transport, many: int) -> list[tuple[str, bytes]]:
+    """The next `many` messages."""
+    messages = []
+    async with asyncio.timeout(DEADLINE), contextlib.aclosing(transport.received()) as received:
+        async for message in received:
+            messages.append(message)
+            if len(messages) == many:
+                break
+    return messages
+
+
+async def settled() -> None:
+    """Let everything run that can run now."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+# --- every transport ---
+
+
+async def test_bytes_arrive_as_they_are_with_their_author(join):
+    one, two = await join("n-one"), await join("n-two")
+    await one.send("n-two", b"\x00\xffdata")
+    assert await read(two, 1) == [("n-one", b"\x00\xffdata")]
+
+
+async def test_both_directions_and_three_nodes(join):
+    one, two, three = await join("n-one"), await join("n-two"), await join("n-three")
+    await two.send("n-one", b"from two")
+    await three.send("n-one", b"from three")
+    await one.send("n-three", b"from one")
+    assert sorted(await read(one, 2)) == [("n-three", b"from three"), ("n-two", b"from two")]
+    assert await read(three, 1) == [("n-one", b"from one")]
+
+
+async def test_an_empty_and_a_large_message_arrive(join):
+    one, two = await join("n-one"), await join("n-two")
+    large = bytes(4 * 1024 * 1024)
+    await one.send("n-two", b"")
+    await one.send("n-two", large)
+    assert sorted(data for _, data in await read(two, 2)) == [b"", large]
+
+
+async def test_each_message_arrives_at_most_once_whoever_sends_at_the_same_time(join):
+    reader = await join("n-reader")
+    senders = [await join(f"n-sender{number}") for number in range(5)]
+    sent = [(sender, b"%d" % number) for sender in senders for number in range(100)]
+    async with asyncio.TaskGroup() as group:
+        for sender, data in sent:
+            group.create_task(sender.send("n-reader", data))
+        got = await read(reader, len(sent))
+    assert Counter(got) == Counter((sender.node, data) for sender, data in sent)
+
+
+async def test_what_was_sent_before_anybody_read_is_there(join):
+    one, two = await join("n-one"), await join("n-two")
+    await one.send("n-two", b"early")
+    await settled()
+    assert await read(two, 1) == [("n-one", b"early")]
+
+
+async def test_reading_goes_on_where_the_last_reader_stopped(join):
+    one, two = await join("n-one"), await join("n-two")
+    for number in range(3):
+        await one.send("n-two", b"%d" % number)
+    first, rest = await read(two, 1), await read(two, 2)
+    assert sorted(data for _, data in first + rest) == [b"0", b"1", b"2"]
+
+
+async def test_a_reader_that_is_cancelled_loses_nothing(join):
+    one, two = await join("n-one"), await join("n-two")
+    reading = asyncio.create_task(read(two, 1))
+    await settled()
+    reading.cancel()
+    await asyncio.wait([reading])
+    await one.send("n-two", b"later")
+    assert await read(two, 1) == [("n-one", b"later")]
+
+
+async def test_the_reader_ends_when_its_transport_is_closed(join):
+    one = await join("n-one")
+
+    async def all_of_it() -> list[tuple[str, bytes]]:
+        return [message async for message in one.received()]
+
+    reading = asyncio.create_task(all_of_it())
+    await settled()
+    await one.close()
+    assert await asyncio.wait_for(reading, DEADLINE) == []
+
+
+async def test_peers_are_the_others_that_can_be_sent_to_sorted(join):
+    two, one, three = await join("n-two"), await join("n-one"), await join("n-three")
+    assert list(two.peers()) == ["n-one", "n-three"]
+    await one.close()
+    assert list(two.peers()) == ["n-three"]
+    assert list(one.peers()) == []
+    assert list(three.peers()) == ["n-two"]
+
+
+async def test_a_node_that_is_not_there_is_told(join):
+    one, two = await join("n-one"), await join("n-two")
+    with pytest.raises(NodeUnreachable, match="n-nobody"):
+        await one.send("n-nobody", b"")
+    await two.close()
+    with pytest.raises(NodeUnreachable, match="n-two"):
+        await one.send("n-two", b"")
+
+
+async def test_a_closed_transport_sends_nothing_and_closes_twice(join):
+    one, _ = await join("n-one"), await join("n-two")
+    await one.close()
+    await one.close()
+    with pytest.raises(NodeUnreachable, match="n-one"):
+        await one.send("n-two", b"")
+    assert [message async for message in one.received()] == []
+
+
+async def test_a_slow_reader_makes_its_senders_wait_and_loses_nothing(join):
+    one, two, many = await join("n-one"), await join("n-two"), 5_000
+    sent = 0
+
+    async def flood() -> None:
+        nonlocal sent
+        for number in range(many):
+            await one.send("n-two", b"%d" % number)
+            sent += 1
+
+    flooding = asyncio.create_task(flood())
+    await settled()
+    assert 0 < sent < many
+    got = await read(two, many)
+    await asyncio.wait_for(flooding, DEADLINE)
+    assert {int(data) for _, data in got} == set(range(many))
+
+
+async def test_closing_a_full_inbox_lets_every_sender_go(join):
+    one, two = await join("n-one"), await join("n-two")
+    waiting = [asyncio.create_task(one.send("n-two", b"x")) for _ in range(memory.INBOX + 50)]
+    await settled()
+    await two.close()
+    done, still = await asyncio.wait(waiting, timeout=DEADLINE)
+    assert not still
+    assert all(task.exception() is None or isinstance(task.exception(), NodeUnreachable) for task in done)
+
+
+# --- the memory hub ---
+
+
+async def test_a_good_hub_keeps_the_order():
+    hub = MemoryHub()
+    one, two = MemoryTransport(hub, "n-one"), MemoryTransport(hub, "n-two")
+    for number in range(200):
+        await one.send("n-two", b"%d" % number)
+    assert [int(data) for _, data in await read(two, 200)] == list(range(200))
+
+
+async def test_two_nodes_of_one_name_are_a_bug():
+    hub = MemoryHub()
+    MemoryTransport(hub, "n-one")
+    with pytest.raises(BugError, match="n-one"):
+        MemoryTransport(hub, "n-one")
+
+
+async def test_a_name_is_free_again_after_its_node_left():
+    hub = MemoryHub()
+    await MemoryTransport(hub, "n-one").close()
+    assert MemoryTransport(hub, "n-one").peers() == []
+
+
+async def through_a_bad_hub(seed: int, **faults: float) -> list[int]:
+    """What is left of 500 numbers."""
+    hub = MemoryHub(seed, **faults)
+    one, two = MemoryTransport(hub, "n-one"), MemoryTransport(hub, "n-two")
+    for number in range(500):
+        await one.send("n-two", b"%d" % number)
+    reading = asyncio.create_task(gathered(two))
+    await settled()
+    await two.close()
+    return await asyncio.wait_for(reading, DEADLINE)
+
+
+async def gathered(transport: Transport) -> list[int]:
+    return [int(data) async for _, data in transport.received()]
+
+
+async def test_a_hub_that_drops_loses_about_that_share():
+    got = await through_a_bad_hub(1, drop=0.3)
+    assert 300 <= len(got) <= 400
+    assert got == sorted(set(got))
+
+
+async def test_a_hub_that_repeats_delivers_about_that_share_twice():
+    got = Counter(await through_a_bad_hub(1, repeat=0.3))
+    assert set(got) == set(range(500))
+    assert set(got.values()) == {1, 2}
+    assert 100 <= sum(1 for times in got.values() if times == 2) <= 200
+
+
+async def test_a_hub_that_reorders_loses_and_repeats_nothing():
+    got = await through_a_bad_hub(1, reorder=0.5)
+    assert got != sorted(got)
+    assert sorted(got) == list(range(500))
+
+
+async def test_the_same_seed_is_the_same_bad_luck():
+    faults = {"drop": 0.1, "repeat": 0.1, "reorder": 0.3}
+    assert await through_a_bad_hub(7, **faults) == await through_a_bad_hub(7, **faults)
+    assert await through_a_bad_hub(7, **faults) != await through_a_bad_hub(8, **faults)
