@@ -235,7 +235,7 @@ def test_a_path_below_a_file_is_an_error_naming_the_file(data):
 def test_an_input_whose_own_name_is_not_utf8_is_the_authors_error(data):
     folder = os.fsdecode(os.fsencode(data) + b"/caf\xe9")
     Path(folder).mkdir()
-    with pytest.raises(SpecError, match="not UTF-8.*name a folder above it"):
+    with pytest.raises(SpecError, match=r"not UTF-8.*name a folder above it"):
         local.list(InputSource(source=folder), index=0)
 
 

@@ -120,7 +120,7 @@ def _whole_folders(entries: Sequence[Entry], patterns: Sequence[_Pattern]) -> di
 def _no_match(pattern: _Pattern, files: Sequence[Entry]) -> str:
     """What the pattern was, what is there, and the pattern that was perhaps meant."""
     if not files:
-        return f"--glob {pattern.glob!r} matches nothing: the inputs hold no files"
+        return f"--glob {pattern.glob!r} matches nothing: there are no files (it selects among those of --input)"
     lines = [f"--glob {pattern.glob!r} matches none of the {len(files)} files of the inputs. There are, for example:"]
     lines += [f"  {shown(entry.path)}" for entry in sorted(files, key=lambda one: is_hidden(one.path))[:5]]
     deeper = _Pattern(f"**/{pattern.text}")
