@@ -1,0 +1,45 @@
+"""What the documents claim about the code."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from bacalhau_jupyter.option_table import OPTIONS
+from tests import architecture
+
+ROOT = architecture.DOCUMENT.parent
+DOCUMENTS = sorted(ROOT.glob("*.md"))
+
+
+def test_architecture_shows_the_tables_of_the_code() -> None:
+    document = architecture.DOCUMENT.read_text()
+    assert document == architecture.rendered(document), "run: python -m tests.architecture"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_between_documents_lead_somewhere(document: Path) -> None:
+    targets = re.findall(r"\]\((?!https?://|#)([^)#]+)", document.read_text())
+    assert [target for target in targets if not (ROOT / target).exists()] == []
+
+
+def test_every_option_of_the_readme_works() -> None:
+    named = set(re.findall(r"`(--[a-z-]+)", (ROOT / "README.md").read_text()))
+    assert named
+    assert {name for name in named if name not in OPTIONS or OPTIONS[name].later} == set()
+
+
+def test_every_option_that_works_is_in_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert [name for name, option in OPTIONS.items() if not option.later and f"`{name}" not in readme] == []
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.name)
+def test_notebooks_are_valid_and_hold_no_errors(path: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert [output for output in outputs if output["output_type"] == "error"] == []
