@@ -33,8 +33,8 @@ class DaemonError(NodeUnreachable):
 class Stream(asyncio.Protocol):
     """One container's stdin, stdout and stderr over one upgraded connection.
 
-    `receive(channel, data)` gets every chunk as it comes: channel 1 is stdout, 2 is stderr.
-    `ended` is set when the connection is over, whoever ended it.
+    `receive(channel, data)` gets every chunk as it comes: channel 1 is stdout, 2 is stderr, and 0
+    without data is the end. `ended` is set before, whoever ended the connection.
     """
 
     def __init__(self, receive: Callable[[int, bytes], None]) -> None:
@@ -48,23 +48,22 @@ class Stream(asyncio.Protocol):
 
     async def open(self, request: bytes) -> None:
         """Ask for the upgrade and wait for the answer."""
-        self._transport_or_raise().write(request)
+        self.send(request)
         await self._upgraded
 
-    async def write(self, data: bytes) -> None:
-        """Send `data` to stdin; waits while the container does not read. Raises `ConnectionError` after the end."""
-        self._transport_or_raise().write(data)
+    def send(self, data: bytes) -> None:
+        """Queue `data` for stdin; drops it after the end."""
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(data)
+
+    async def drain(self) -> None:
+        """Wait while much is queued because the container does not read."""
         await self._writable.wait()
 
     def close(self) -> None:
         """End the connection; with `StdinOnce`, the container's stdin ends with it."""
         if self._transport is not None:
             self._transport.abort()
-
-    def _transport_or_raise(self) -> asyncio.Transport:
-        if self._transport is None or self._transport.is_closing():
-            raise ConnectionResetError("the container's stream has ended")
-        return self._transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Keep the transport (asyncio calls this)."""
@@ -86,6 +85,7 @@ class Stream(asyncio.Protocol):
             )
         self._writable.set()
         self.ended.set()
+        self._receive(0, b"")
 
     def data_received(self, data: bytes) -> None:
         """Hand on every whole chunk: 8 bytes of channel and size, then the data (asyncio calls this)."""

@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import json
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -42,10 +43,16 @@ T = TypeVar("T")
 
 
 class Label(StrEnum):
-    """Labels of our containers. `DEADLINE` is in seconds since 1970: past it, any node may remove the container."""
+    """Labels of our containers: whose they are and what for.
+
+    `NODE` and `FOLDER` name a node, `LIFE` one run of its process: what an earlier one left is
+    abandoned. `DEADLINE` is in seconds since 1970: past it, any node may remove the container.
+    """
 
     PROJECT = "io.bacalhau-jupyter"
     NODE = "io.bacalhau-jupyter.node"
+    FOLDER = "io.bacalhau-jupyter.folder"
+    LIFE = "io.bacalhau-jupyter.life"
     JOB = "io.bacalhau-jupyter.job"
     SLOT = "io.bacalhau-jupyter.slot"
     DEADLINE = "io.bacalhau-jupyter.deadline"
@@ -64,7 +71,8 @@ class Mount:
 class Recipe:
     """Everything that decides what a container is. Memory in bytes, cpu in cores; 0: no limit.
 
-    `entrypoint` replaces the image's own (an empty tuple clears it), None keeps it. `log`:
+    `entrypoint` replaces the image's own (an empty tuple clears it), None keeps it. `folder` is
+    where the program starts, None: where the image says. `log`:
     "none" for a container whose stream is read as it comes, "local" for one that may have to be
     read again.
     """
@@ -76,7 +84,7 @@ class Recipe:
     mounts: tuple[Mount, ...]
     labels: Mapping[str, str]
     user: str
-    folder: str
+    folder: str | None
     memory: int
     cpu: float
     network: Literal["none", "bridge"] = "none"
@@ -96,11 +104,13 @@ class State:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DaemonInfo:
-    """What matters of `docker info`. `limits`: memory, pids and CPU limits are enforced."""
+    """What matters of `docker info`. `limits`: memory, pids and CPU limits are enforced. Memory in bytes."""
 
     id: str
     rootless: bool
     limits: bool
+    cores: int
+    memory: int
 
 
 _NO_LOG: Final = {"Type": "none"}
@@ -142,7 +152,13 @@ class Daemon:
         found = await self._call(lambda api: api.info())
         enforced = all(found.get(name, False) for name in ("MemoryLimit", "PidsLimit", "CpuCfsQuota"))
         options = found.get("SecurityOptions") or ()
-        return DaemonInfo(id=str(found.get("ID")), rootless="name=rootless" in options, limits=enforced)
+        return DaemonInfo(
+            id=str(found.get("ID")),
+            rootless="name=rootless" in options,
+            limits=enforced,
+            cores=int(found["NCPU"]),
+            memory=int(found["MemTotal"]),
+        )
 
     async def has_image(self, name: str) -> bool:
         """Whether the image is on the daemon's machine."""
@@ -234,6 +250,12 @@ class Daemon:
     async def remove(self, container: str) -> None:
         """End and remove the container with its anonymous volumes. One that is gone is no error."""
         await self._end(lambda api: api.remove_container(container, v=True, force=True))
+
+    async def killed(self, container: str) -> bool:
+        """Whether somebody asked the daemon to kill this container: what its own processes do leaves no such event."""
+        until = f"{time.time():.3f}"  # the past only: the daemon ends the answer at once
+        filters = {"container": container, "event": "kill"}
+        return await self._call(lambda api: any(True for _ in api.events(since="1", until=until, filters=filters)))
 
     async def ours(self) -> list[tuple[str, dict[str, str]]]:
         """(id, labels) of every container of this project on the daemon, ended ones included."""

@@ -114,12 +114,12 @@ def clear(folder: Path) -> None:
 
 def destroy(folder: Path) -> None:
     """Remove `folder` whose container is gone, whatever modes the shard gave to what it left there."""
-    left = [folder]
+    left = [folder] if folder.exists() else []
     while left:
         each = left.pop()
         each.chmod(0o700)
         left += [path for path in each.iterdir() if path.is_dir() and not path.is_symlink()]
-    shutil.rmtree(folder)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def take_out(folder: Path, target: Path) -> Path | None:
@@ -131,6 +131,20 @@ def take_out(folder: Path, target: Path) -> Path | None:
     for path in paths:
         path.rename(target / path.name)
     return target
+
+
+def unfit(outputs: Path) -> str | None:
+    """What in the outputs is neither a file, nor a folder, nor a link to one inside: a sentence, or None."""
+    root = outputs.resolve()
+    for base, folders, names in os.walk(outputs):
+        for name in (*folders, *names):
+            path = Path(base, name)
+            shown = f"outputs/{path.relative_to(outputs)}"
+            if path.is_symlink() and not path.resolve().is_relative_to(root):
+                return f"{shown} is a link to {path.readlink()}, outside of outputs: copy the file instead"
+            if not path.is_symlink() and not path.is_file() and not path.is_dir():
+                return f"{shown} is neither a file nor a folder: remove it before the cell ends"
+    return None
 
 
 def used(folder: Path) -> int:

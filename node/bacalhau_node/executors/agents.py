@@ -1,0 +1,305 @@
+"""A container with an agent in it: how it is made, what it sees, how its end is explained.
+
+Theory of operation (DESIGN section 6). The attach stream is opened before
+the container starts and carries the agent's frames; files come and go through the slot's folder
+(`layout.py`). A container serves one job.
+
+The shard's user is also the agent's: a hostile cell can kill the agent, and so only itself. What
+a shard left is taken out of its reach before anyone looks at it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import stat
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from bacalhau_node.errors import ContentError
+from bacalhau_node.executors import staging
+from bacalhau_node.executors.attach import DaemonError
+from bacalhau_node.executors.containers import Recipe
+from bacalhau_node.executors.layout import NoEnvironment, NoProgram, Shape, Site, SlotFolder, memory_text
+from bacalhau_node.executors.slot import AgentLost, AgentSetup, AgentSlot, agent_job, shard_run
+from bacalhau_node.messages import ShardError
+from bacalhau_node.ports import RawOutcome, RawValue, ShardStarted, ShardTask
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+    from bacalhau_node.executors.attach import Stream
+    from bacalhau_node.ports import ExecutorEvent
+
+READY_SECONDS: Final = 30.0
+"""How long an interpreter may take to start on a machine that is busy."""
+CANCEL_SECONDS: Final = 0.5
+"""How long an agent may take to kill its shard before the whole container is killed."""
+OVERTIME: Final = 5.0
+"""Seconds after `--timeout` at which an agent that should have ended its shard is taken for stopped."""
+_ERRORS_KEPT: Final = 4096
+_DEFAULT_DISK: Final = 10 * 10**9
+_OOM_COUNTERS: Final = ("/sys/fs/cgroup/memory/memory.oom_control", "/sys/fs/cgroup/memory.events")
+"""The container's own counter of kills for memory, as it sees it: control groups of version 1, of version 2."""
+_OVERTIME_CAUSE: Final = "it ran over its time and its worker did not end it: its container was killed"
+
+
+@dataclass(slots=True)
+class AgentPipe:
+    """The agent's two byte streams over a container's stream; what it writes to stderr is kept for its epitaph."""
+
+    stream: Stream | None = None
+    errors: bytearray = field(default_factory=bytearray)
+    _arrived: bytearray = field(default_factory=bytearray)
+    _news: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def receive(self, channel: int, data: bytes) -> None:
+        """What the container's stream delivers; channel 0: its end."""
+        if channel == 1:
+            self._arrived += data
+        elif channel == 2:
+            self.errors += data
+            del self.errors[:-_ERRORS_KEPT]
+        self._news.set()
+
+    async def read(self) -> bytes:
+        """The next bytes; empty when the agent is gone."""
+        while not self._arrived and self.stream is not None and not self.stream.ended.is_set():
+            self._news.clear()
+            await self._news.wait()
+        data = bytes(self._arrived)
+        self._arrived.clear()
+        return data
+
+    def write(self, data: bytes) -> None:
+        """Queue `data`; drops it when the agent is gone."""
+        if self.stream is not None:
+            self.stream.send(data)
+
+    async def drain(self) -> None:
+        """Wait while much is queued."""
+        if self.stream is not None:
+            await self.stream.drain()
+
+    def close(self) -> None:
+        """Let go: the agent's stdin ends, it kills what it runs and exits, and the container with it."""
+        if self.stream is not None:
+            self.stream.close()
+
+
+class AgentContainer:
+    """One container, its agent and its folder, from `start` to `remove`."""
+
+    def __init__(self, site: Site, shape: Shape, *, number: int) -> None:
+        self.shape = shape
+        self.folder = SlotFolder(site.folder / "slots" / str(number), shape)
+        self._site = site
+        self._number = number
+        self._pipe = AgentPipe()
+        self._id = ""
+        self._agent: AgentSlot | None = None
+        self._bound = False
+        self._binding = asyncio.Lock()
+        self._removal: asyncio.Task[None] | None = None
+
+    @property
+    def alive(self) -> bool:
+        """Whether its agent is at work."""
+        return self._agent is not None and not self._agent.dead.done()
+
+    async def start(self, python: str, imports: tuple[str, ...]) -> None:
+        """Make and start it with the interpreter `python`. Raises `NoEnvironment` or `DaemonError`, leaving nothing."""
+        try:
+            await asyncio.to_thread(self.folder.create, self._site.user)
+            self._id = await self._site.daemon.create(self._recipe(python))
+            self._pipe.stream = await self._site.daemon.attach(self._id, self._pipe.receive)
+            await self._site.daemon.start(self._id)
+            await self._greet(imports)
+        except BaseException:
+            await self.remove()
+            raise
+
+    def _recipe(self, python: str) -> Recipe:
+        return Recipe(
+            image=self._site.image(self.shape),
+            command=(python, "-s", "-u", "/slot/agent.py"),
+            entrypoint=(),
+            environment=self._site.variables(self.shape),
+            mounts=self.folder.mounts(self._site),
+            labels=self._site.labels(slot=str(self._number)),
+            user=self._site.inside,
+            folder="/slot/work",
+            memory=self.shape.memory,
+            cpu=self.shape.cpu,
+            network=self.shape.network,
+        )
+
+    async def _greet(self, imports: tuple[str, ...]) -> None:
+        agent = AgentSlot(self._pipe, AgentSetup(imports=imports), explain=self._last_words)
+        self._agent = agent
+        await asyncio.wait({agent.ready, agent.dead}, timeout=READY_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        if agent.dead.done():
+            state = await self._site.daemon.state(self._id)
+            if state is not None and state.exit_code in (126, 127):
+                raise NoProgram(agent.dead.result())
+            raise NoEnvironment(
+                f"the Python of {self._called} can't run cells, which needs Python 3.8 or later: {agent.dead.result()}"
+            )
+        if not agent.ready.done():
+            raise DaemonError(f"a container of {self._called} did not answer within {READY_SECONDS:.0f} s")
+
+    @property
+    def _called(self) -> str:
+        return f"the image {self.shape.called}" if self.shape.image else "this machine"
+
+    def _last_words(self) -> str:
+        lines = self._pipe.errors.decode(errors="replace").strip().splitlines()
+        return lines[-1] if lines else "its container ended"
+
+    def prepare(self, imports: tuple[str, ...]) -> None:
+        """Preload these modules; only before the first job."""
+        if self._agent is not None:
+            self._agent.prepare(imports)
+
+    async def run(self, task: ShardTask, emit: Callable[[ExecutorEvent], None]) -> RawOutcome:
+        """Run one execution. Raises `AgentLost`, `staging.NeedsRoot` and `ContentError`."""
+        agent = self._agent
+        assert agent is not None
+        async with self._binding:
+            if not self._bound and task.bundle is not None:
+                await asyncio.to_thread(staging.mirror, task.bundle, self.folder.bundle / "cell", self._site.user)
+            self._bound = True
+        agent.bind(agent_job(task, bundle="/slot/bundle/cell"))
+        if task.files:
+            await asyncio.to_thread(self.folder.stage, task.files, self._site.user)
+        name = f"{task.execution.shard}.{task.execution.attempt}"
+        run = shard_run(
+            task,
+            locate=lambda _, mount: mount,
+            outputs="/outputs",
+            work=f"/slot/work/{name}",
+            scratch=f"/slot/work/{name}.value",
+            memory=self.shape.memory,
+            disk=task.spec.resources.disk or _DEFAULT_DISK,
+            hold=True,
+        )
+        values = self.folder.work / f"{name}.value"
+        watch = _Overtime(task.spec.timeout, emit, self.kill)
+        try:
+            outcome = await self._await(
+                agent.run(run, host_scratch=values, host_outputs=self.folder.outputs, emit=watch.emit)
+            )
+        except asyncio.CancelledError:
+            if agent.holding == run.key:  # what it left would be the next shard's
+                staging.clear(self.folder.outputs)
+                agent.collected(run)
+            raise
+        except AgentLost as lost:
+            if watch.fired:
+                raise AgentLost(_OVERTIME_CAUSE, started=True, partial=lost.partial) from lost
+            raise
+        finally:
+            watch.stop()
+        if outcome.outputs is not None or isinstance(outcome.value.data, Path):
+            outcome = await asyncio.to_thread(self._take_out, outcome, task.scratch)
+        if agent.holding == run.key:
+            agent.collected(run)
+        with contextlib.suppress(OSError):  # never made by most shards
+            values.rmdir()
+        return outcome
+
+    async def _await(self, run: Coroutine[object, object, RawOutcome]) -> RawOutcome:
+        """The outcome; when cancelled, the shard's end, by its agent or with its container."""
+        running = asyncio.ensure_future(run)
+        try:
+            return await asyncio.shield(running)
+        except asyncio.CancelledError:
+            running.cancel()
+            await asyncio.wait({running}, timeout=CANCEL_SECONDS)
+            if not running.done():
+                await self.kill()
+                await asyncio.wait({running})
+            if not running.cancelled():
+                running.exception()  # seen: nobody else will ask
+            raise
+
+    def _take_out(self, outcome: RawOutcome, scratch: Path) -> RawOutcome:
+        """Move what the shard left out of reach of anything that may still run in its container."""
+        outputs = None if outcome.outputs is None else staging.take_out(self.folder.outputs, scratch / "outputs")
+        value = outcome.value
+        if isinstance(value.data, Path):
+            moved = value.data.rename(scratch / "value")
+            if not stat.S_ISREG(moved.lstat().st_mode):
+                raise ContentError("the shard left something else than a file as its value")
+            value = RawValue(value.kind, value.type, moved)
+        return msgspec.structs.replace(outcome, outputs=outputs, value=value)
+
+    async def kill(self) -> None:
+        """End everything in it now."""
+        with contextlib.suppress(DaemonError):
+            await self._site.daemon.kill(self._id)
+
+    async def explain(self, lost: AgentLost) -> RawOutcome:
+        """What to say about an execution whose agent went away."""
+        error = await self._blame(lost)
+        return msgspec.structs.replace(lost.partial, ok=False, exit_code=-1, error=error)
+
+    async def _blame(self, lost: AgentLost) -> ShardError:
+        if lost.cause == _OVERTIME_CAUSE:
+            return ShardError("timeout", message=lost.cause)
+        daemon = self._site.daemon
+        try:
+            state = await daemon.state(self._id)
+            if state is not None and state.out_of_memory:
+                return ShardError("memory", message=memory_text(self.shape.memory))
+            if state is None or not lost.started or await daemon.killed(self._id):
+                return ShardError("node", message="its container was ended from outside")
+        except DaemonError as problem:
+            return ShardError("node", message=str(problem))
+        return ShardError("signal", name="SIGKILL", message=f"it ended its own worker ({lost.cause})")
+
+    async def remove(self) -> None:
+        """Remove container and folder; may be called again."""
+        if self._removal is None:
+            self._removal = asyncio.create_task(self._remove())
+        await asyncio.shield(self._removal)
+
+    async def _remove(self) -> None:
+        if self._agent is not None:
+            await self._agent.close()
+        self._pipe.close()
+        if self._id:
+            with contextlib.suppress(DaemonError):  # then the daemon is gone; `reap` finds what it left
+                await self._site.daemon.remove(self._id)
+        await asyncio.to_thread(staging.destroy, self.folder.path)
+
+
+class _Overtime:
+    """Kills a container whose agent should have ended a shard long ago: the cell may have stopped it."""
+
+    def __init__(
+        self,
+        timeout: float | None,
+        emit: Callable[[ExecutorEvent], None],
+        kill: Callable[[], Coroutine[object, object, None]],
+    ) -> None:
+        self.fired = False
+        self._timeout, self._emit, self._kill = timeout, emit, kill
+        self._timer: asyncio.TimerHandle | None = None
+        self._killing: asyncio.Task[None] | None = None
+
+    def emit(self, event: ExecutorEvent) -> None:
+        if isinstance(event, ShardStarted) and self._timeout is not None:
+            self._timer = asyncio.get_running_loop().call_later(self._timeout + OVERTIME, self._fire)
+        self._emit(event)
+
+    def _fire(self) -> None:
+        self.fired = True
+        self._killing = asyncio.ensure_future(self._kill())
+
+    def stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
