@@ -18,11 +18,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterable
-from typing import Protocol
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from typing import Protocol, TypeVar
 
 from bacalhau_node import wire
-from bacalhau_node.errors import BacalhauError, ProtocolError
+from bacalhau_node.errors import BacalhauError, ContentError, ProtocolError
 from bacalhau_node.feed import Feed, ShardText
 from bacalhau_node.ids import Execution, JobId, NodeId
 from bacalhau_node.messages import Accept, Cancel, Kept, Lines, Message, Offer, Outcome, Recall, Reject
@@ -33,6 +33,11 @@ from bacalhau_node.protocol.placement import LEASE
 from bacalhau_node.protocol.requester import Requester
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+STORE_AGAIN = 1.0
+"""Seconds until storing a result is tried again, doubled up to a minute (a guess)."""
 
 _TO_COMPUTE = (Offer, Accept, Reject, Kept, Cancel, Recall)
 _COMPUTE_EVENTS = (ev.ExecutionStarted, ev.ExecutionEnded)
@@ -251,11 +256,22 @@ class Engine:
             self.post(news)
 
     async def _kept(self, keep: ev.Keep) -> None:
-        await self._work.keep(keep)
+        await self._stored(lambda: self._work.keep(keep))
         self.post(ev.ResultKept(keep.execution))
 
     async def _sealed(self, seal: ev.Seal) -> None:
-        self.post(ev.JobSealed(seal.job, await self._work.seal(seal)))
+        self.post(ev.JobSealed(seal.job, await self._stored(lambda: self._work.seal(seal))))
+
+    async def _stored(self, attempt: Callable[[], Awaitable[T]]) -> T:
+        """Store something that was decided: a full disk delays it, and is told, but can't undo it."""
+        wait = STORE_AGAIN
+        while True:
+            try:
+                return await attempt()
+            except (ContentError, OSError):
+                log.exception("a result can't be stored; trying again in %.0f s", wait)
+                await asyncio.sleep(wait)
+                wait = min(2 * wait, 60 * STORE_AGAIN)
 
     async def _released(self, job: JobId) -> None:
         try:

@@ -78,13 +78,13 @@ class Runner:
         try:
             return await self._execute(run, job, scratch, progress)
         except ContentError as error:
-            return _failed("input", error)
+            return self._failed("input", error)
         except BacalhauError as error:
             log.exception("execution %s failed in the node", execution)
-            return _failed("node", error)
+            return self._failed("node", error)
         except OSError as error:
             log.exception("execution %s failed in the node", execution)
-            return _failed("node", error)
+            return self._failed("node", error)
         finally:
             _remove(scratch)
 
@@ -203,6 +203,10 @@ class Runner:
         )
         return encode_outcome(self._content, _printable(outcome))
 
+    def _failed(self, kind: ErrorKind, error: Exception) -> Outcome:
+        failure = ShardError(kind=kind, name=type(error).__name__, message=str(error))
+        return encode_outcome(self._content, _printable(Outcome(ok=False, exit_code=1, error=failure)))
+
     async def _blob(self, data: bytes | Path) -> Blob:
         if isinstance(data, Path):
             size = data.stat().st_size  # noqa: ASYNC240 - microseconds
@@ -243,11 +247,6 @@ def _escaped(value: object) -> object:
     if isinstance(value, dict):
         return {key: _escaped(item) for key, item in value.items()}
     return [_escaped(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _failed(kind: ErrorKind, error: Exception) -> Outcome:
-    failure = ShardError(kind=kind, name=type(error).__name__, message=str(error))
-    return _printable(Outcome(ok=False, exit_code=1, error=failure))
 
 
 async def _in_thread_if(heavy: bool, work: Callable[[], T]) -> T:  # noqa: FBT001 - reads as a sentence
