@@ -85,7 +85,7 @@ class Shown(ABC):
     def __init__(self, monitor: JobMonitor, place: Place) -> None:
         self.monitor, self.place = monitor, place
         self.display_id = uuid4().hex
-        self._shown = False
+        self._placed = self._shown = False
         self._due = time.monotonic() + QUIET_SECONDS
 
     def paint(self) -> None:
@@ -94,32 +94,37 @@ class Shown(ABC):
         if now < self._due or (not self._shown and self.monitor.ended):
             return
         self._due = now + self.period
-        if self._shown:
-            self.redraw()
-        else:
-            self.show()
-            self._shown = True
+        self.put(self.redraw() if self._shown else self.show())
+        self._shown = True
 
-    def clear(self) -> None:  # noqa: B027  not abstract: lines stand beside the view, so there is nothing to clear
-        """Nothing."""
+    def clear(self) -> None:
+        """Keep a place for the view above the first line, with nothing in it until the job has lasted long enough."""
+        if not self._placed:
+            self.put({"text/plain": "", "text/html": ""})
 
     def finish(self, record: Record) -> None:
         """Replace the view by the record, twice: a page that was flooded may have missed the first."""
         if not self._shown:
             return
-        bundle, how = record.bundle(), {"display_id": self.display_id, "update": True}
-        put(bundle, display_id=self.display_id, update=True)
-        timer = threading.Timer(RESEND_AFTER, put, (bundle,), how)
+        bundle = record.bundle()
+        self.put(bundle)
+        timer = threading.Timer(RESEND_AFTER, self.put, (bundle,))
         timer.daemon = True
         timer.start()
 
-    @abstractmethod
-    def show(self) -> None:
-        """Show the view for the first time."""
+    def put(self, content: object | None) -> None:
+        """Show `content` (a MIME bundle or an object) in the place of the view; None: what is there is right."""
+        if content is not None:
+            put(content, display_id=self.display_id, update=self._placed)
+            self._placed = True
 
     @abstractmethod
-    def redraw(self) -> None:
-        """Bring the view to the job's state."""
+    def show(self) -> object:
+        """What to show first."""
+
+    @abstractmethod
+    def redraw(self) -> object | None:
+        """What to show in its place, None if the view draws itself."""
 
 
 class Widget(Shown):
@@ -138,13 +143,13 @@ class Widget(Shown):
         self._view: LiveView | None = None
         self._inputs: Future[Sequence[tuple[str, ...]]] | None = None
 
-    def show(self) -> None:
-        """Show the widget."""
+    def show(self) -> object:
+        """The widget."""
         from bacalhau_jupyter.view import LiveView  # noqa: PLC0415  brings ipywidgets, which short jobs never need
 
         self._inputs = self._ask_inputs()
         self._view = LiveView(self.monitor, self.place, cancel=self._cancel)
-        put(self._view.widget, display_id=self.display_id)
+        return self._view.widget
 
     def redraw(self) -> None:
         """Let the view send what has changed."""
@@ -167,15 +172,12 @@ class Html(Shown):
 
     period = HTML_PERIOD
 
-    def show(self) -> None:
-        """Show the picture."""
-        put(self._bundle(), display_id=self.display_id)
+    def show(self) -> object:
+        """The picture and its text."""
+        return self.redraw()
 
-    def redraw(self) -> None:
-        """Send the whole picture."""
-        put(self._bundle(), display_id=self.display_id, update=True)
-
-    def _bundle(self) -> dict[str, str]:
+    def redraw(self) -> object:
+        """All of it anew."""
         return Record.of_snapshot(self.monitor.submission, self.monitor.snapshot(), self.place).bundle()
 
 

@@ -16,9 +16,11 @@ const FINAL = new Set(["Completed", "Failed", "Stopped"]);
 const MAX_TILES = 2000;
 const ANNOUNCE_MS = 5000;
 
+/** Whatever can have the focus tells JupyterLab itself to leave its keys alone: on a parent that has no effect. */
 function element(tag, className, attributes = {}) {
   const node = document.createElement(tag);
   node.className = className;
+  if (tag === "button" || "tabindex" in attributes) node.dataset.lmSuppressShortcuts = "true";
   for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
   return node;
 }
@@ -159,7 +161,7 @@ class View {
   }
 
   build() {
-    this.box = element("div", "bj-job", { "data-lm-suppress-shortcuts": "true" });
+    this.box = element("div", "bj-job");
     const head = element("div", "bj-head");
     this.mark = element("span", "bj-mark", { "aria-hidden": "true" });
     this.state = element("strong", "bj-state");
