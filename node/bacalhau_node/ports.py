@@ -53,8 +53,8 @@ class ShardTask(msgspec.Struct, frozen=True, kw_only=True):
     """Everything an executor needs to run one execution.
 
     `bundle` is the unpacked folder of a `PythonCell` (None for a `Command`). `files` come in
-    plan order. `scratch` is an empty folder of this execution on the store's file system: the
-    executor leaves there whatever it returns by path.
+    plan order. `scratch` is a folder of this execution on the store's file system, which does not
+    exist yet: the executor makes it when it has something to return by path, and leaves that there.
     """
 
     execution: Execution
@@ -161,7 +161,10 @@ class ContentStore(Protocol):
         ...
 
     def list(self, cid: str) -> list[tuple[str, str, int]]:
-        """All files below a UnixFS root: (logical path, CID, size), sorted by path; `("", cid, size)` for a file."""
+        """All files below a UnixFS root: (logical path, CID, size), sorted by path; `("", cid, size)` for a file.
+
+        An empty folder is listed as (its path + "/", CID, 0). Links inside the root count as what they lead to.
+        """
         ...
 
     def read(self, cid: str) -> bytes:

@@ -231,6 +231,7 @@ class AgentContainer:
         outputs = None if outcome.outputs is None else staging.take_out(self.folder.outputs, scratch / "outputs")
         value = outcome.value
         if isinstance(value.data, Path):
+            scratch.mkdir(parents=True, exist_ok=True)
             moved = value.data.rename(scratch / "value")
             if not stat.S_ISREG(moved.lstat().st_mode):
                 raise ContentError("the shard left something else than a file as its value")

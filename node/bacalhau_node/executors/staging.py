@@ -127,7 +127,7 @@ def take_out(folder: Path, target: Path) -> Path | None:
     paths = list(folder.iterdir())
     if not paths:
         return None
-    target.mkdir()
+    target.mkdir(parents=True)
     for path in paths:
         path.rename(target / path.name)
     return target

@@ -55,6 +55,7 @@ class ContentSource:
         if path is None:
             path = scratch / cid
             if not path.exists():  # an export appears whole or not at all
+                scratch.mkdir(parents=True, exist_ok=True)
                 self._store.export(cid, path)
         return path
 
