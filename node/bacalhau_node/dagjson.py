@@ -19,6 +19,8 @@ from bacalhau_node.errors import ContentError, SpecError
 MAX_DEPTH = 128
 """Levels of maps and lists: bounds the recursion, for what we write and for what others sent."""
 
+_INT64 = 2**63  # wider integers are legal DAG-JSON, but few readers keep them exact
+
 _encoder = msgspec.json.Encoder(order="deterministic")
 _decoder = msgspec.json.Decoder()
 
@@ -40,7 +42,7 @@ def encode(value: Any) -> bytes:
     """
     try:
         return _encoder.encode(_plain(value, MAX_DEPTH))
-    except (OverflowError, UnicodeEncodeError) as error:
+    except UnicodeEncodeError as error:
         raise SpecError(f"this value has no DAG-JSON form: {error}") from error
 
 
@@ -54,12 +56,12 @@ def decode(data: bytes) -> Any:
 
 def _plain(value: Any, depth: int) -> Any:
     kind = type(value)
-    if kind is str or kind is int or kind is bool or value is None:
+    if kind is str or kind is bool or value is None or (kind is int and -_INT64 <= value < 2 * _INT64):
         return value
     if kind is Link:
         return {"/": value.cid}
     if kind is bytes:
-        return {"/": {"bytes": binascii.b2a_base64(value, newline=False).rstrip(b"=").decode("ascii")}}
+        return {"/": {"bytes": _to_base64(value)}}
     if depth == 0:
         raise SpecError(f"this value has no DAG-JSON form: it is nested over {MAX_DEPTH} levels")
     if kind is dict:
@@ -105,8 +107,15 @@ def _special(value: dict[str, Any]) -> Link | bytes:
             raise ContentError(f"not a DAG-JSON block: {value!r:.80} is neither a link nor bytes")
 
 
+def _to_base64(data: bytes) -> str:
+    return binascii.b2a_base64(data, newline=False).rstrip(b"=").decode("ascii")
+
+
 def _from_base64(text: str) -> bytes:
     try:
-        return binascii.a2b_base64(text + "=" * (-len(text) % 4), strict_mode=True)
+        data = binascii.a2b_base64(text + "=" * (-len(text) % 4), strict_mode=True)
     except ValueError as error:  # binascii.Error is one; so is text that is not ASCII
         raise ContentError(f"not a DAG-JSON block: {text[:40]!r} is not base64") from error
+    if _to_base64(data) != text:  # padding, or bits beyond the last byte
+        raise ContentError(f"not a DAG-JSON block: {text[:40]!r} is not canonical base64")
+    return data

@@ -170,8 +170,10 @@ class BlockStore:
 
     def close(self) -> None:
         """Flush and close."""
-        self.flush()
-        self._index.close()
+        try:
+            self.flush()
+        finally:
+            self._index.close()
 
     def damage(self) -> Iterator[str]:
         """Read everything the index claims and say, a sentence each, what is missing or damaged."""

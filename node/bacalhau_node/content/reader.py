@@ -176,7 +176,7 @@ class Reader:
     def _visit(self, depth: int, where: str) -> None:
         self._visits += 1
         if depth > MAX_DEPTH:
-            raise ContentError(f"{shown(where)} in {self._root} lies over {MAX_DEPTH} levels deep")
+            raise ContentError(f"{shown(where):.100} in {self._root} lies over {MAX_DEPTH} levels deep")
         if self._visits > MAX_VISITS:
             raise ContentError(f"{self._root} expands to over {MAX_VISITS} entries")
 

@@ -9,7 +9,7 @@ are files that it links to; which of the two is decided here by size alone, or e
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
@@ -132,7 +132,7 @@ class _Record(msgspec.Struct):
 
 
 class _Root(msgspec.Struct, forbid_unknown_fields=True):
-    shards: list[tuple[int, Link]] = []
+    shards: list[tuple[Annotated[int, msgspec.Meta(ge=0)], Link]] = []
     parts: list[Link] = []
 
 

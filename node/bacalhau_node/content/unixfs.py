@@ -188,8 +188,8 @@ class _Folders:
         self._sink, self._profile, self._hidden, self._add_file = sink, profile, hidden, add
 
     def add(self, path: Path, depth: int) -> Imported:
-        if depth > MAX_DEPTH:
-            raise ContentError(f"cannot import {shown(str(path))}: it lies over {MAX_DEPTH} folders deep")
+        if depth >= MAX_DEPTH:
+            raise ContentError(f"cannot import {shown(str(path))}: it lies {MAX_DEPTH} folders deep or more")
         links, size = [], 0
         try:
             with os.scandir(path) as scan:
