@@ -10,10 +10,11 @@ Three kinds of process:
 
 * The **parent** imports nothing but the standard library. It reads and writes frames, starts shards one
   after another, reads what they print, enforces limits, and removes whatever a shard left running.
-* The **warm** child, made when the cell's imports are known, imports them once, freezes the collector, and
-  then only forks on request. It is not made for cells without such imports.
-* A **shard** is one forked child of the warm child (or of the parent) with its own session. It runs the
-  cell, sends its value by a pipe, and exits.
+* The **template** is forked from it. It imports what the cell imports, freezes the collector, compiles the
+  cell, and then only forks on request: all that shards have in common is done in it, once. One that dies,
+  or that must have other imports, is replaced by a new one.
+* A **shard** is one forked child of the template, with its own session. It runs the cell, sends its value by
+  a pipe, and exits.
 
 The parent is a subreaper, so a process that a shard started becomes the parent's child when the shard is
 gone, whatever it did to hide. After each shard the parent stops and kills its descendants until none is left.
@@ -41,7 +42,7 @@ agent to host
     warm       imports, ms                       what was preloaded
     started    key, pid
     lines      key, stream                       body: text as bytes
-    done       key, ok, exit_code, error, value {kind, type, file}, seconds, max_rss, cut, outputs, oom
+    done       key, ok, exit_code, error, value {kind, type, file}, seconds, max_rss, cut, outputs
                                                  body: the value, unless it lies in `file` of the scratch folder
     error      message                           a frame that was not understood
 
@@ -128,12 +129,12 @@ PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 
 
+LIBC = ctypes.CDLL(None)
+
+
 def prctl(option: int, value: int) -> None:
-    """Ask the kernel for one thing about this process; systems without it go on without."""
-    try:
-        ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
-    except (OSError, AttributeError):
-        pass  # not Linux: the host's own clean-up remains
+    """Ask the kernel for one thing about this process."""
+    LIBC.prctl(option, value, 0, 0, 0)
 
 
 def pack(header: Header, body: bytes = b"") -> bytes:
@@ -420,18 +421,19 @@ def encode_array(value: Any, name: str) -> Optional[Value]:
     return Value("npy", "ndarray", write=write)
 
 
+def plain_scalar(item: Any) -> Any:
+    """Python's own form of one of NumPy's scalars."""
+    if is_a(item, "numpy", "generic"):
+        return item.item()
+    raise TypeError(type(item).__name__)
+
+
 def encode_json(value: Any, name: str) -> Optional[Value]:
     """What JSON gives back equal: NumPy's scalars become Python's, tuples become lists, NaN and infinity stay."""
-
-    def scalar(item: Any) -> Any:
-        if is_a(item, "numpy", "generic"):
-            return item.item()
-        raise TypeError(type(item).__name__)
-
     if not isinstance(value, (bool, int, float, str, list, tuple, dict)) and not is_a(value, "numpy", "generic"):
         return None
     try:
-        text = json.dumps(value, default=scalar)
+        text = json.dumps(value, default=plain_scalar)
         return Value("json", name, text.encode()) if same(value, json.loads(text)) else None
     except (TypeError, ValueError, RecursionError, OverflowError):
         return None
@@ -611,16 +613,21 @@ class Plumbing:
             os.set_blocking(fd, False)
 
 
-def shard_process(run: Header, job: Header, plumbing: Plumbing, private: List[int]) -> NoReturn:
-    """The whole life of a forked child; never returns. `private` descriptors are closed first."""
-    code, result = 1, plumbing.result_end
+def shard_process(cell: Cell, run: Header, result: int) -> NoReturn:
+    """The whole life of a shard's process after the fork; never returns."""
+    code = 1
     try:
-        settle(run, job, plumbing, private)
-        if job.get("argv"):
-            send_result(result, pack({"error": run_program(job["argv"])}))
+        os.setsid()
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if run.get("disk"):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (run["disk"], run["disk"]))
+        os.chdir(run["work"])
+        if cell.argv:
+            send_result(result, pack({"exit_code": 127, "error": run_program(cell.argv)}))
+            code = 127
             return  # type: ignore[misc]  # `finally` ends the process
         pid = os.getpid()
-        header, body = run_cell(run, job)
+        header, body = run_cell(cell, run)
         code = header["exit_code"]
         if os.getpid() == pid:  # a child that the cell forked, and that came back here, has no say
             send_result(result, pack(header, body))
@@ -633,6 +640,8 @@ def shard_process(run: Header, job: Header, plumbing: Plumbing, private: List[in
 
 def run_program(argv: List[str]) -> Header:
     """Become a program; returns only the error when there is none of that name."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores both, and a program would inherit that
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     try:
         os.execvp(argv[0], argv)
     except OSError as error:
@@ -640,57 +649,16 @@ def run_program(argv: List[str]) -> Header:
         return {"kind": "environment", "name": type(error).__name__, "message": text}
 
 
-def settle(run: Header, job: Header, plumbing: Plumbing, private: List[int]) -> None:
-    """Make the forked copy a process of its own: session, signals, streams, limits, environment, folder."""
-    for fd in (*private, plumbing.out, plumbing.err, plumbing.result):
-        os.close(fd)
-    os.setsid()
-    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    signal.set_wakeup_fd(-1)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    os.dup2(plumbing.out_end, 1)
-    os.dup2(plumbing.err_end, 2)
-    os.close(plumbing.out_end)
-    os.close(plumbing.err_end)
-    write_once("/proc/self/oom_score_adj", "900")
-    if run.get("disk"):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (run["disk"], run["disk"]))
-    os.environ.update(job.get("env", {}))
-    os.environ.update(run.get("env", {}))
-    os.environ["TMPDIR"] = run["work"]
-    os.chdir(run["work"])
-
-
-def write_once(path: str, text: str) -> None:
-    """Tell the kernel something that helps but is not needed."""
+def run_cell(cell: Cell, run: Header) -> Tuple[Header, bytes]:
+    """Run the cell: header and body of the result."""
     try:
-        with open(path, "w") as file:
-            file.write(text)
-    except OSError:
-        pass
-
-
-def run_cell(run: Header, job: Header) -> Tuple[Header, bytes]:
-    """Run the cell of `job`: header and body of the result."""
-    for name, fd in (("stdout", 1), ("stderr", 2)):
-        raw = io.FileIO(fd, "w", closefd=False)
-        stream = io.TextIOWrapper(
-            raw, encoding="utf-8", errors="backslashreplace", write_through=True
-        )  # as `python -u` does
-        setattr(sys, name, stream)
-        setattr(sys, "__%s__" % name, stream)
-    faulthandler.enable(file=2, all_threads=False)
-    cell = job["name"]
-    try:
-        return travelling(cell_value(run, job), run["scratch"])
+        return travelling(cell.value(), run["scratch"])
     except SystemExit as error:
         return exit_result(error), b""
     except CannotTravel as error:
         return failed({"kind": "output", "name": "", "message": str(error)}), b""
     except BaseException as error:
-        what = describe(error, cell)
+        what = describe(error, cell.name)
         if isinstance(error, OSError) and error.errno in (errno.EFBIG, errno.ENOSPC, errno.EDQUOT):
             what["kind"] = "disk"
         return failed(what), b""
@@ -712,21 +680,48 @@ def exit_result(error: SystemExit) -> Header:
     return failed(blame("exit", "the cell ended with exit code 1: %s" % text))
 
 
-def cell_value(run: Header, job: Header) -> Any:
-    """The value of the cell's last expression, or `Muted`."""
-    bundle, name = job["bundle"], job["name"]
-    source = "\n" * job.get("line_offset", 0) + read_bytes(os.path.join(bundle, "cell.py")).decode("utf-8")
-    linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
-    parts = compile_cell(source, name)
-    main = types.ModuleType("__main__")
-    sys.modules["__main__"] = main
-    sys.argv[:] = ["cell"]
-    sys.path.insert(0, os.path.join(bundle, "modules"))
-    seed_generators(run["seed"])
-    main.__dict__.update(load_variables(os.path.join(bundle, "vars")))
-    main.__dict__.update(inputs=[Path(path) for path in run.get("inputs", ())], outputs=Path(run["outputs"]))
-    main.__dict__.update(shard=Shard(run))
-    return evaluate(parts, main.__dict__)
+class Cell:
+    """What runs: read and compiled in the template, evaluated in each shard."""
+
+    def __init__(self, job: Header) -> None:
+        self.argv: List[str] = list(job["argv"])
+        self.name: str = job["name"]
+        self.bundle: str = job["bundle"]
+        self.parts: List[Tuple[types.CodeType, bool]] = []
+        self.problem: Optional[BaseException] = None
+        self.main = types.ModuleType("__main__")
+        os.environ.update(job["env"])
+        if not self.argv:
+            self.compile(job["line_offset"])
+
+    def compile(self, line_offset: int) -> None:
+        """Read the source; what is wrong with it is for each shard to say."""
+        sys.modules["__main__"] = self.main
+        sys.argv[:] = ["cell"]
+        sys.path.insert(0, os.path.join(self.bundle, "modules"))
+        try:
+            source = "\n" * line_offset + read_bytes(os.path.join(self.bundle, "cell.py")).decode("utf-8")
+            linecache.cache[self.name] = (len(source), None, source.splitlines(keepends=True), self.name)
+            self.parts = compile_cell(source, self.name)
+        except Exception as error:
+            self.problem = error
+
+    def prepare(self, run: Header) -> None:
+        """Set what differs from shard to shard, still in the template: a fork pays for each page it writes."""
+        os.environ.update(run.get("env", {}))
+        os.environ["TMPDIR"] = run["work"]
+        seed_generators(run["seed"])
+        names = self.main.__dict__
+        names["inputs"] = [Path(path) for path in run.get("inputs", ())]
+        names["outputs"] = Path(run["outputs"])
+        names["shard"] = Shard(run)
+
+    def value(self) -> Any:
+        """The value of the cell's last expression, or `Muted`; in the shard's own process."""
+        if self.problem is not None:
+            raise self.problem
+        self.main.__dict__.update(load_variables(os.path.join(self.bundle, "vars")))
+        return evaluate(self.parts, self.main.__dict__)
 
 
 def seed_generators(seed: int) -> None:
@@ -735,7 +730,7 @@ def seed_generators(seed: int) -> None:
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(seed)
     else:
-        sys.meta_path.insert(0, SeedNumpy(seed))
+        sys.meta_path[:] = [SeedNumpy(seed), *(finder for finder in sys.meta_path if not isinstance(finder, SeedNumpy))]
 
 
 class SeedNumpy:
@@ -808,28 +803,55 @@ def finish_threads() -> None:
         sys.stderr.flush()
 
 
-# --- the warm child ---
+# --- the template ---
 
 
-def warm_process(channel: socket.socket, imports: List[str], job_plumbing: Plumbing, private: List[int]) -> NoReturn:
-    """The whole life of the warm child: import, freeze, then fork a shard for each request; never returns."""
+def template_process(channel: socket.socket, imports: List[str], plumbing: Plumbing, private: List[int]) -> NoReturn:
+    """The whole life of the template: import, freeze, then fork a shard for each request; never returns."""
     try:
-        for fd in private:
+        for fd in (*private, plumbing.out, plumbing.err, plumbing.result):
             os.close(fd)
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        be_killed_first()
         done = [name for name in imports if preload(name)]
         if "pandas" in done:
             rehearse_pandas()
+        safe = not imports or len(os.listdir("/proc/self/task")) == 1  # a fork copies one thread: others would hang
+        channel.sendall(pack({"imports": done, "safe": safe}))
+        open_streams(plumbing)
+        rehearse_values()
         gc.collect()
         gc.freeze()
-        safe = len(os.listdir("/proc/self/task")) == 1  # a fork copies one thread: more of them would hang
-        channel.sendall(pack({"imports": done if safe else []}))
+        cell = Cell(read_message(channel))
         while safe:
-            serve_request(channel, job_plumbing)
+            serve_request(channel, cell, plumbing.result_end)
     finally:
         os._exit(0)
+
+
+def be_killed_first() -> None:
+    """When memory runs out, the kernel should choose a shard, not the agent and not the notebook."""
+    try:
+        with open("/proc/self/oom_score_adj", "w") as file:
+            file.write("900")
+    except OSError:
+        pass  # it helps, but is not needed
+
+
+def open_streams(plumbing: Plumbing) -> None:
+    """Point stdout and stderr at the shards' pipes, unbuffered as with `python -u`."""
+    for name, fd, end in (("stdout", 1, plumbing.out_end), ("stderr", 2, plumbing.err_end)):
+        os.dup2(end, fd)
+        os.close(end)
+        raw: Any = io.FileIO(fd, "w", closefd=False)
+        stream = io.TextIOWrapper(raw, encoding="utf-8", errors="backslashreplace", write_through=True)
+        setattr(sys, name, stream)
+        setattr(sys, "__%s__" % name, stream)
+    faulthandler.enable(file=2, all_threads=False)
 
 
 def preload(name: str) -> bool:
@@ -850,20 +872,35 @@ def rehearse_pandas() -> None:
     preload("pyarrow")
 
 
-def serve_request(channel: socket.socket, plumbing: Plumbing) -> None:
+def rehearse_values() -> None:
+    """Run once what every shard runs: what Python adapts in its code at first use is then shared, not copied."""
+    samples: List[Any] = [0, "", [], {}]
+    for value in samples * 8:
+        pack(*travelling(value, ""))
+
+
+def serve_request(channel: socket.socket, cell: Cell, result: int) -> None:
     """Wait for one request, fork its shard, report its process id and later its end."""
-    head = read_exactly(channel, LENGTHS.size)
-    request = json.loads(read_exactly(channel, LENGTHS.unpack(head)[0]))
+    run = read_message(channel)
+    cell.prepare(run)
     try:
         pid = os.fork()
     except OSError as error:
         channel.sendall(REPORT.pack(b"f", error.errno or 0, 0, 0))
         return
     if pid == 0:
-        shard_process(request["run"], request["job"], plumbing, [channel.fileno()])
+        os.close(channel.fileno())
+        shard_process(cell, run, result)
     channel.sendall(REPORT.pack(b"p", pid, 0, 0))
     _, status, usage = os.wait4(pid, 0)
     channel.sendall(REPORT.pack(b"x", pid, status, usage.ru_maxrss))
+
+
+def read_message(channel: socket.socket) -> Header:
+    """One message of the parent: its size, then JSON."""
+    size = LENGTHS.unpack(read_exactly(channel, LENGTHS.size))[0]
+    message: Header = json.loads(read_exactly(channel, size))
+    return message
 
 
 def read_exactly(channel: socket.socket, size: int) -> bytes:
@@ -877,8 +914,8 @@ def read_exactly(channel: socket.socket, size: int) -> bytes:
     return data
 
 
-class Warm:
-    """The parent's view of the warm child."""
+class Template:
+    """The parent's view of the template: what it was to import, and whether it can fork by now."""
 
     def __init__(self, pid: int, channel: socket.socket, wanted: List[str]) -> None:
         self.pid = pid
@@ -887,6 +924,14 @@ class Warm:
         self.ready = False
         self.since = time.monotonic()
         self.buffer = bytearray()
+
+    def tell(self, message: Header) -> None:
+        """Send a message; the template is idle, so it reads at once."""
+        data = json.dumps(message).encode()
+        try:
+            self.channel.sendall(LENGTHS.pack(len(data), 0) + data)
+        except OSError:
+            pass  # its end is seen on the channel
 
 
 # --- the parent: what it knows of the running shard ---
@@ -949,7 +994,6 @@ class Running:
         self.key: str = run["key"]
         self.began = time.monotonic()
         self.pid = 0
-        self.warm = False
         self.room = HEAD
         self.streams = {
             name: Text(lambda body, name=name: send({"t": "lines", "key": self.key, "stream": name}, body))  # type: ignore[misc]  # the default binds the name
@@ -1139,7 +1183,7 @@ def oom_kills(files: List[str]) -> int:
 
 
 class Agent:
-    """The parent process: one loop over the host, the warm child and the running shard."""
+    """The parent process: one loop over the host, the template and the running shard."""
 
     def __init__(self, host_in: int, host_out: int) -> None:
         self.host_in = host_in
@@ -1152,7 +1196,7 @@ class Agent:
         self.job: Header = {}
         self.queue: Deque[Header] = deque()
         self.running: Optional[Running] = None
-        self.warm: Optional[Warm] = None
+        self.template: Optional[Template] = None
         self.held = ""
         self.ooms = 0
         self.reading = False
@@ -1184,8 +1228,9 @@ class Agent:
             key.data()
         if self.running:
             self.look_at_clock(self.running, time.monotonic())
-        while self.running is None and self.queue and not self.held and self.start_next():
-            pass
+        if self.queue and self.running is None and not self.held and self.job:
+            if self.template is not None and self.template.ready:
+                self.start_next(self.template)
         self.write()
 
     # the host
@@ -1239,7 +1284,7 @@ class Agent:
         if kind == "hello":
             self.hello(header)
         elif kind == "prepare":
-            if self.warm is None or self.warm.wanted != header["imports"]:
+            if self.template is None or self.template.wanted != header["imports"]:
                 self.prepare(list(header["imports"]))
         elif kind == "job":
             self.take_job(header)
@@ -1257,23 +1302,25 @@ class Agent:
     def hello(self, header: Header) -> None:
         """What holds for the whole life of this agent."""
         self.setup = header
+        self.ooms = oom_kills(header["oom"])
         os.environ.update(header.get("env", {}))
         for name in ("OMP", "OPENBLAS", "MKL", "NUMEXPR"):
             os.environ.setdefault(name + "_NUM_THREADS", "1")
         os.environ.setdefault("MPLBACKEND", "agg")
         known = set(sys.path)
         sys.path[:0] = [path for path in header.get("path", ()) if path not in known]
-        if header.get("imports"):
-            self.prepare(list(header["imports"]))
+        self.prepare(list(header.get("imports", ())))
 
     def take_job(self, header: Header) -> None:
         """The job; what is preloaded stays if it serves: same modules, same number of their threads."""
         self.job = header
-        env, wanted = header.get("env", {}), set(header.get("imports", ()))
-        os.environ.update(env)
-        threads = any(name.endswith("_NUM_THREADS") for name in env)
-        if wanted and (threads or not wanted <= set(self.warm.wanted if self.warm else ())):
+        os.environ.update(header["env"])
+        threads = any(name.endswith("_NUM_THREADS") for name in header["env"])
+        wanted = set(header["imports"])
+        if self.template is None or threads or not wanted <= set(self.template.wanted):
             self.prepare(sorted(wanted))
+        elif self.template.ready:
+            self.template.tell(header)
 
     def cancel(self, key: str) -> None:
         """End one run, wherever it is."""
@@ -1292,115 +1339,61 @@ class Agent:
             if self.running:
                 remove_tree(self.running.run["work"])
         finally:
-            if self.warm:
-                send_signal(self.warm.pid, signal.SIGKILL)
+            if self.template:
+                send_signal(self.template.pid, signal.SIGKILL)
             os._exit(0)
 
-    # starting a shard
+    # the template
 
-    def private(self) -> List[int]:
-        """Descriptors that no child may keep: the host must see our end when we end."""
-        fds = {self.host_in, self.host_out, self.wake, self.wake_end, self.selector.fileno()}
-        if self.warm:
-            fds.add(self.warm.channel.fileno())
-        return sorted(fds)
-
-    def prepare(self, imports: List[str]) -> None:
-        """Replace the warm child by one that imports these."""
-        self.drop_warm()
-        if not imports:
-            return
+    def prepare(self, imports: List[str], *, really: bool = True) -> None:
+        """Replace the template by one that imports these; if not `really`, by one that leaves that to the cell."""
+        self.drop_template()
         ours, theirs = socket.socketpair()
-        private = [*self.private(), ours.fileno()]
+        private = [self.host_in, self.host_out, self.wake, self.wake_end, self.selector.fileno(), ours.fileno()]
         pid = os.fork()
         if pid == 0:
-            warm_process(theirs, imports, self.plumbing, private)
+            template_process(theirs, imports if really else [], self.plumbing, private)
         theirs.close()
-        self.warm = Warm(pid, ours, imports)
-        warm = self.warm
-        self.selector.register(ours, selectors.EVENT_READ, lambda: self.hear_warm(warm))
+        template = self.template = Template(pid, ours, imports)
+        self.selector.register(ours, selectors.EVENT_READ, lambda: self.hear_template(template))
 
-    def drop_warm(self) -> None:
-        """Let the warm child go."""
-        if self.warm:
-            self.selector.unregister(self.warm.channel)
-            self.warm.channel.close()
-            send_signal(self.warm.pid, signal.SIGKILL)
-            self.warm = None
+    def drop_template(self) -> None:
+        """Let the template go."""
+        if self.template:
+            self.selector.unregister(self.template.channel)
+            self.template.channel.close()
+            send_signal(self.template.pid, signal.SIGKILL)
+            self.template = None
 
-    def start_next(self) -> bool:
-        """Start the next run of the queue; False while the warm child is still importing."""
-        warm = self.warm if self.job.get("imports") and not self.job.get("argv") else None
-        if warm and not warm.ready:
-            return False
-        run = self.queue.popleft()
-        running = self.running = Running(run, self.send)
-        self.ooms = oom_kills(self.setup.get("oom", ()))
-        for folder in (run["work"], run["outputs"]):
-            os.makedirs(folder, exist_ok=True)
-        if self.setup.get("watch"):
-            running.watch_at = running.began + WATCH
-        if warm and warm.wanted:
-            running.warm = True
-            self.ask_warm(warm, run)
-        else:
-            self.fork_bare(running)
-        return True
-
-    def ask_warm(self, warm: Warm, run: Header) -> None:
-        """Have the warm child fork; it is idle, so it reads at once."""
-        request = json.dumps({"run": run, "job": self.job}).encode()
-        try:
-            warm.channel.sendall(LENGTHS.pack(len(request), 0) + request)
-        except OSError:
-            pass  # its end is seen on the channel
-
-    def fork_bare(self, running: Running) -> None:
-        """Fork a shard from this process, which has imported nothing of the cell's."""
-        try:
-            pid = os.fork()
-        except OSError as error:
-            self.not_forked(running, error.errno or 0)
-            return
-        if pid == 0:
-            shard_process(running.run, self.job, self.plumbing, self.private())
-        self.started(running, pid)
-
-    def started(self, running: Running, pid: int) -> None:
-        """The shard has a process."""
-        running.pid = pid
-        self.send({"t": "started", "key": running.key, "pid": pid})
-        if running.why:
-            self.kill_shard()
-
-    def not_forked(self, running: Running, number: int) -> None:
-        """The system gives no process."""
-        running.why = blame("node", "no process could be started: %s" % os.strerror(number))
-        self.finish(running, status=1 << 8, max_rss=0)
-
-    # the warm child and the reaper
-
-    def hear_warm(self, warm: Warm) -> None:
-        """Reports of the warm child."""
-        if warm is not self.warm:
+    def hear_template(self, template: Template) -> None:
+        """Reports of the template."""
+        if template is not self.template:
             return  # replaced in this very turn
-        data = warm.channel.recv(65536)
+        data = template.channel.recv(65536)
         if not data:
-            self.lost_warm(warm)
+            self.lost_template(template)
             return
-        warm.buffer += data
-        if not warm.ready:
-            frame = unpack(warm.buffer)
-            if frame is None:
-                return
-            warm.ready = True
-            warm.wanted = warm.wanted if frame[0]["imports"] else []
-            spent = int(1000 * (time.monotonic() - warm.since))
-            self.send({"t": "warm", "imports": frame[0]["imports"], "ms": spent})
-        while len(warm.buffer) >= REPORT.size:
-            what, first, second, third = REPORT.unpack_from(warm.buffer)
-            del warm.buffer[: REPORT.size]
+        template.buffer += data
+        if not template.ready:
+            self.template_ready(template)
+        while template.ready and len(template.buffer) >= REPORT.size:
+            what, first, second, third = REPORT.unpack_from(template.buffer)
+            del template.buffer[: REPORT.size]
             self.report(what, first, second, third)
+
+    def template_ready(self, template: Template) -> None:
+        """Its first message: what it has imported, and whether it may fork with that."""
+        frame = unpack(template.buffer)
+        if frame is None:
+            return
+        if not frame[0]["safe"]:
+            self.prepare(template.wanted, really=False)
+            return
+        template.ready = True
+        spent = int(1000 * (time.monotonic() - template.since))
+        self.send({"t": "warm", "imports": frame[0]["imports"], "ms": spent})
+        if self.job:
+            template.tell(self.job)
 
     def report(self, what: bytes, first: int, status: int, max_rss: int) -> None:
         """One report: a shard's process id, its end, or that it could not be forked."""
@@ -1412,35 +1405,47 @@ class Agent:
         elif what == b"x":
             self.finish(running, status=status, max_rss=max_rss)
         else:
-            self.not_forked(running, first)
+            running.why = blame("node", "no process could be started: %s" % os.strerror(first))
+            self.finish(running, status=1 << 8, max_rss=0)
 
-    def lost_warm(self, warm: Warm) -> None:
-        """The warm child is gone: its shard goes with it, the next one gets a new one."""
-        wanted, running = warm.wanted if warm.ready else [], self.running
-        self.drop_warm()
-        if running and running.warm:
+    def lost_template(self, template: Template) -> None:
+        """The template is gone, and its shard with it; the next one gets a new one."""
+        self.drop_template()
+        if self.running:
             self.kill_shard()
-            self.finish(running, status=signal.SIGKILL, max_rss=0)
-        if wanted:
-            self.prepare(wanted)
+            self.finish(self.running, status=signal.SIGKILL, max_rss=0)
+        self.prepare(template.wanted, really=template.ready)
 
     def reap(self) -> None:
-        """Collect ended children: a bare shard, or what shards left to us."""
+        """Collect ended children: what shards left to us, and former templates."""
         try:
             os.read(self.wake, 4096)
         except BlockingIOError:
             pass  # someone read it already
-        while True:
-            try:
-                pid, status, usage = os.wait4(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
-            if pid == 0:
-                return
-            if self.running and pid == self.running.pid and not self.running.warm:
-                self.finish(self.running, status=status, max_rss=usage.ru_maxrss)
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            pass  # none is left
 
     # the running shard
+
+    def start_next(self, template: Template) -> None:
+        """Start the next run of the queue."""
+        run = self.queue.popleft()
+        self.running = running = Running(run, self.send)
+        for folder in (run["work"], run["outputs"]):
+            os.makedirs(folder, exist_ok=True)
+        if self.setup["watch"]:
+            running.watch_at = running.began + WATCH
+        template.tell(run)
+
+    def started(self, running: Running, pid: int) -> None:
+        """The shard has a process."""
+        running.pid = pid
+        self.send({"t": "started", "key": running.key, "pid": pid})
+        if running.why:
+            self.kill_shard()
 
     def listen(self, *, on: bool) -> None:
         """Read the shard's pipes, or leave them unread so that it waits."""
@@ -1528,11 +1533,10 @@ class Agent:
         self.kill_shard()
 
     def shard_processes(self) -> Set[int]:
-        """All that the running shard started: what is below us, but for the warm child."""
-        me = os.getpid()
-        roots = [pid for pid in children_of(me) if self.warm is None or pid != self.warm.pid]
-        if self.warm:
-            roots += children_of(self.warm.pid)
+        """All that the running shard started: what is below us, but for the template."""
+        roots = children_of(os.getpid())
+        if self.template:
+            roots = [pid for pid in roots if pid != self.template.pid] + children_of(self.template.pid)
         return descendants(roots)
 
     def kill_shard(self) -> None:
@@ -1555,6 +1559,13 @@ class Agent:
             self.reap()
             time.sleep(0.001)
 
+    def new_oom_kills(self, status: int) -> int:
+        """How many processes the kernel killed for memory since the last look; looks only after a SIGKILL."""
+        if not (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL):
+            return 0
+        before, self.ooms = self.ooms, oom_kills(self.setup["oom"])
+        return self.ooms - before
+
     def finish(self, running: Running, *, status: int, max_rss: int) -> None:
         """The shard's process has ended: clean up behind it, then send its last frame."""
         running.pid = 0
@@ -1568,8 +1579,7 @@ class Agent:
         now = time.monotonic()
         cut = sum(text.finish(now) for text in running.streams.values())
         run = running.run
-        ooms = oom_kills(self.setup.get("oom", ())) - self.ooms
-        end, body = outcome(running, status, ooms)
+        end, body = outcome(running, status, self.new_oom_kills(status))
         remove_tree(run["work"])
         wrote = has_entries(run["outputs"])
         self.held = running.key if wrote and run.get("hold") else ""
@@ -1582,7 +1592,6 @@ class Agent:
                 "max_rss": max_rss * 1024,
                 "cut": cut,
                 "outputs": wrote,
-                "oom": ooms,
             },
             body,
         )
