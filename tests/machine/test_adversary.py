@@ -1,0 +1,519 @@
+"""One requester and three compute nodes in the hands of an adversary, as a hypothesis state machine.
+
+The adversary delivers, repeats, drops and reorders messages, ends executions well and badly, lets
+time pass, kills nodes between a commit and its effects, suspects living nodes, and cancels.
+After every step the machines check themselves, and a **referee**, which sees only rows and
+effects, holds them to what the protocol promises. When the faults stop, every job must end and
+every node must be left with nothing.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from bacalhau_node.errors import BugError
+from bacalhau_node.ids import Execution, JobId
+from bacalhau_node.messages import ErrorKind, Message, Outcome, ShardError
+from bacalhau_node.protocol import events as ev
+from bacalhau_node.protocol import recovery, requester
+from bacalhau_node.protocol.compute import MAX_PREFETCH, ORPHAN_GRACE, Compute, Held
+from bacalhau_node.protocol.placement import Placement
+from bacalhau_node.protocol.records import Accepted, Attempt, Job, Node, Shard
+from bacalhau_node.protocol.requester import Requester
+from bacalhau_node.spec import JobSpec, Resources
+from bacalhau_node.testing.builders import a_job, a_job_id
+from bacalhau_node.testing.referee import Referee
+from bacalhau_node.testing.simulator import Host
+
+REQUESTER = "n-req"
+COMPUTE = ("n-one", "n-two", "n-old")
+JOBS = 2
+ROUNDS = 400
+
+NUMBER = st.integers(0, 1000)
+JOB = st.fixed_dictionaries(
+    {
+        "shards": st.integers(1, 4),
+        "parallel": st.sampled_from((None, 1, 2)),
+        "retries": st.integers(0, 1),
+        "job_timeout": st.sampled_from((None, None, 40.0)),
+        "resources": st.sampled_from((Resources(), Resources(gpus=1))),
+    }
+)
+KINDS: tuple[ErrorKind | None, ...] = (None, None, "exception", "signal", "node", "memory")
+
+
+def refuses_gpu(spec: JobSpec) -> str | None:
+    return "has no GPU" if spec.resources.gpus else None
+
+
+class Body:
+    """A host's surroundings that die with it: work, timers, and what is being stored."""
+
+    def __init__(self) -> None:
+        self.runs: dict[Execution, bool] = {}
+        """Executions given to the executor, and whether their code has started."""
+        self.ran: set[Execution] = set()
+        self.keeps: list[Execution] = []
+        self.kept: Counter[Execution] = Counter()
+        self.seals: list[JobId] = []
+        self.sealed: Counter[JobId] = Counter()
+        self.timers: dict[ev.Timer, float] = {}
+
+
+class World(RuleBasedStateMachine):
+    """The rules are the adversary's moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+        self.net: list[tuple[str, str, Message]] = []
+        self.referee = Referee()
+        self.hosts = {REQUESTER: Host(REQUESTER, slots=1, referee=self.referee)}
+        self.lives = 0
+        self.cancelled: set[JobId] = set()
+        self.jobs = 0
+
+    @initialize(slots=st.integers(1, 2), job=JOB)
+    def begin(self, slots: int, job: dict[str, Any]) -> None:
+        for node in COMPUTE:
+            refuse = {"refuse": refuses_gpu} if node == "n-old" else {}
+            self.hosts[node] = Host(node, slots=slots, referee=self.referee, **refuse)
+        self.bodies = {node: Body() for node in self.hosts}
+        for node in COMPUTE:
+            self.feed(REQUESTER, ev.NodeSeen(node, slots))
+        self.submit(job)
+
+    # --- the machinery ---
+
+    def feed(self, node: str, event: ev.Event, *, crash: bool = False) -> None:
+        """One turn of a node; with `crash` it dies after the commit, before the effects."""
+        effects = self.hosts[node].step(event, self.now)
+        if crash:
+            self.restart(node)
+            return
+        self.perform(node, effects, event)
+
+    def restart(self, node: str) -> None:
+        self.bodies[node] = Body()
+        self.lives += 1
+        effects = self.hosts[node].restart(self.now)
+        self.perform(node, effects, None)
+        if node == REQUESTER:
+            for other in COMPUTE:
+                self.feed(REQUESTER, ev.NodeSeen(other, self.hosts[other].compute.room))
+
+    def perform(self, node: str, effects: list[ev.Effect], event: ev.Event | None) -> None:
+        body = self.bodies[node]
+        for effect in effects:
+            match effect:
+                case ev.Send(to=to, message=message):
+                    self.referee.sent(to, message)
+                    self.net.append((node, to, message))
+                case ev.SetTimer(timer=timer, at=at):
+                    body.timers[timer] = at
+                case ev.Keep(execution=execution):
+                    body.keeps.append(execution)
+                    body.kept[execution] += 1
+                    assert body.kept[execution] == 1, f"{execution} is kept twice"
+                case ev.Seal():
+                    self.seal(effect)
+                case ev.Notify(update=update):
+                    self.referee.told(update)
+                case _:
+                    self.work(node, effect, event)
+
+    def work(self, node: str, effect: ev.Effect, event: ev.Event | None) -> None:
+        match effect:
+            case ev.Run(execution=execution):
+                self.run(node, execution)
+            case ev.Stop(execution=execution):
+                del self.bodies[node].runs[execution]
+            case ev.Forget(execution=execution) if not isinstance(event, ev.TimerFired):  # but for the orphan grace
+                self.referee.forgotten(execution)
+
+    def seal(self, effect: ev.Seal) -> None:
+        body = self.bodies[REQUESTER]
+        assert effect.records == self.referee.records(effect.job)
+        body.seals.append(effect.job)
+        body.sealed[effect.job] += 1
+        assert body.sealed[effect.job] == 1, f"{effect.job} is sealed twice"
+
+    def run(self, node: str, execution: Execution) -> None:
+        body, compute = self.bodies[node], self.hosts[node].compute
+        assert execution not in body.ran, f"{node} runs {execution} twice"
+        body.ran.add(execution)
+        body.runs[execution] = False
+        assert len(body.runs) <= compute.slots + compute.prefetch <= compute.slots + MAX_PREFETCH
+
+    def until(self, seconds: float) -> None:
+        """Let time pass; timers fire in order, and no message arrives."""
+        end = self.now + seconds
+        while True:
+            due = [(at, n, node, t) for node, b in self.bodies.items() for n, (t, at) in enumerate(b.timers.items())]
+            first = min(due, default=None, key=lambda one: one[:3])
+            if first is None or first[0] > end:
+                break
+            self.now, _, node, timer = first
+            del self.bodies[node].timers[timer]
+            self.feed(node, ev.TimerFired(timer))
+        self.now = end
+
+    def finish(self, node: str, execution: Execution, kind: ErrorKind | None, seconds: float) -> None:
+        del self.bodies[node].runs[execution]
+        record = f"{execution} on {node} in life {self.lives}"
+        error = ShardError(kind) if kind else None
+        outcome = Outcome(ok=kind is None, exit_code=int(kind is not None), error=error, record=record, seconds=seconds)
+        self.referee.ran(execution, outcome)
+        self.feed(node, ev.ExecutionEnded(execution, outcome))
+
+    def working(self, *, started: bool | None = None) -> list[tuple[str, Execution]]:
+        return [
+            (node, execution)
+            for node, body in self.bodies.items()
+            for execution, going in body.runs.items()
+            if started in (None, going)
+        ]
+
+    def quiet(self, *, store: bool = True) -> None:
+        """Deliver all messages in order, and (`store`) store all that is to be stored."""
+        body = self.bodies[REQUESTER]
+        for _ in range(50):
+            if not (self.net or (store and (body.keeps or body.seals))):
+                return
+            net, self.net = self.net, []
+            for sender, to, message in net:
+                self.feed(to, ev.Received(sender, message))
+            while store and body.keeps:
+                self.feed(REQUESTER, ev.ResultKept(body.keeps.pop(0)))
+            while store and body.seals:
+                job = body.seals.pop(0)
+                self.feed(REQUESTER, ev.JobSealed(job, f"cid-{job}"))
+        raise AssertionError("the nodes talk without end")
+
+    # --- the adversary's moves ---
+
+    @rule(job=JOB)
+    @precondition(lambda self: self.jobs < JOBS)
+    def submit(self, job: dict[str, Any]) -> None:
+        self.jobs += 1
+        self.feed(REQUESTER, a_job(self.jobs - 1, **job))
+
+    @rule(n=NUMBER)
+    @precondition(lambda self: self.net)
+    def deliver(self, n: int) -> None:
+        sender, to, message = self.net.pop(n % len(self.net))
+        self.feed(to, ev.Received(sender, message))
+
+    @rule(n=NUMBER)
+    @precondition(lambda self: self.net)
+    def repeat(self, n: int) -> None:
+        sender, to, message = self.net[n % len(self.net)]
+        self.feed(to, ev.Received(sender, message))
+
+    @rule(n=NUMBER)
+    @precondition(lambda self: self.net)
+    def drop(self, n: int) -> None:
+        del self.net[n % len(self.net)]
+
+    @rule(n=NUMBER)
+    @precondition(lambda self: self.net)
+    def deliver_and_crash(self, n: int) -> None:
+        sender, to, message = self.net.pop(n % len(self.net))
+        self.feed(to, ev.Received(sender, message), crash=True)
+
+    @rule(node=st.sampled_from((REQUESTER, *COMPUTE)))
+    def crash(self, node: str) -> None:
+        self.restart(node)
+
+    @rule(n=NUMBER)
+    @precondition(lambda self: self.working(started=False))
+    def start(self, n: int) -> None:
+        waiting = self.working(started=False)
+        node, execution = waiting[n % len(waiting)]
+        self.bodies[node].runs[execution] = True
+        self.feed(node, ev.ExecutionStarted(execution))
+
+    @rule(n=NUMBER, kind=st.sampled_from(KINDS), seconds=st.sampled_from((0.001, 0.05, 1.0)), lost=st.booleans())
+    @precondition(lambda self: self.working())
+    def end(self, n: int, kind: ErrorKind | None, seconds: float, *, lost: bool) -> None:
+        """An execution ends; its first proposal may get lost."""
+        working = self.working()
+        node, execution = working[n % len(working)]
+        before = len(self.net)
+        self.finish(node, execution, kind, seconds)
+        if lost:
+            del self.net[before:]
+
+    @rule(crash=st.booleans())
+    @precondition(lambda self: self.bodies[REQUESTER].keeps)
+    def keep(self, *, crash: bool) -> None:
+        self.feed(REQUESTER, ev.ResultKept(self.bodies[REQUESTER].keeps.pop(0)), crash=crash)
+
+    @rule(node=st.sampled_from(COMPUTE))
+    @precondition(lambda self: self.net)
+    def cut(self, node: str) -> None:
+        """All that is on its way to or from a node is lost."""
+        self.net = [one for one in self.net if node not in one[:2]]
+
+    @rule(store=st.booleans())
+    @precondition(lambda self: self.net)
+    def settle(self, *, store: bool) -> None:
+        self.quiet(store=store)
+
+    @rule(seconds=st.sampled_from((1.0, 5.0, 5.0, 16.0, 16.0, ORPHAN_GRACE)))
+    def pass_time(self, seconds: float) -> None:
+        self.until(seconds)
+
+    @rule(node=st.sampled_from(COMPUTE), gone=st.booleans())
+    def gossip(self, node: str, *, gone: bool) -> None:
+        """The membership view is told of a node, or takes it for dead."""
+        if gone:
+            self.feed(REQUESTER, ev.NodeGone(node))
+        else:
+            self.announce(node)
+
+    @rule(n=st.integers(0, JOBS - 1), crash=st.booleans())
+    @precondition(lambda self: self.jobs)
+    def cancel(self, n: int, *, crash: bool) -> None:
+        job = self.hosts[REQUESTER].requester.jobs.get(a_job_id(n))
+        if job is not None and job.unfinished and job.closing is None:
+            self.cancelled.add(job.id)
+        self.feed(REQUESTER, ev.CancelRequested(a_job_id(n)), crash=crash)
+
+    def announce(self, node: str) -> None:
+        self.feed(REQUESTER, ev.NodeSeen(node, self.hosts[node].compute.room))
+
+    # --- what must hold ---
+
+    @invariant()
+    def machines_agree_with_themselves(self) -> None:
+        for host in self.hosts.values():
+            host.check()
+
+    def teardown(self) -> None:
+        """The faults stop: every job ends, every node is left with nothing, and then nobody talks."""
+        if len(self.hosts) == 1:
+            return
+        requester = self.hosts[REQUESTER].requester
+        for node in COMPUTE:
+            self.announce(node)
+        for _ in range(ROUNDS):
+            self.quiet()
+            for node, execution in self.working():
+                if execution in self.bodies[node].runs:
+                    self.finish(node, execution, None, 0.05)
+            self.quiet()
+            if not requester.jobs and not any(host.compute.held for host in self.hosts.values()):
+                break
+            self.until(5.0)
+        assert not requester.jobs, f"never ended: {list(requester.jobs)}"
+        assert all(row.state in ev.FINAL_JOB for row in self.referee.jobs.values())
+        assert all(self.referee.jobs[job].state == "Stopped" for job in self.cancelled)
+        held = {node: list(host.compute.held) for node, host in self.hosts.items() if host.compute.held}
+        assert not held, f"never given up: {held}"
+        self.until(ORPHAN_GRACE)
+        assert not self.net
+        assert not any(body.timers for body in self.bodies.values() if body is not self.bodies[REQUESTER])
+
+
+CALM = settings(
+    derandomize=True,
+    database=None,
+    deadline=None,
+    max_examples=500,
+    stateful_step_count=50,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+def test_the_protocol_holds_against_the_adversary() -> None:
+    """Five hundred runs of up to fifty moves, the same ones every time."""
+    run_state_machine_as_test(World, settings=CALM)
+
+
+# --- bugs put in on purpose: the adversary must find each of them ---
+
+
+def accepts_a_second_result(patch: pytest.MonkeyPatch) -> None:
+    """The requester forgets that the shard has its result."""
+    real = Requester._verdict
+
+    def verdict(self: Requester, sender: str, execution: Execution) -> object:
+        found = real(self, sender, execution)
+        return "late" if found == "another attempt's result counts" else found
+
+    patch.setattr(Requester, "_verdict", verdict)
+
+
+def runs_a_repeated_offer(patch: pytest.MonkeyPatch) -> None:
+    """The compute node does not remember what it has run."""
+    patch.setattr(Compute, "_unseen", lambda _self, _execution: True)
+
+
+def takes_more_than_it_has_room_for(patch: pytest.MonkeyPatch) -> None:
+    """The compute node forgets what is at work."""
+    patch.setattr(Compute, "room", property(lambda self: self.slots + self.prefetch))
+
+
+def counts_attempts_anew_after_a_restart(patch: pytest.MonkeyPatch) -> None:
+    """Two executions get the same name."""
+    real = recovery._restore
+
+    def restore(job: Job, row: ev.ShardRow) -> None:
+        if row.outcome is not None:
+            real(job, row)
+
+    patch.setattr(recovery, "_restore", restore)
+
+
+def lets_go_of_results_that_are_not_stored(patch: pytest.MonkeyPatch) -> None:
+    """`Kept` goes out where `Accept` should."""
+    patch.setattr(Requester, "_stored", lambda _self, _accepted: True)
+
+
+def accepts_without_journaling(patch: pytest.MonkeyPatch) -> None:
+    """The decision is told before it is durable."""
+    real = Requester._move
+
+    def move(self: Requester, job: Job, shard: Shard, verb: str, detail: str = "", *, written: bool = False) -> None:
+        real(self, job, shard, verb, detail, written=written and verb != "accept")
+
+    patch.setattr(Requester, "_move", move)
+
+
+def proposes_only_once(patch: pytest.MonkeyPatch) -> None:
+    """A lost proposal is never repeated."""
+    real = Compute._fired
+
+    def fired(self: Compute, event: ev.TimerFired) -> None:
+        if not isinstance(event.timer, ev.ProposeTimer):
+            real(self, event)
+
+    patch.setattr(Compute, "_fired", fired)
+
+
+def loses_a_lost_shard(patch: pytest.MonkeyPatch) -> None:
+    """A shard that avoids a node is not queued again."""
+    real = Requester._return
+
+    def back(self: Requester, attempt: Attempt, why: str) -> None:
+        real(self, attempt, why)
+        attempt.job.again.clear()
+
+    patch.setattr(Requester, "_return", back)
+
+
+def forgets_parallel(patch: pytest.MonkeyPatch) -> None:
+    """--parallel is not looked at."""
+    patch.setattr(Job, "offerable", property(lambda self: bool(self.counts.get("waiting"))))
+
+
+def asks_those_who_said_never(patch: pytest.MonkeyPatch) -> None:
+    """A node that can't run the job is asked again and again."""
+    real = Placement._pick
+
+    def pick(self: Placement, job: Job, node: Node, now: float) -> Shard | None:
+        never, job.never = job.never, {}
+        shard = real(self, job, node, now)
+        job.never = never
+        return shard
+
+    patch.setattr(Placement, "_pick", pick)
+    patch.setattr(Placement, "hopeless", lambda _self, _job: False)
+
+
+def does_not_journal_a_cancel(patch: pytest.MonkeyPatch) -> None:
+    """After a restart the job goes on."""
+    real = Job.row
+
+    def row(self: Job, *, cid: str = "") -> ev.JobRow:
+        closing, self.closing = self.closing, None
+        made = real(self, cid=cid)
+        self.closing = closing
+        return made
+
+    patch.setattr(Job, "row", row)
+
+
+def does_not_keep_again_after_a_restart(patch: pytest.MonkeyPatch) -> None:
+    """An accepted result is never stored when the node died in between."""
+    real = recovery._restore
+
+    def restore(job: Job, row: ev.ShardRow) -> None:
+        real(job, row)
+        shard = job.shards[row.shard]
+        if shard.state == "accepted":
+            shard.state = "kept"
+
+    patch.setattr(recovery, "_restore", restore)
+
+
+def cancels_what_it_has_accepted(patch: pytest.MonkeyPatch) -> None:
+    """A heartbeat of a result that waits to be stored is answered with a cancel."""
+    real = Requester._alive
+
+    def alive(self: Requester, sender: str, executions: tuple[Execution, ...]) -> list[Execution]:
+        accepted = [one for one in executions if isinstance(self._verdict(sender, one), Accepted)]
+        return [*real(self, sender, executions), *accepted]
+
+    patch.setattr(Requester, "_alive", alive)
+
+
+def never_gives_up_on_a_silent_node(patch: pytest.MonkeyPatch) -> None:
+    """Leases do not end."""
+    patch.setattr(requester, "LEASE", float("inf"))
+
+
+def keeps_the_slot_of_what_was_cancelled(patch: pytest.MonkeyPatch) -> None:
+    """Capacity leaks with each cancel."""
+    real = Compute._drop
+
+    def drop(self: Compute, held: Held) -> None:
+        real(self, held)
+        self.active += held.outcome is None
+
+    patch.setattr(Compute, "_drop", drop)
+
+
+BUGS = (
+    accepts_a_second_result,
+    runs_a_repeated_offer,
+    takes_more_than_it_has_room_for,
+    counts_attempts_anew_after_a_restart,
+    lets_go_of_results_that_are_not_stored,
+    accepts_without_journaling,
+    proposes_only_once,
+    loses_a_lost_shard,
+    forgets_parallel,
+    asks_those_who_said_never,
+    does_not_journal_a_cancel,
+    does_not_keep_again_after_a_restart,
+    cancels_what_it_has_accepted,
+    never_gives_up_on_a_silent_node,
+    keeps_the_slot_of_what_was_cancelled,
+)
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.__name__)
+def test_the_adversary_finds_a_seeded_bug(bug: Callable[[pytest.MonkeyPatch], None]) -> None:
+    """A test of the test: what it can't find it doesn't guard against."""
+    once = settings(CALM, max_examples=1500, phases=[Phase.generate], report_multiple_bugs=False)
+    with pytest.MonkeyPatch.context() as patch:
+        bug(patch)
+        with pytest.raises((BugError, AssertionError, KeyError)):
+            run_state_machine_as_test(World, settings=once)
