@@ -11,7 +11,7 @@ from pyarrow import csv
 from tests.bench.harness import OUT
 
 FILES = 200
-ROWS = 21_500
+ROWS = 22_500
 REGIONS = np.array([f"region-{name}" for name in "abcdefghijklmnopqrst"])
 
 

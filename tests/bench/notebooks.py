@@ -20,7 +20,8 @@ client = Client(LocalCluster(n_workers=2, threads_per_worker=1, dashboard_addres
     "ipyparallel": """\
 import ipyparallel
 from tests.bench.work import ticks, trivial
-engines = ipyparallel.Cluster(n=2, log_level=50).start_and_connect_sync(activate=False)
+engines = ipyparallel.Cluster(n=2, log_level=50).start_and_connect_sync(activate=True)
+engines[:].execute("from tests.bench.work import ticks", block=True)
 view = engines.load_balanced_view()""",
 }
 """Run once, before anything is timed."""
@@ -46,6 +47,6 @@ TICKS = {
     "bare": OUR_TICKS.removeprefix("%%bacalhau\n"),
     "multiprocessing": "pool.apply(ticks)",
     "dask": "client.submit(dask_ticks, pure=False).result()",
-    "ipyparallel": "_ = engines[:1].apply_async(ticks); _.stream_output(); _.get()",
+    "ipyparallel": "%%px --targets 0\nticks()",
 }
 """Twenty lines, each with the time of its print; the cell waits for them."""
