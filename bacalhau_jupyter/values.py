@@ -10,6 +10,7 @@ pandas and pyarrow are imported when the first value needs them.
 from __future__ import annotations
 
 import base64
+import html
 import importlib
 import io
 import json
@@ -61,6 +62,16 @@ class Drawing:
             kind: base64.b64encode(part).decode() if isinstance(part, bytes) else part
             for kind, part in self.data.items()
         }
+
+    def as_html(self) -> str:
+        """HTML that shows it: a picture as data, else its own HTML; empty if it has neither."""
+        for kind in ("image/png", "image/jpeg", "image/svg+xml"):
+            part = self.data.get(kind)
+            if part is not None:
+                raw = part if isinstance(part, bytes) else part.encode()
+                return f'<img alt="{html.escape(self.type)}" src="data:{kind};base64,{base64.b64encode(raw).decode()}">'
+        own = self.data.get("text/html", "")
+        return own if isinstance(own, str) else ""
 
     def __repr__(self) -> str:
         text = self.data.get("text/plain")
@@ -186,7 +197,7 @@ def decode(kind: ValueKind, type_name: str, data: bytes | Path) -> Any:
     """The value that a shard sent; a `Path` is mapped where the format allows it. Raises `ContentError` for damage."""
     try:
         return _READERS[kind](type_name, data)
-    except (ValueError, OSError, KeyError) as error:
+    except (AttributeError, EOFError, KeyError, OSError, TypeError, ValueError) as error:  # all that damage leads to
         raise ContentError(f"the value of a shard ({kind}, {type_name}) can't be read: {error}") from error
 
 

@@ -1,0 +1,192 @@
+import datetime as dt
+import importlib
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bacalhau_jupyter import values
+from bacalhau_node.errors import ContentError, SpecError
+
+FRAME = pd.DataFrame(
+    {
+        "n": pd.array([1, None], dtype="Int64"),
+        "c": pd.Categorical(["u", "v"]),
+        "t": pd.to_datetime(["2020-01-01", None]).tz_localize("Europe/Berlin"),
+        "s": ["ü", None],
+    },
+    index=pd.MultiIndex.from_tuples([(1, "a"), (2, "b")], names=["k", None]),
+)
+FRAME.attrs = {"source": "here"}
+
+
+def same(one, other):
+    if isinstance(one, pd.DataFrame):
+        pd.testing.assert_frame_equal(one, other, check_freq=False)
+        assert one.attrs == other.attrs
+    elif isinstance(one, pd.Series):
+        pd.testing.assert_series_equal(one, other)
+    elif isinstance(one, pd.Index):
+        pd.testing.assert_index_equal(one, other)
+    elif isinstance(one, np.ndarray):
+        np.testing.assert_array_equal(one, other, strict=True)
+    elif isinstance(one, pa.Table):
+        assert one.equals(other)
+    else:
+        assert one == other
+        assert type(one) is type(other)
+    return True
+
+
+CASES = [
+    (None, "json"),
+    ({"a": [1, 2.5, True, None, "ü\ud800"], "": {}}, "json"),
+    ("text", "json"),
+    (2**80, "json"),
+    (b"\0raw", "bytes"),
+    (np.arange(6, dtype="i2").reshape(2, 3), "npy"),
+    (np.array(["a", "bc"]), "npy"),
+    (np.array([(1, 2.5)], dtype=[("a", "i4"), ("b", "f8")]), "npy"),
+    (FRAME, "arrow"),
+    (pd.DataFrame(), "arrow"),
+    (pd.DataFrame({0: [1], 1: ["x"]}), "arrow"),
+    (pd.Series([1.5, None], name="x"), "arrow"),
+    (pd.Series(["a"], index=["i"]), "arrow"),
+    (pd.Series([1, 2], name=0), "arrow"),
+    (pd.Index(["a", "b"], name="k"), "arrow"),
+    (pd.Index([1.5]), "arrow"),
+    (pd.MultiIndex.from_tuples([(1, "a")], names=["k", "l"]), "arrow"),
+    (pa.table({"a": [1, None], "b": [["x"], []]}), "arrow"),
+]
+
+
+def test_a_round_trip_gives_an_equal_value(tmp_path):
+    for value, extension in CASES:
+        found, data = values.encode("x", value)
+        assert found == extension
+        file = tmp_path / "value"
+        file.write_bytes(data)
+        assert same(value, values.decode(extension, type(value).__name__, data))
+        assert same(value, values.decode(extension, type(value).__name__, file))
+
+
+@pytest.fixture
+def agent(monkeypatch):
+    """The agent's own code; it takes its folder off the path when it is run, which must not last here."""
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    return importlib.import_module("bacalhau_node.executors.agent")
+
+
+def test_the_agent_reads_variables_as_they_were(agent, tmp_path):
+    for number, (value, _) in enumerate(CASES):
+        extension, data = values.encode("x", value)
+        (tmp_path / f"v{number}.{extension}").write_bytes(data)
+    found = agent.load_variables(str(tmp_path))
+    assert all(same(value, found[f"v{number}"]) for number, (value, _) in enumerate(CASES))
+
+
+def test_what_the_agent_writes_reads_back(agent, tmp_path):
+    for value, kind in CASES[1:]:
+        sent = agent.encode_value(value)
+        data = sent.data
+        if sent.write is not None:
+            sent.write(str(tmp_path / "file"))
+            data = tmp_path / "file"
+        assert sent.kind == kind
+        assert same(value, values.decode(sent.kind, sent.type, data))
+
+
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)
+
+
+@given(plain)
+def test_plain_values_travel_as_json(value):
+    assert values.decode("json", "", values.encode("x", value)[1]) == value
+
+
+def test_numpy_numbers_and_tuples_travel_as_plain_ones():
+    _, data = values.encode("x", {"a": (np.float64(1.5), np.int8(2), np.bool_(True))})
+    assert values.decode("json", "dict", data) == {"a": [1.5, 2, True]}
+
+
+loop = []
+loop.append(loop)
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ({1, 2}, "--vars x: a set can't go along; send text, numbers"),
+        ([dt.date(2020, 1, 1)], "--vars x: it holds a date and can't go along"),
+        ({1: 2}, "it holds an int and"),
+        (object(), "an object can't go along"),
+        (1j, "a complex can't go along"),
+        (loop, "it holds itself"),
+        (np.array([object()]), "an array of Python objects can't go along"),
+        (pd.DataFrame({"a": [object()]}), "this DataFrame can't go along as a table"),
+        (pd.DataFrame({"a": [1, "x"]}), "this DataFrame can't go along as a table"),
+    ],
+)
+def test_what_cannot_go_along_is_refused_with_its_type(value, says):
+    with pytest.raises(SpecError) as caught:
+        values.encode("x", value)
+    assert says in str(caught.value)
+
+
+def test_a_variable_over_the_limit_is_refused(monkeypatch):
+    monkeypatch.setattr(values, "LIMIT", 10)
+    with pytest.raises(SpecError, match="--vars x: 11 bytes; at most 10 can go along"):
+        values.encode("x", b"x" * 11)
+
+
+@pytest.mark.parametrize(
+    ("kind", "data"),
+    [("json", b"{"), ("json", b"\xff"), ("npy", b"no"), ("arrow", b"no"), ("mime", b"[]"), ("arrow", b"")],
+)
+def test_a_damaged_value_is_an_error_of_content(kind, data):
+    with pytest.raises(ContentError, match=f"the value of a shard \\({kind}, T\\) can't be read"):
+        values.decode(kind, "T", data)
+
+
+def test_an_array_with_pickled_objects_is_never_loaded(tmp_path):
+    np.save(tmp_path / "x.npy", np.array([object()]), allow_pickle=True)
+    with pytest.raises(ContentError):
+        values.decode("npy", "ndarray", tmp_path / "x.npy")
+
+
+def test_a_repr_says_that_it_is_one():
+    value = values.decode("repr", "Model", b"Model(3)")
+    assert value == "Model(3)"
+    assert value.type == "Model"
+    assert "repr of a Model" in repr(value)
+
+
+def test_a_drawing_shows_itself():
+    picture = json.dumps({"image/png": "iVBO", "text/plain": "<Figure>"}).encode()
+    value = values.decode("mime", "Figure", picture)
+    assert value.data["image/png"] == b"\x89PN"[:3]
+    assert value._repr_mimebundle_()["image/png"] == "iVBO"
+    assert value.as_html() == '<img alt="Figure" src="data:image/png;base64,iVBO">'
+    assert repr(value) == "<Figure>"
+    assert values.Drawing("T", {"text/html": "<b>x</b>"}).as_html() == "<b>x</b>"
+    assert values.Drawing("T", {"text/latex": "x"}).as_html() == ""
+
+
+def test_importing_the_notebook_side_loads_nothing_heavy():
+    names = "options, cell, values, result, join, rows"
+    code = f"import sys\nfrom bacalhau_jupyter import {names}\n"
+    code += "print([n for n in ('pandas', 'numpy', 'pyarrow', 'IPython') if n in sys.modules])"
+    path = json.dumps([entry for entry in sys.path if entry])
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path[:0] = {path}\n{code}"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
