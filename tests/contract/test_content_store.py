@@ -448,6 +448,46 @@ def test_another_writer_that_never_ends_is_an_error_saying_so(store, folder, mon
     store.flush()
 
 
+def test_a_network_file_system_is_told_by_the_mount_that_is_nearest(tmp_path):
+    table = tmp_path / "mounts"
+    table.write_text(
+        f"/dev/sda / ext4 rw 0 0\nserver:/x {tmp_path}/a\\040b nfs4 rw 0 0\n/dev/sdb {tmp_path}/a\\040b/c xfs rw 0 0\n"
+    )
+    assert index_module.on_network(tmp_path / "a b/store", mounts=table)
+    for path in (tmp_path, tmp_path / "a b/c/store", tmp_path / "a"):
+        assert not index_module.on_network(path, mounts=table)
+    assert not index_module.on_network(tmp_path, mounts=tmp_path / "none")
+
+
+def test_the_index_needs_no_shared_memory_on_a_network_file_system(folder, monkeypatch):
+    monkeypatch.setattr(index_module, "on_network", lambda _: True)
+    with contextlib.closing(BlockStore(folder)) as store:
+        cid = store.put(b"x")
+        store.flush()
+        assert store.get(cid) == b"x"
+        assert {path.name for path in folder.glob("index*")} == {"index.sqlite"}
+
+
+def test_a_folder_that_cannot_be_written_to_is_an_error_naming_it(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(ContentError, match=f"cannot write to the content store {tmp_path}/file/store: Not a directory"):
+        BlockStore(tmp_path / "file/store")
+
+
+def test_a_full_disk_is_an_error_and_what_was_put_is_still_there(store, folder):
+    """A file in the place of the blocks' folder stands for a disk that refuses them."""
+    data = os.urandom(INLINE + 1)
+    digest = Cid.of(data).digest.hex()
+    (folder / "blocks").write_bytes(b"")
+    cid = store.put(data)
+    with pytest.raises(ContentError, match=f"cannot write to the content store {folder}"):
+        store.flush()
+    assert store.get(cid) == data
+    (folder / "blocks").unlink()
+    store.flush()
+    assert (folder / "blocks" / digest[:2] / digest).read_bytes() == data
+
+
 # --- pins ---
 
 

@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 
 from bacalhau_node import sharding
+from bacalhau_node.content.blocks import BlockStore
 from bacalhau_node.errors import BugError, ContentError, SpecError
 from bacalhau_node.ports import Source
 from bacalhau_node.sharding import ContentRef, Entry, LocalStamp, Unusable
+from bacalhau_node.sources.ipfs import ContentSource
 from bacalhau_node.sources.local import LocalSource
 from bacalhau_node.spec import InputSource
 
@@ -32,9 +34,13 @@ class Case:
     """A text of `--input` that it must not claim."""
 
 
-@pytest.fixture(params=["local"])
-def case(request) -> Case:
-    return Case(LocalSource(), str, "ipfs://bafybeigdyrzt5sfp7udm7hu76uh7y26nf3efuylqabf3oclgtqy55fbzdi")
+@pytest.fixture(params=["local", "content"])
+def case(request, tmp_path) -> Iterator[Case]:
+    if request.param == "local":
+        yield Case(LocalSource(), str, "ipfs://bafybeigdyrzt5sfp7udm7hu76uh7y26nf3efuylqabf3oclgtqy55fbzdi")
+        return
+    with contextlib.closing(BlockStore(tmp_path / "store")) as store:
+        yield Case(ContentSource(store), lambda path: f"ipfs://{store.add_path(path)}", "/data")
 
 
 @pytest.fixture

@@ -321,6 +321,23 @@ def test_a_sharded_folder_with_a_foreign_part_is_refused(memory):
         memory.list(root)
 
 
+def test_a_sharded_folder_of_another_width_is_refused(memory):
+    narrow = b"\x08\x05\x12\x01\x01\x28\x22\x30\x10"
+    root = memory.add(encode_node([PbLink(memory.add(b"x", RAW).binary, b"0name", 1)], narrow))
+    with pytest.raises(ContentError, match="has 16 slots, not 256"):
+        memory.list(root)
+
+
+def test_a_node_of_another_type_is_neither_file_nor_folder(memory):
+    with pytest.raises(ContentError, match="a UnixFS node of type 3, neither a file nor a folder"):
+        memory.list(memory.add(encode_node((), b"\x08\x03")))
+
+
+def test_a_size_that_fits_no_file_is_refused(memory):
+    with pytest.raises(ContentError, match="a number is cut off or too long"):
+        memory.list(memory.add(encode_node((), b"\x08\x02\x18" + dagpb.varint(1 << 63))))
+
+
 def test_a_block_of_another_codec_is_neither_file_nor_folder(memory):
     cid = Cid.parse("baguqeeraaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa")
     with pytest.raises(ContentError, match="neither a file nor a folder"):

@@ -4,7 +4,8 @@ Theory of operation. Small blocks lie in the index (SQLite), larger ones in `blo
 that were imported whole lie in `files/` as they are, their blocks being slices of them. `put`
 only remembers; `flush` writes everything remembered in one transaction, and whoever tells the world about
 a CID flushes first. What the index claims is on disk (see `index` and `intake`), so a
-process may die at any moment; blocks that were put and not flushed die with it, nothing else.
+process may die at any moment; blocks that were put and not flushed die with it, nothing else. Importing
+something again always replaces what is there, so it also mends what was damaged.
 
 **Verified reads.** Every block that is read is hashed and compared with its name. The one exception is
 `file`: a whole file whose stamp (size, modification time, inode, boot) is the one that it had when the store
@@ -21,6 +22,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -53,10 +55,11 @@ class BlockStore:
     def __init__(self, folder: Path, *, profile: str = "unixfs-v0-2015") -> None:
         if profile not in PROFILES:
             raise SpecError(f"{profile!r} is not a UnixFS profile: there are {', '.join(PROFILES)}")
-        self.folder, self._profile = folder, PROFILES[profile]
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._index = Index(folder)
-        self._files = Files(folder)
+        self.folder, self.profile = folder, PROFILES[profile]
+        with self._writing():
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._files = Files(folder)
+            self._index = Index(folder)
         self._lock = threading.RLock()  # of pins and flushes; `_pending` is only touched by single dict operations
         self._pending: dict[bytes, bytes] = {}
         self._pending_bytes = 0
@@ -89,7 +92,8 @@ class BlockStore:
             for digest, data in pending:
                 inline = len(data) <= INLINE
                 if not inline:
-                    self._files.write_block(digest, data)
+                    with self._writing():
+                        self._files.write_block(digest, data)
                 blocks.append(Block(digest, len(data), data if inline else None))
             self._index.write(blocks, pins=self._pins)
             self._pins = {}
@@ -100,14 +104,14 @@ class BlockStore:
     def add_bytes(self, data: bytes) -> str:
         """Import `data` as a UnixFS file and return its CID; what is over 4 KiB is written at once, as one file."""
         if len(data) <= INLINE:
-            return str(Cid(import_bytes(data, self._remember, profile=self._profile).cid))
+            return str(Cid(import_bytes(data, self._remember, profile=self.profile).cid))
         path = self._files.temporary()
         try:
-            path.write_bytes(data)
-        except OSError as error:
+            with self._writing():
+                path.write_bytes(data)
+            return self.add_path(path, move=True)
+        finally:
             path.unlink(missing_ok=True)
-            raise ContentError(f"cannot write to the content store {self.folder}: {error.strerror}") from error
-        return self.add_path(path, move=True)
 
     def add_path(self, path: Path, *, move: bool = False) -> str:
         """Import a file or a folder as UnixFS, hidden names and symbolic links (as links) included.
@@ -116,7 +120,7 @@ class BlockStore:
         with further hard links or on another disk are copied. A `path` that is itself a link is refused: whoever
         made it may not own what it leads to. In the index when it returns.
         """
-        return str(Cid(Intake(self._index, self._files, profile=self._profile, move=move).add(path).cid))
+        return str(Cid(Intake(self._index, self._files, profile=self.profile, move=move).add(path).cid))
 
     def list(self, cid: str) -> list[tuple[str, str, int]]:
         """All files below a UnixFS root, see `ports.ContentStore.list`."""
@@ -206,6 +210,16 @@ class BlockStore:
         block = self._index.find(cid.digest) if cid.codec == RAW else None
         return None if block is None else block.size
 
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ContentError(
+                f"cannot write to the content store {self.folder}: {error.strerror or error};"
+                " make room, or set BACALHAU_DIR to a folder that may be written to",
+            ) from error
+
     def _remember(self, cid: bytes, data: bytes) -> None:
         if self._pending.setdefault(cid[-32:], data) is data:
             self._pending_bytes += len(data)
@@ -219,9 +233,7 @@ class BlockStore:
     def _checked(self, block: Block, cid: Cid) -> bytes:
         data, place = block.data, f"the index of {self.folder}"
         if data is None:
-            path = (
-                self._files.block_path(block.digest) if block.slice is None else self._files.file_path(block.slice.root)
-            )
+            path = self._path(block)
             place = str(path)
             data = _read_slice(path, block, cid)
         if not cid.matches(data):

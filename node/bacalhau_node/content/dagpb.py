@@ -27,6 +27,7 @@ MURMUR3: Final = 0x22
 FANOUT: Final = 256
 
 _MAX_SHIFT = 63
+_MAX_NUMBER = 1 << 63  # sizes beyond it fit no file, no SQLite column and no message
 
 
 class PbLink(msgspec.Struct, frozen=True, gc=False):
@@ -189,7 +190,7 @@ def _read_varint(data: bytes, at: int) -> tuple[int, int]:
         byte = data[at]
         at += 1
         number |= (byte & 0x7F) << shift
-        if byte < 0x80:
+        if byte < 0x80 and number < _MAX_NUMBER:
             return number, at
         shift += 7
     raise ContentError("not a dag-pb block: a number is cut off or too long")

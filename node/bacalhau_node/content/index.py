@@ -9,7 +9,8 @@ of SQLite, so whatever the index claims is on disk whenever a process dies.
 Several processes of one user share an index: WAL lets them read while one writes, and SQLite's own locks order the
 writers, so no lock file is needed beside it. Within a process one connection serves all threads
 under a lock; transactions are kept to a few thousand rows, some milliseconds. WAL needs shared memory,
-which network file systems lack: there the index uses a rollback journal.
+which network file systems lack: there the index uses a rollback journal. A commit survives the death of the
+process; a power failure may undo the last ones, or take bytes from the files that they name: reading finds that.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ VERSION = 1
 BUSY_SECONDS = 20
 """How long a writer waits for another process's transaction, which lasts milliseconds."""
 
-_NETWORK = frozenset(("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "lustre", "gpfs", "beegfs"))
+_NETWORK = frozenset(
+    ("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "lustre", "gpfs", "beegfs", "fuse.sshfs")
+)
 
 _SCHEMA = """
 CREATE TABLE file (
@@ -96,9 +99,13 @@ class Index:
         self._lock = threading.RLock()
         with self._guarded():
             self._db = sqlite3.connect(self._path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
-            self._db.execute(f"PRAGMA journal_mode = {'DELETE' if on_network(folder) else 'WAL'}")
-            self._db.execute("PRAGMA synchronous = NORMAL")
-            self._create(folder)
+            try:
+                self._db.execute(f"PRAGMA journal_mode = {'DELETE' if on_network(folder) else 'WAL'}")
+                self._db.execute("PRAGMA synchronous = NORMAL")
+                self._create(folder)
+            except BaseException:
+                self._db.close()
+                raise
 
     def find(self, digest: bytes) -> Block | None:
         """The block with this digest, or None."""
@@ -226,15 +233,15 @@ class Index:
             ) from error
 
 
-def on_network(folder: Path) -> bool:
-    """Whether `folder` lies on a file system of another machine, as far as Linux's mount table tells."""
+def on_network(folder: Path, *, mounts: Path = Path("/proc/self/mounts")) -> bool:
+    """Whether `folder` lies on a file system of another machine, as far as Linux's table of mounts tells."""
     try:
-        table = Path("/proc/self/mounts").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        table = mounts.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError:
         return False
     path = folder.resolve()
-    mounts = [(Path(point.replace("\\040", " ")), kind) for _, point, kind, *_ in map(str.split, table)]
-    inside = [(len(point.parts), kind) for point, kind in mounts if path.is_relative_to(point)]
+    points = [(Path(point.replace("\\040", " ")), kind) for _, point, kind, *_ in map(str.split, table)]
+    inside = [(len(point.parts), kind) for point, kind in points if path.is_relative_to(point)]
     return max(inside, default=(0, ""))[1] in _NETWORK
 
 

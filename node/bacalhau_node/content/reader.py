@@ -91,8 +91,10 @@ class Reader:
                 yield from self._walk(child, f"{path}/{name}" if path else name, depth + 1)
         elif node.type == dagpb.SYMLINK:
             yield Item(path, "symlink", cid, target=_text(node.data))
-        else:
+        elif node.type in {dagpb.FILE, dagpb.RAW_FILE}:
             yield Item(path, "file", cid, node.filesize)
+        else:
+            raise ContentError(f"{cid} is a UnixFS node of type {node.type}, neither a file nor a folder nor a link")
 
     def _entries(self, node: dagpb.Node, path: str) -> list[tuple[str, Cid]]:
         found: dict[bytes, Cid] = {}
@@ -108,6 +110,10 @@ class Reader:
         if node.type == dagpb.FOLDER:
             yield from ((link.name, _child(link)) for link in node.links)
             return
+        if node.fanout != dagpb.FANOUT:
+            raise ContentError(
+                f"a sharded folder of {self._root} has {node.fanout} slots, not {dagpb.FANOUT} as all have"
+            )
         for link in node.links:
             if len(link.name) > hamt.PREFIX:
                 yield link.name[hamt.PREFIX :], _child(link)
