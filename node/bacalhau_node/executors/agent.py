@@ -238,6 +238,16 @@ def load_variables(folder: str) -> Dict[str, Any]:
     return names
 
 
+def define(path: str, names: Dict[str, Any]) -> None:
+    """Run the source of the notebook's own functions and classes, if any came; annotations are not evaluated."""
+    if not os.path.exists(path):
+        return
+    source = read_bytes(path).decode("utf-8")
+    file = os.path.basename(path)
+    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
+    exec(compile(source, file, "exec", __future__.annotations.compiler_flag, dont_inherit=True), names)
+
+
 def read_bytes(path: str) -> bytes:
     """A whole file."""
     with open(path, "rb") as file:
@@ -721,6 +731,7 @@ class Cell:
         if self.problem is not None:
             raise self.problem
         self.main.__dict__.update(load_variables(os.path.join(self.bundle, "vars")))
+        define(os.path.join(self.bundle, "definitions.py"), self.main.__dict__)
         return evaluate(self.parts, self.main.__dict__)
 
 

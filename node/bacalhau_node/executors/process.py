@@ -52,14 +52,21 @@ _NVIDIA: Final = Path("/proc/driver/nvidia/version")
 
 
 class _Seat:
-    """One slot: the agent in it, the job that it serves, and how many runs it holds."""
+    """One slot: its job, how many runs of it it holds, and the agent, which may still be another job's."""
 
     def __init__(self) -> None:
         self.agent: PlainAgent | None = None
+        self.agent_job: JobId | None = None
         self.job: JobId | None = None
         self.runs = 0
         self.ahead = 1
         self.lock = asyncio.Lock()
+
+    def take(self, job: JobId) -> None:
+        """One more run, of this job; another job's only when the slot is idle."""
+        if self.job != job:
+            self.job, self.ahead = job, 1
+        self.runs += 1
 
     def learned(self, seconds: float) -> None:
         """Take more ahead while shards are short, nothing ahead when one was not."""
@@ -148,8 +155,10 @@ class ProcessExecutor:
 
     async def release(self, job: JobId) -> None:
         """End the job's agents, and have spares ready for the next."""
-        seats = [seat for seat in self._seats if seat.job == job and not seat.runs]
-        await asyncio.gather(*(self._vacate(seat) for seat in seats))
+        seats = [seat for seat in self._seats if seat.agent_job == job and not seat.runs]
+        for seat in seats:
+            async with seat.lock:
+                await self._vacate(seat)
         self._spawn(self._fill())
 
     async def close(self) -> None:
@@ -231,7 +240,7 @@ class ProcessExecutor:
     async def _acquire(self, job: JobId) -> _Seat:
         seat = None if self._waiting else self._pick(job)
         if seat is not None:
-            seat.runs += 1
+            seat.take(job)
             return seat
         future: asyncio.Future[_Seat] = asyncio.get_running_loop().create_future()
         ticket = job, future
@@ -255,7 +264,7 @@ class ProcessExecutor:
                 return
             self._waiting.popleft()
             if not future.cancelled():
-                seat.runs += 1
+                seat.take(job)
                 future.set_result(seat)
 
     def _pick(self, job: JobId) -> _Seat | None:
@@ -270,10 +279,10 @@ class ProcessExecutor:
         """Have an agent of the task's job in the slot."""
         async with seat.lock:
             job = task.execution.job
-            if seat.agent is not None and seat.agent.alive and seat.job == job:
+            if seat.agent is not None and seat.agent.alive and seat.agent_job == job:
                 return
             await self._vacate(seat)
-            seat.job, seat.ahead = job, 1
+            seat.agent_job = job
             work = agent_job(task, bundle=str(task.bundle))
             self._imports = work.imports
             seat.agent = await self._take_agent(work.imports)
@@ -290,7 +299,7 @@ class ProcessExecutor:
 
     @staticmethod
     async def _vacate(seat: _Seat) -> None:
-        agent, seat.agent, seat.job = seat.agent, None, None
+        agent, seat.agent, seat.agent_job = seat.agent, None, None
         if agent is not None:
             await agent.end()
 
