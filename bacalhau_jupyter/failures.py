@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from bacalhau_node.errors import BacalhauError, JobFailed
-from bacalhau_node.ids import short
 from bacalhau_node.messages import Frame, ShardError
 
 MAX_GROUPS = 4
@@ -202,12 +201,3 @@ class JobInterrupted(KeyboardInterrupt):
 
     def _render_traceback_(self) -> list[str]:
         return [f"{RED}JobInterrupted{RESET}: {self}"]
-
-
-def job_failed(job: str, *, failed: int, count: int, reason: str) -> str:
-    """The one sentence of a failed job."""
-    if not failed:
-        return f"job {short(job)}: {reason or 'failed'}"
-    kept = count - failed
-    hint = f"; {kept:,} {'is' if kept == 1 else 'are'} kept: result(partial=True)" if kept else ""
-    return f"{failed:,} of {count:,} shards of job {short(job)} failed{hint}"

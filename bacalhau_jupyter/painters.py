@@ -201,8 +201,8 @@ class Lines:
         ended = snapshot.ended
         quarter = 4 * ended // self._count
         if self._quarter < quarter < 4:
-            took = duration(snapshot.elapsed)
-            print(f"{self._name}: {25 * quarter} % done, {ended:,} shards, {took}", flush=True)  # noqa: T201
+            took = "" if snapshot.elapsed is None else f", {duration(snapshot.elapsed)}"
+            print(f"{self._name}: {25 * quarter} % done, {ended:,} shards{took}", flush=True)  # noqa: T201
         self._quarter = max(self._quarter, quarter)
 
     def clear(self) -> None:
@@ -283,3 +283,25 @@ def follow(monitor: JobMonitor, painter: Painter, *, seconds: float | None = Non
         painter.paint()
         if ended or (deadline is not None and time.monotonic() >= deadline):
             return ended
+
+
+def painter_for(
+    progress: Progress | Literal["terminal"],
+    monitor: JobMonitor,
+    place: Place,
+    *,
+    inputs: Callable[[], Future[Sequence[tuple[str, ...]]]],
+    cancel: Callable[[], None] | None = None,
+) -> Painter:
+    """The painter for one way of showing a job; `cancel` is what a button in the view does."""
+    match progress:
+        case "widget":
+            return Widget(monitor, place, inputs=inputs, cancel=cancel)
+        case "html":
+            return Html(monitor, place)
+        case "terminal":
+            return Terminal(monitor, place)
+        case "none":
+            return Silent()
+        case _:
+            return Lines(monitor, place)

@@ -15,7 +15,7 @@ from threading import Condition
 from typing import TYPE_CHECKING
 
 from bacalhau_jupyter.failures import FailureGroup, Failures
-from bacalhau_jupyter.lines import LineBuffer, LineGate, Piece, Stream, Tail
+from bacalhau_jupyter.lines import TAIL_LINES, LineBuffer, LineGate, Piece, Stream, Tail
 from bacalhau_node.feed import ShardText, Update
 from bacalhau_node.protocol.events import JobChanged, JobState, ShardChanged
 
@@ -45,13 +45,16 @@ ALL_STREAMS: frozenset[Stream] = frozenset(("stdout", "stderr"))
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The job at one moment. `states` has one byte for each shard; `eta` is in seconds, None while nobody can tell."""
+    """The job at one moment. `states` has one byte for each shard.
+
+    `elapsed` and `eta` are in seconds, None while nobody can tell.
+    """
 
     version: int
     state: JobState
     reason: str
     states: bytes
-    elapsed: float
+    elapsed: float | None
     eta: float | None
     failures: tuple[FailureGroup, ...]
 
@@ -71,7 +74,8 @@ class JobMonitor:
     """The live state of one job. Every method may be called from any thread.
 
     `hint` is the command that shows all lines of a shard (`job.logs({shard})`); `streams` are
-    those that go to the cell.
+    those that go to the cell; `age` is how many seconds ago the job was submitted, None if it is
+    over and nobody knows how long it took.
     """
 
     def __init__(
@@ -80,11 +84,12 @@ class JobMonitor:
         *,
         hint: str,
         streams: frozenset[Stream] = ALL_STREAMS,
+        age: float | None = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.submission = submission
         self._clock = clock
-        self._began = clock()
+        self._began = None if age is None else clock() - age
         self._took: float | None = None
         self._running_since: float | None = None
         self._changed = Condition()
@@ -95,10 +100,11 @@ class JobMonitor:
         self._failures = Failures()
         self._buffers: dict[tuple[int, Stream], LineBuffer] = {}
         self._tails: dict[int, Tail] = {}
-        self._gate = LineGate(count=submission.count, hint=hint, now=self._began, streams=streams)
+        self._recent = Tail()
+        self._gate = LineGate(count=submission.count, hint=hint, now=clock(), streams=streams)
         self._broken: Exception | None = None
         self._ended = False
-        self._callbacks: list[Callable[[], None]] = []
+        self._callbacks: list[Callable[[], object]] = []
 
     # --- the feeding side ---
 
@@ -124,7 +130,7 @@ class JobMonitor:
             for key in list(self._buffers):
                 self._finish_line(key)
             self._broken = broken
-            self._took = self._clock() - self._began
+            self._took = self._elapsed()
             self._ended = True
             self._changed.notify_all()
             callbacks, self._callbacks = self._callbacks, []
@@ -163,7 +169,7 @@ class JobMonitor:
         with self._changed:
             return self._changed.wait_for(lambda: self._ended, timeout)
 
-    def when_ended(self, callback: Callable[[], None]) -> None:
+    def when_ended(self, callback: Callable[[], object]) -> None:
         """Call `callback` once the job has ended, from the feeding thread, or now if it has."""
         with self._changed:
             if not self._ended:
@@ -187,6 +193,11 @@ class JobMonitor:
         with self._changed:
             return {shard: self._tail(shard) for shard in list(self._tails)[: -limit - 1 : -1]}
 
+    def recent(self) -> tuple[str, ...]:
+        """The last lines of the whole job, each with its shard where there are several."""
+        with self._changed:
+            return self._recent.lines()
+
     def snapshot(self) -> Snapshot:
         """The job as it stands. Equal `version`s: nothing but time has passed."""
         with self._changed:
@@ -195,7 +206,7 @@ class JobMonitor:
                 self._job.state,
                 self._job.reason,
                 bytes(self._states),
-                self._clock() - self._began if self._took is None else self._took,
+                self._elapsed(),
                 self._eta(),
                 self._failures.groups(),
             )
@@ -226,7 +237,7 @@ class JobMonitor:
         lines = self._buffers.setdefault((shard, stream), LineBuffer()).feed(update.text)
         tail = self._tails.pop(shard, None) or Tail()
         self._tails[shard] = tail  # the one that printed latest stands last
-        tail.extend(lines)
+        self._add(shard, tail, lines)
         self._gate.text(shard, stream, update.text, now)
         self._gate.lines(shard, stream, lines, now)
 
@@ -241,13 +252,23 @@ class JobMonitor:
         buffer = self._buffers.pop(key, None)
         if buffer is not None and (line := buffer.end()):
             shard, stream = key
-            self._tails.setdefault(shard, Tail()).extend([line])
+            self._add(shard, self._tails.setdefault(shard, Tail()), [line])
             self._gate.lines(shard, stream, [line], self._clock())
+
+    def _add(self, shard: int, tail: Tail, lines: list[str]) -> None:
+        tail.extend(lines)
+        name = f"[shard {shard}] " if len(self._states) > 1 else ""
+        self._recent.extend([f"{name}{line}" for line in lines[-TAIL_LINES:]])
 
     def _tail(self, shard: int) -> tuple[str, ...]:
         streams: tuple[Stream, ...] = ("stdout", "stderr")
         rests = [self._buffers[shard, stream].rest() for stream in streams if (shard, stream) in self._buffers]
         return self._tails[shard].lines(*rests) if shard in self._tails else ()
+
+    def _elapsed(self) -> float | None:
+        if self._took is not None or self._began is None:
+            return self._took
+        return self._clock() - self._began
 
     def _eta(self) -> float | None:
         """What is left takes as long for each shard as what is done did; silent before a twentieth is done."""

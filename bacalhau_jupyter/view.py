@@ -74,6 +74,12 @@ class LiveView:
         if snapshot.version != self._version or now - self._sent_at >= TICK:
             self._send(snapshot)
 
+    def follow(self) -> None:
+        """Paint until the job has ended; for a thread that does nothing else."""
+        while not self._monitor.wait_end(PERIOD):
+            self.paint()
+        self.finish()
+
     def finish(self) -> None:
         """Send the last state now, and again when a page that was flooded listens once more."""
         self._send(self._monitor.snapshot())
@@ -95,7 +101,7 @@ class LiveView:
             "state": snapshot.state,
             "title": f"{count:,} shard{'s' * (count != 1)} on {self._place}",
             "reason": snapshot.reason,
-            "elapsed": round(snapshot.elapsed, 1),
+            "elapsed": None if snapshot.elapsed is None else round(snapshot.elapsed, 1),
             "eta": None if snapshot.eta is None else round(snapshot.eta, 1),
             "failures": [(str(group), group.shards[0]) for group in snapshot.failures[:FAILURES_SHOWN]],
             "tails": self._tails(snapshot),

@@ -240,9 +240,9 @@ class View {
     this.bar.setAttribute("aria-valuetext", this.sentence(counts, ended));
   }
 
-  drawTime({ elapsed = 0, eta = null, state }) {
+  drawTime({ elapsed = null, eta = null, state }) {
     const left = eta === null || FINAL.has(state) ? "" : ` · about ${duration(Math.max(1, eta))} left`;
-    setText(this.time, `${duration(elapsed)}${left}`);
+    setText(this.time, elapsed === null ? "" : `${duration(elapsed)}${left}`);
   }
 
   drawFailures(failures) {

@@ -1,0 +1,128 @@
+"""`%bacalhau COMMAND`: what can be asked about jobs and the node. Each answers with text, or a `Job`."""
+
+from __future__ import annotations
+
+import platform
+import time
+from typing import TYPE_CHECKING, Any
+
+from bacalhau_jupyter import job as jobs
+from bacalhau_jupyter import options, painters, words
+from bacalhau_jupyter.record import size
+from bacalhau_jupyter.running import Running
+from bacalhau_jupyter.session import session
+from bacalhau_node import __version__
+from bacalhau_node.errors import SpecError
+from bacalhau_node.folders import data_folder
+from bacalhau_node.ids import short
+from bacalhau_node.literals import nearest
+from bacalhau_node.protocol.events import FINAL_JOB
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from bacalhau_node.client import JobLine, NodeView
+
+LATER = ("network", "connect")
+JOBS_SHOWN = 20
+
+
+def run(shell: Any, line: str) -> object:
+    """Do what the line asks for; raises `SpecError` for what it can't."""
+    name, *arguments = [word.text for word in words.split(line)] or ["status"]
+    if name in LATER:
+        raise SpecError(f"%bacalhau {name}: not in this version ({__version__})")
+    if name not in COMMANDS:
+        hint = nearest(name, COMMANDS) or f"; it knows {', '.join(COMMANDS)}"
+        raise SpecError(f"%bacalhau {name}: no such command{hint}")
+    least, most, command = COMMANDS[name]
+    if not least <= len(arguments) <= most:
+        raise SpecError(f"%bacalhau {line.strip()}: {name} takes {_counted(least, most)}")
+    answer = command(shell, *arguments)
+    if not isinstance(answer, str):
+        return answer
+    print(answer)  # noqa: T201  a cell's output
+    return None
+
+
+def _counted(least: int, most: int) -> str:
+    if most == 0:
+        return "nothing more"
+    return "a job's id" if most == 1 else "a job's id, and the number of a shard" if least else "at most one word"
+
+
+def _help(_shell: Any) -> str:
+    return options.usage()
+
+
+def _status(_shell: Any) -> str:
+    lines = jobs.jobs()
+    going = [short(line.job) for line in lines if line.state not in FINAL_JOB]
+    return "\n".join((_node(_nodes()[0]), f"{len(lines)} jobs, {len(going)} not ended", *going))
+
+
+def _jobs(_shell: Any) -> str:
+    lines = jobs.jobs()
+    shown = [_job(line) for line in lines[:JOBS_SHOWN]] or ["no jobs yet"]
+    if len(lines) > JOBS_SHOWN:
+        shown.append(f"… {len(lines) - JOBS_SHOWN:,} older ones; bacalhau_jupyter.jobs() has all")
+    return "\n".join(shown)
+
+
+def _job(line: JobLine) -> str:
+    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(line.created))
+    return f"{short(line.job)}  {line.state:<9}  {line.count:>6,} shards  {when}  {line.reason}".rstrip()
+
+
+def _logs(_shell: Any, job: str, shard: str = "") -> str:
+    if shard and not shard.isdecimal():
+        raise SpecError(f"%bacalhau logs {job} {shard}: the number of a shard is needed")
+    return jobs.attach(job).logs(int(shard) if shard else None).rstrip("\n")
+
+
+def _attach(shell: Any, job: str) -> object:
+    """Show a job in this cell: beside what else is done where somebody watches, else to its end."""
+    running = Running(jobs.attach(job), options.CellRequest(on_interrupt="detach"), shell)
+    watched = painters.resolved("auto", shell=shell) in {"widget", "html"}
+    return running.go_on() if watched else running.wait()
+
+
+def _cancel(_shell: Any, job: str) -> str:
+    found = jobs.attach(job)
+    found.cancel()
+    return f"job {short(found.id)}: asked to stop; what is finished is kept"
+
+
+def _show_nodes(_shell: Any) -> str:
+    return "\n".join(map(_node, _nodes()))
+
+
+def _nodes() -> Sequence[NodeView]:
+    return session().call(lambda client: client.nodes(), timeout=jobs.ANSWER_SECONDS)
+
+
+def _node(node: NodeView) -> str:
+    can = node.executor
+    if can is None:
+        return f"node {node.node[:16]}"
+    memory = f", {size(can.memory_per_slot)} each" if can.memory_per_slot else ""
+    problem = f" — {can.problem}" if can.problem else ""
+    return f"node {node.node[:16]}: {can.executor}, {can.slots} slots{memory}, Python {can.python}{problem}"
+
+
+def _config(_shell: Any) -> str:
+    versions = f"bacalhau-jupyter {__version__}, Python {platform.python_version()}"
+    return f"{versions}\ndata folder (BACALHAU_DIR): {data_folder()}"
+
+
+COMMANDS: dict[str, tuple[int, int, Callable[..., object]]] = {
+    "status": (0, 0, _status),
+    "jobs": (0, 0, _jobs),
+    "logs": (1, 2, _logs),
+    "attach": (1, 1, _attach),
+    "cancel": (1, 1, _cancel),
+    "nodes": (0, 0, _show_nodes),
+    "config": (0, 0, _config),
+    "--help": (0, 0, _help),
+}
+"""Name -> (fewest arguments, most arguments, what does it)."""

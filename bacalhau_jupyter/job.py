@@ -1,0 +1,354 @@
+"""A job as an object: its state, its shards, what they printed and returned. And how to get one.
+
+A `Job` is the truth about a job in a notebook: outputs and widgets are pictures of it and may
+get lost with a page; the job itself stays with its node and can be had again by `attach`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+import weakref
+from dataclasses import dataclass
+from functools import partial as bound
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bacalhau_jupyter import sending
+from bacalhau_jupyter.failures import CellText, FailedShard, ShardsFailed, explain
+from bacalhau_jupyter.progress import CODES, DONE, FAILED, STOPPED, JobMonitor
+from bacalhau_jupyter.record import Place, Record
+from bacalhau_jupyter.result import Reader, Result, ShardResult
+from bacalhau_jupyter.session import Session, session
+from bacalhau_node import __version__
+from bacalhau_node.errors import JobFailed, NodeUnreachable, SpecError
+from bacalhau_node.ids import JobId, short
+from bacalhau_node.messages import ShardError
+from bacalhau_node.protocol.events import FINAL_JOB
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Sequence
+
+    from bacalhau_jupyter.lines import Stream
+    from bacalhau_jupyter.view import ShardGrid
+    from bacalhau_node.client import Client, JobLine, JobView, ShardView, Submission
+    from bacalhau_node.messages import Blob, Outcome
+    from bacalhau_node.protocol.events import JobState
+
+ANSWER_SECONDS = 10.0
+"""How long the node in this kernel may take for an answer that it only has to look up."""
+TAIL = 20
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """One shard as it stands. `exit_code` and `error` once it has ended; `inputs` are logical paths."""
+
+    index: int
+    state: str
+    node: str | None
+    attempts: int
+    exit_code: int | None
+    inputs: tuple[str, ...]
+    error: ShardError | None
+
+
+class Text(str):
+    """Text that a notebook shows as it is."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_pretty_(self, printer: Any, _cycle: bool) -> None:  # noqa: FBT001  IPython's protocol
+        printer.text(str(self))
+
+
+class Job:
+    """One job of the node in this kernel. Made by `submit`, `attach` and the magic."""
+
+    def __init__(self, asked: Session, monitor: JobMonitor, place: Place, cell: CellText) -> None:
+        self._session = asked
+        self.monitor = monitor
+        """The live state, for whoever shows it."""
+        self.place = place
+        self._cell = cell
+        self._final: JobView | None = None
+        asked.watch(monitor)
+
+    @property
+    def id(self) -> JobId:
+        """`j-` and a UUID; the first characters are enough for `attach`."""
+        return self.monitor.submission.job
+
+    @property
+    def state(self) -> JobState:
+        """Pending, Queued, Running, Completed, Failed or Stopped."""
+        return self.monitor.state
+
+    @property
+    def shards(self) -> list[ShardRecord]:
+        """One record for each shard."""
+        return [_shard_record(shard) for shard in self.view().shards]
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until the job has ended; False if `timeout` seconds were over before. Stop interrupts the wait only."""
+        return self.monitor.wait_end(timeout)
+
+    def cancel(self) -> None:
+        """Ask for the end and return; what is finished is kept."""
+        self._session.call(lambda client: client.cancel(self.id), timeout=ANSWER_SECONDS)
+
+    def cancel_soon(self) -> None:
+        """The same without waiting for the node to have heard it."""
+        self._session.begin(lambda client: client.cancel(self.id))
+
+    def logs(self, shard: int | None = None) -> str:
+        """What a shard printed, stdout before stderr; of all shards, one after the other, each line named.
+
+        Of a shard that has not ended yet: its last 20 lines.
+        """
+        shards = self.view().shards
+        if shard is not None and not 0 <= shard < len(shards):
+            raise SpecError(f"shard {shard}: job {short(self.id)} has shards 0 to {len(shards) - 1}")
+        wanted = shards if shard is None else shards[shard : shard + 1]
+
+        async def texts(client: Client) -> list[str]:
+            return [await self._text(client, each) for each in wanted]
+
+        found = self._session.call(texts)
+        if len(found) == 1:
+            return Text(found[0])
+        named = (f"[shard {index}] {line}\n" for index, text in enumerate(found) for line in text.splitlines())
+        return Text("".join(named))
+
+    def result(self, *, partial: bool = False) -> Result:
+        """What the job returned, once it has ended; with `partial`, also when shards failed or were stopped.
+
+        Raises `JobFailed` with the failures, or because no shard has finished.
+        """
+        self.wait()
+        view = self.view()
+        done = sum(CODES[shard.state] == DONE for shard in view.shards)
+        if view.state != "Completed" and not (partial and done):
+            raise self.failure() or JobFailed(f"job {short(self.id)} has not ended: {self.monitor.broken}")
+        return Result([_shard_result(shard) for shard in view.shards], self._reader(), cid=view.cid)
+
+    @property
+    def widget(self) -> ShardGrid:
+        """The live view, to be shown anywhere; it follows the job on its own."""
+        from bacalhau_jupyter.view import LiveView  # noqa: PLC0415  brings ipywidgets
+
+        live = LiveView(self.monitor, self.place, cancel=self.cancel_soon)
+        live.name_inputs([shard.inputs for shard in self.view().shards])
+        threading.Thread(target=live.follow, name=f"view of {short(self.id)}", daemon=True).start()
+        return live.widget
+
+    def __await__(self) -> Generator[Any, None, Result]:
+        """`await job` gives the `Result` and lets the loop of the caller go on meanwhile."""
+        loop = asyncio.get_running_loop()
+        ended = loop.create_future()
+        self.monitor.when_ended(bound(loop.call_soon_threadsafe, _settle, ended))
+        yield from ended.__await__()
+        return self.result()
+
+    # --- for those that show it ---
+
+    def view(self) -> JobView:
+        """The job as its node tells it; the end is asked for once."""
+        if self._final is not None:
+            return self._final
+        view = self._session.call(lambda client: client.job(self.id), timeout=ANSWER_SECONDS)
+        if view.state in FINAL_JOB:
+            self._final = view
+        return view
+
+    def record(self) -> Record:
+        """What stays in the notebook; without the shards' details when the node doesn't answer."""
+        snapshot = self.monitor.snapshot()
+        try:
+            return Record.of_view(self.view(), self.place, snapshot.elapsed)
+        except NodeUnreachable:
+            return Record.of_snapshot(self.monitor.submission, snapshot, self.place)
+
+    def failure(self, *, printed: bool = False) -> JobFailed | None:
+        """Why there is no whole result, to be raised; None if there is one, or the job goes on.
+
+        `printed`: what the shards printed stands in the cell already.
+        """
+        broken, view = self.monitor.broken, self.view()
+        if view.state == "Completed":
+            return None
+        if view.state not in FINAL_JOB:
+            return None if broken is None else JobFailed(f"job {short(self.id)} can't be followed: {broken}")
+        record = Record.of_view(view, self.place, None)
+        failed = {shard.index: self._failed_shard(shard) for shard in view.shards if shard.state == "failed"}
+        lines = explain(record.failures, failed, self._cell, printed=printed)
+        return ShardsFailed(_why(record), lines=lines)
+
+    def inputs(self) -> Any:
+        """A future of each shard's logical paths, for the live view."""
+
+        async def ask(client: Client) -> Sequence[tuple[str, ...]]:
+            return [shard.inputs for shard in (await client.job(self.id)).shards]
+
+        return self._session.begin(ask)
+
+    def _repr_mimebundle_(self, **_options: object) -> dict[str, str]:
+        return self.record().bundle()
+
+    def __repr__(self) -> str:
+        return self.record().plain()
+
+    # --- parts ---
+
+    async def _text(self, client: Client, shard: ShardView) -> str:
+        if shard.outcome is None:
+            return "".join(f"{line}\n" for line in self.monitor.tail(shard.index))
+        parts = [await _read(client, blob) for blob in (shard.outcome.stdout, shard.outcome.stderr)]
+        text = "".join(part.decode("utf-8", "replace") for part in parts)
+        cut = shard.outcome.cut
+        return f"{text}\n… {cut:,} bytes more than the node keeps of one shard\n" if cut else text
+
+    def _failed_shard(self, shard: ShardView) -> FailedShard:
+        lines = self.monitor.tail(shard.index) or _last_lines(shard.outcome)
+        node = self.place.name if shard.node == self.monitor.submission.node else shard.node or ""
+        code = shard.outcome.exit_code if shard.outcome else 0
+        return FailedShard(shard.index, node, shard.inputs, code, lines)
+
+    def _reader(self) -> Reader:
+        asked = self._session
+
+        async def blob(client: Client, blob: Blob) -> bytes | Path:
+            path = None if blob.cid is None else await client.file(blob.cid)
+            return path if path is not None else await _read(client, blob)
+
+        def folder(cid: str) -> Path:
+            target = asked.folder() / cid
+            if not target.exists():
+                asked.call(lambda client: client.download(cid, target))
+            return target
+
+        return Reader(blob=lambda each: asked.call(lambda client: blob(client, each)), folder=folder)
+
+
+# --- getting one ---
+
+_known: weakref.WeakValueDictionary[JobId, Job] = weakref.WeakValueDictionary()
+
+
+def start(
+    prepared: sending.Prepared, *, cell: CellText, hint: Callable[[JobId], str], streams: frozenset[Stream]
+) -> tuple[Job, tuple[str, ...]]:
+    """Submit what was prepared: the job, and sentences for its user. `hint`: how to see all lines of a shard."""
+    asked = session()
+    submission, place = asked.call(lambda client: sending.send(client, prepared))
+    monitor = JobMonitor(submission, hint=hint(submission.job), streams=streams)
+    job = _known[submission.job] = Job(asked, monitor, place, cell)
+    return job, (*prepared.notes, *submission.notes)
+
+
+def submit(source: str, /, **words: object) -> Job:
+    """Run `source` as a job and return at once. `words` are the options of `%%bacalhau`: `input=["data"], shards=10`.
+
+    Raises `SpecError` for what is wrong with them, and for what only a cell can do (`df`, `out`, `progress`).
+    """
+    namespace = sending.notebook_namespace()
+    prepared = sending.from_python(source, words, namespace)
+    job, _ = start(prepared, cell=CellText(None, tuple(source.split("\n"))), hint=_hint, streams=frozenset())
+    return job
+
+
+def attach(job: str) -> Job:
+    """The job whose id starts with `job`. Raises `SpecError` if there is none, or several."""
+    asked = session()
+    known = asked.call(lambda client: client.find(job), timeout=ANSWER_SECONDS)
+    if known in _known:
+        return _known[known]
+    submission, place, age = asked.call(lambda client: _submitted(client, known), timeout=ANSWER_SECONDS)
+    monitor = JobMonitor(submission, hint=_hint(known), age=age)
+    found = _known[known] = Job(asked, monitor, place, CellText())
+    return found
+
+
+def jobs() -> list[JobLine]:
+    """All jobs that the node in this kernel knows, newest first."""
+    return list(session().call(lambda client: client.jobs(), timeout=ANSWER_SECONDS))
+
+
+def connect(address: str) -> None:
+    """Name the node that jobs go to. This version has only the one in this kernel: raises `SpecError`."""
+    raise SpecError(f"connect {address}: not in this version ({__version__}); jobs run on the node in this kernel")
+
+
+def _hint(job: JobId) -> str:
+    return f"%bacalhau logs {short(job)} {{shard}}"
+
+
+async def _submitted(client: Client, job: JobId) -> tuple[Submission, Place, float | None]:
+    """The answer that the submission of a job got, made again, and how long ago that was if the job goes on."""
+    from bacalhau_node.client import Submission  # noqa: PLC0415  loaded with the client; it brings the whole node
+
+    view, nodes = await client.job(job), await client.nodes()
+    executor = next((shard.outcome.executor for shard in view.shards if shard.outcome), "")
+    submission = Submission(job, len(view.shards), nodes[0].node, executor)
+    age = None if view.state in FINAL_JOB else time.time() - view.created
+    return submission, sending.place_of(submission, nodes), age
+
+
+# --- small parts ---
+
+
+def _settle(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+async def _read(client: Client, blob: Blob) -> bytes:
+    if blob.inline is not None:
+        return blob.inline
+    assert blob.cid is not None  # a blob has one of the two
+    return await client.read(blob.cid)
+
+
+def _last_lines(outcome: Outcome | None) -> tuple[str, ...]:
+    if outcome is None:
+        return ()
+    text = (outcome.stdout.inline or b"") + (outcome.stderr.inline or b"")
+    return tuple(text.decode("utf-8", "replace").splitlines()[-TAIL:])
+
+
+def _shard_record(shard: ShardView) -> ShardRecord:
+    outcome = shard.outcome
+    return ShardRecord(
+        shard.index,
+        shard.state,
+        shard.node,
+        shard.attempts,
+        outcome.exit_code if outcome else None,
+        shard.inputs,
+        outcome.error if outcome else None,
+    )
+
+
+def _shard_result(shard: ShardView) -> ShardResult:
+    outcome = shard.outcome
+    if CODES[shard.state] == DONE and outcome is not None:
+        return ShardResult(index=shard.index, value=outcome.value, outputs=outcome.outputs, inputs=shard.inputs)
+    error = outcome.error if outcome and outcome.error else ShardError("node", "Stopped", "stopped before it finished")
+    return ShardResult(index=shard.index, inputs=shard.inputs, error=error)
+
+
+def _why(record: Record) -> str:
+    """The one sentence of a job that did not complete."""
+    count, failed, done = len(record.states), record.states.count(FAILED), record.states.count(DONE)
+    job = f"job {short(record.job)}"
+    if failed:
+        what = f"{failed:,} of {count:,} shard{'s' * (count != 1)} of {job} failed"
+    elif STOPPED in record.states and record.state == "Stopped":
+        what = f"{job} was stopped after {done:,} of {count:,} shards"
+    else:
+        what = f"{job}: {record.reason or record.state.lower()}"
+    return f"{what}; {done:,} finished: result(partial=True)" if done else what

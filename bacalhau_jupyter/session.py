@@ -1,0 +1,187 @@
+"""The one long-lived background thread of a kernel: an asyncio loop and one Client on it.
+
+Theory of operation. While a cell runs, the kernel's own loop stands still, and a cell that
+awaits can't be stopped; so the node lives on a loop of its own in a daemon thread, and the
+main thread waits for answers on a lock, which Stop interrupts. The node opens in the background
+when the extension is loaded and everything that needs it waits for that. It is closed before
+the interpreter takes its thread pools down, so that no container outlives the kernel.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import concurrent.futures.thread  # noqa: F401  loaded before `_at_exit`, so that its own hook runs after ours
+import contextlib
+import os
+import tempfile
+import threading
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from bacalhau_node.errors import BacalhauError, NodeUnreachable
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Coroutine
+
+    from bacalhau_jupyter.progress import JobMonitor
+    from bacalhau_node.client import Client
+
+T = TypeVar("T")
+
+CLOSE_SECONDS = 2.0
+"""How long a kernel that ends waits for its node to put everything away."""
+
+
+class Session:
+    """A loop in a thread, and the client that `open_client` makes there at first use."""
+
+    def __init__(self, open_client: Callable[[], Awaitable[Client]]) -> None:
+        self._open_client = open_client
+        self._opening: asyncio.Task[Client] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._process = os.getpid()
+        self._closed = False
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="bacalhau", daemon=True)
+        self._thread.start()
+
+    @property
+    def open(self) -> bool:
+        """Whether it can be asked: not closed, and not the copy of a session in a forked process."""
+        return not self._closed and self._process == os.getpid()
+
+    def warm_up(self) -> None:
+        """Begin to open the client, and return at once."""
+        self._begin(self._client())
+
+    def call(self, ask: Callable[[Client], Awaitable[T]], *, timeout: float | None = None) -> T:
+        """What `ask` answers, from any thread but the loop's own; an interrupt cancels it.
+
+        Raises what `ask` raises, and `NodeUnreachable` when the answer takes longer than `timeout` seconds.
+        """
+        future = self.begin(ask)
+        try:
+            return future.result(timeout)
+        except FutureTimeout as error:
+            if future.done():  # the timeout is the answer
+                raise
+            raise NodeUnreachable(f"the node in this kernel did not answer in {timeout} s; try again") from error
+        finally:
+            future.cancel()
+
+    def begin(self, ask: Callable[[Client], Awaitable[T]]) -> Future[T]:
+        """The same without waiting."""
+
+        async def answer() -> T:
+            return await ask(await self._client())
+
+        return self._begin(answer())
+
+    def watch(self, monitor: JobMonitor) -> None:
+        """Feed `monitor` with the updates of its job from now on, to the end."""
+
+        async def start() -> None:
+            task = asyncio.create_task(self._feed(monitor))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+        self._begin(start())
+
+    def folder(self) -> Path:
+        """A folder for what is fetched to this machine; it goes when the session is closed."""
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="bacalhau-", ignore_cleanup_errors=True)
+        return Path(self._folder.name)
+
+    def close(self) -> None:
+        """End the node and the thread; returns within little more than `CLOSE_SECONDS` seconds."""
+        if not self.open:
+            return
+        self._closed = True
+        future = asyncio.run_coroutine_threadsafe(self._shut(), self._loop)
+        with contextlib.suppress(FutureTimeout, BacalhauError):  # there is nobody left to tell
+            future.result(CLOSE_SECONDS)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(0.5)
+        if self._folder is not None:
+            self._folder.cleanup()
+
+    # --- on the loop ---
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_forever()
+        self._loop.close()
+
+    def _begin(self, work: Coroutine[object, object, T]) -> Future[T]:
+        if not self.open:
+            work.close()
+            raise NodeUnreachable("the node of this kernel is closed; run `%load_ext bacalhau_jupyter` again")
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    async def _client(self) -> Client:
+        """The one client; whoever comes while it opens waits for the same one, and a failure is tried again."""
+        if self._opening is None or (self._opening.done() and self._opening.exception()):
+            self._opening = asyncio.ensure_future(self._open_client())
+        return await asyncio.shield(self._opening)
+
+    async def _feed(self, monitor: JobMonitor) -> None:
+        broken: Exception | None = NodeUnreachable("the node of this kernel was closed before the job ended")
+        try:
+            client = await self._client()
+            async for update in client.updates(monitor.submission.job):
+                monitor.feed(update)
+            broken = None
+        except BacalhauError as error:
+            broken = error
+        finally:
+            monitor.end(broken)
+
+    async def _shut(self) -> None:
+        for task in tuple(self._tasks):
+            task.cancel()
+        if self._opening is not None:
+            client = await self._opening
+            await client.close()
+
+
+# --- the one of this kernel ---
+
+_current: Session | None = None
+_lock = threading.Lock()
+
+
+def session() -> Session:
+    """The session of this process, made when it is first asked for and again after it was closed."""
+    global _current  # noqa: PLW0603  one kernel, one node
+    with _lock:
+        if _current is None or not _current.open:
+            _current = Session(_open_local)
+            _at_exit(_current.close)
+        return _current
+
+
+def close() -> None:
+    """Close the session of this process, if there is one."""
+    if _current is not None:
+        _current.close()
+
+
+async def _open_local() -> Client:
+    from bacalhau_node.client import open_local  # noqa: PLC0415  the node's modules load in this thread
+
+    return await open_local()
+
+
+def _at_exit(close: Callable[[], None]) -> None:
+    """Call `close` when the interpreter ends, while threads can still be given work.
+
+    `atexit` runs too late for that: the executors of `concurrent.futures` refuse work by then. Python has
+    no public hook before them, so the one that they use themselves is taken where it exists.
+    """
+    register = getattr(threading, "_register_atexit", atexit.register)
+    register(close)
