@@ -168,7 +168,7 @@ def bundle(
 def _definitions(chosen: Mapping[str, object], cell: Cell, around: Around) -> tuple[str, list[names.Missing]]:
     """The text of `definitions.py` for the functions and classes among `chosen`, and what they miss.
 
-    What they use of imported things is imported again; annotations may name anything, as they are not evaluated.
+    What they use of imported things is imported again; annotations may name anything: the agent does not evaluate them.
     """
     defined = sources.in_order(
         sources.definition(name, value, around.history)
@@ -183,8 +183,8 @@ def _definitions(chosen: Mapping[str, object], cell: Cell, around: Around) -> tu
             line = names.import_line(each.name, around.namespace.get(each.name))
             lines |= {line} if line else set()
             missing += [] if line else [replace(each, user=item.name)]
-    parts = ["\n".join(("from __future__ import annotations", *sorted(lines))), *(item.source for item in defined)]
-    return ("\n\n\n".join(part.strip("\n") for part in parts) + "\n") if defined else "", missing
+    parts = ["\n".join(sorted(lines)), *(item.source for item in defined)]
+    return "".join(part.strip("\n") + "\n\n\n" for part in parts if part), missing
 
 
 def _with_modules(

@@ -58,8 +58,9 @@ class Resources(msgspec.Struct, frozen=True, kw_only=True):
 class PythonCell(msgspec.Struct, frozen=True, kw_only=True, tag="cell"):
     """A notebook cell: its source and files lie in the folder that `bundle` (a CID) names.
 
-    The folder holds `cell.py` (the body, untouched), `vars/NAME.EXT` (values that go with it)
-    and `modules/` (source of local modules, put on the path). `name` is the file name that
+    The folder holds `cell.py` (the body, untouched), `vars/NAME.EXT` (values that go with it),
+    `definitions.py` (functions and classes of the notebook, run before it in its namespace) and
+    `modules/` (source of local modules, put on the path). `name` is the file name that
     tracebacks show and `line_offset` what to add to a line of the body to get the line of the
     cell. `imports` are the top-level modules that the cell imports, for preloading; `python`
     ("3.11") and `versions` (distribution -> version) are what the notebook runs.

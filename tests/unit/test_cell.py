@@ -1,5 +1,6 @@
 import ast
 import contextlib
+import importlib
 import importlib.metadata
 import json
 import linecache
@@ -245,27 +246,43 @@ def test_a_variable_that_is_not_there_is_refused(notebook):
     assert "--vars nope: there is no such variable" in refused(notebook, "1", variables=["nope"])
 
 
-def run_definitions(made, **names_before):
-    space = {"__name__": "job", **names_before}
-    exec(made.files["definitions.py"], space)
-    return space
+@pytest.fixture
+def agent(monkeypatch):
+    """The agent's own code; it takes its folder off the path when it is run, which must not last here."""
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    return importlib.import_module("bacalhau_node.executors.agent")
 
 
-def test_functions_and_classes_of_the_notebook_go_along_as_source(notebook):
+@pytest.fixture
+def defined(agent, tmp_path):
+    """The names that the agent makes of a bundle's definitions."""
+
+    def define(made, **names_before):
+        path = tmp_path / "definitions.py"
+        path.write_bytes(made.files["definitions.py"])
+        space = {"__name__": "job", **names_before}
+        agent.define(str(path), space)
+        return space
+
+    return define
+
+
+def test_functions_and_classes_of_the_notebook_go_along_as_source(notebook, defined):
     notebook.run("import json\nfrom os.path import join as j\nclass Base: pass")
-    notebook.run("class Sub(Base):\n    def both(self, x: json.JSONDecoder) -> 'No': return json.dumps(j('a', limit))")
+    body = "def both(self, x: json.JSONDecoder) -> No: return json.dumps(j('a', limit))"
+    notebook.run(f"from __future__ import annotations\n\nclass Sub(Base):\n    {body}")
     notebook.run("double = lambda x: x * 2\nlimit = 'b'\nalias = Sub")
     made = notebook("alias, double", variables=["alias", "Sub", "Base", "double", "limit"], check=False)
-    space = run_definitions(made, limit="b")
+    space = defined(made, limit="b")
     assert space["alias"]().both(None) == '"a/b"'
     assert isinstance(space["Sub"](), space["Base"])
     assert space["double"](3) == 6
     assert "vars/limit.json" in made.files
 
 
-def test_a_decorated_function_goes_with_its_decorator(notebook):
+def test_a_decorated_function_goes_with_its_decorator(notebook, defined):
     notebook.run("import functools\n@functools.lru_cache\ndef slow(x):\n    return x + 1")
-    assert run_definitions(notebook("slow(1)", variables=["slow"]))["slow"](1) == 2
+    assert defined(notebook("slow(1)", variables=["slow"]))["slow"](1) == 2
 
 
 def test_what_a_sent_function_needs_is_checked_too(notebook):
