@@ -63,15 +63,15 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
     """What of a folder may measure 256 KiB at most: its names and CIDs, or its whole block."""
 
 
+_CHUNK, _WIDTH = 262_144, 174
+
 PROFILES: dict[str, Profile] = {
     profile.name: profile
     for profile in (
-        Profile(
-            name="unixfs-v0-2015", version=0, raw_leaves=False, chunk=262_144, width=174, folder_limit="links"
-        ),  # what `ipfs add` gives
-        Profile(
-            name="cidv1-256k-174", version=1, raw_leaves=True, chunk=262_144, width=174, folder_limit="links"
-        ),  # `ipfs add --cid-version=1`
+        # what `ipfs add` gives
+        Profile(name="unixfs-v0-2015", version=0, raw_leaves=False, chunk=_CHUNK, width=_WIDTH, folder_limit="links"),
+        # `ipfs add --cid-version=1`
+        Profile(name="cidv1-256k-174", version=1, raw_leaves=True, chunk=_CHUNK, width=_WIDTH, folder_limit="links"),
         Profile(name="unixfs-v1-2025", version=1, raw_leaves=True, chunk=1_048_576, width=1024, folder_limit="block"),
     )
 }
