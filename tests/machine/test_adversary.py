@@ -30,6 +30,7 @@ from bacalhau_node.ids import Execution, JobId
 from bacalhau_node.messages import ErrorKind, Message, Outcome, ShardError
 from bacalhau_node.protocol import events as ev
 from bacalhau_node.protocol import recovery, requester
+from bacalhau_node.protocol.book import Book
 from bacalhau_node.protocol.compute import MAX_PREFETCH, ORPHAN_GRACE, Compute, Held
 from bacalhau_node.protocol.placement import Placement
 from bacalhau_node.protocol.records import Accepted, Attempt, Job, Node, Shard
@@ -290,7 +291,7 @@ class World(RuleBasedStateMachine):
     @rule(n=st.integers(0, JOBS - 1), crash=st.booleans())
     @precondition(lambda self: self.jobs)
     def cancel(self, n: int, *, crash: bool) -> None:
-        job = self.hosts[REQUESTER].requester.jobs.get(a_job_id(n))
+        job = self.hosts[REQUESTER].requester.book.jobs.get(a_job_id(n))
         if job is not None and job.unfinished and job.closing is None:
             self.cancelled.add(job.id)
         self.feed(REQUESTER, ev.CancelRequested(a_job_id(n)), crash=crash)
@@ -318,10 +319,10 @@ class World(RuleBasedStateMachine):
                 if execution in self.bodies[node].runs:
                     self.finish(node, execution, None, 0.05)
             self.quiet()
-            if not requester.jobs and not any(host.compute.held for host in self.hosts.values()):
+            if not requester.book.jobs and not any(host.compute.held for host in self.hosts.values()):
                 break
             self.until(5.0)
-        assert not requester.jobs, f"never ended: {list(requester.jobs)}"
+        assert not requester.book.jobs, f"never ended: {list(requester.book.jobs)}"
         assert all(row.state in ev.FINAL_JOB for row in self.referee.jobs.values())
         assert all(self.referee.jobs[job].state == "Stopped" for job in self.cancelled)
         held = {node: list(host.compute.held) for node, host in self.hosts.items() if host.compute.held}
@@ -351,13 +352,13 @@ def test_the_protocol_holds_against_the_adversary() -> None:
 
 def accepts_a_second_result(patch: pytest.MonkeyPatch) -> None:
     """The requester forgets that the shard has its result."""
-    real = Requester._verdict
+    real = Book.verdict
 
-    def verdict(self: Requester, sender: str, execution: Execution) -> object:
+    def verdict(self: Book, sender: str, execution: Execution) -> object:
         found = real(self, sender, execution)
         return "late" if found == "another attempt's result counts" else found
 
-    patch.setattr(Requester, "_verdict", verdict)
+    patch.setattr(Book, "verdict", verdict)
 
 
 def runs_a_repeated_offer(patch: pytest.MonkeyPatch) -> None:
@@ -383,17 +384,17 @@ def counts_attempts_anew_after_a_restart(patch: pytest.MonkeyPatch) -> None:
 
 def lets_go_of_results_that_are_not_stored(patch: pytest.MonkeyPatch) -> None:
     """`Kept` goes out where `Accept` should."""
-    patch.setattr(Requester, "_stored", lambda _self, _accepted: True)
+    patch.setattr(Book, "stored", lambda _self, _accepted: True)
 
 
 def accepts_without_journaling(patch: pytest.MonkeyPatch) -> None:
     """The decision is told before it is durable."""
-    real = Requester._move
+    real = Book.move
 
-    def move(self: Requester, job: Job, shard: Shard, verb: str, detail: str = "", *, written: bool = False) -> None:
+    def move(self: Book, job: Job, shard: Shard, verb: str, detail: str = "", *, written: bool = False) -> None:
         real(self, job, shard, verb, detail, written=written and verb != "accept")
 
-    patch.setattr(Requester, "_move", move)
+    patch.setattr(Book, "move", move)
 
 
 def proposes_only_once(patch: pytest.MonkeyPatch) -> None:
@@ -409,18 +410,18 @@ def proposes_only_once(patch: pytest.MonkeyPatch) -> None:
 
 def loses_a_lost_shard(patch: pytest.MonkeyPatch) -> None:
     """A shard that avoids a node is not queued again."""
-    real = Requester._return
+    real = Book.give_back
 
-    def back(self: Requester, attempt: Attempt, why: str) -> None:
+    def back(self: Book, attempt: Attempt, why: str) -> None:
         real(self, attempt, why)
         attempt.job.again.clear()
 
-    patch.setattr(Requester, "_return", back)
+    patch.setattr(Book, "give_back", back)
 
 
 def forgets_parallel(patch: pytest.MonkeyPatch) -> None:
     """--parallel is not looked at."""
-    patch.setattr(Job, "offerable", property(lambda self: bool(self.counts.get("waiting"))))
+    patch.setattr(Job, "offerable", property(lambda self: self.counts["waiting"] > 0))
 
 
 def asks_those_who_said_never(patch: pytest.MonkeyPatch) -> None:
@@ -467,9 +468,9 @@ def cancels_what_it_has_accepted(patch: pytest.MonkeyPatch) -> None:
     """A heartbeat of a result that waits to be stored is answered with a cancel."""
     real = Requester._alive
 
-    def alive(self: Requester, sender: str, executions: tuple[Execution, ...]) -> list[Execution]:
-        accepted = [one for one in executions if isinstance(self._verdict(sender, one), Accepted)]
-        return [*real(self, sender, executions), *accepted]
+    def alive(self: Requester, sender: str, executions: tuple[Execution, ...]) -> tuple[Execution, ...]:
+        accepted = [one for one in executions if isinstance(self.book.verdict(sender, one), Accepted)]
+        return (*real(self, sender, executions), *accepted)
 
     patch.setattr(Requester, "_alive", alive)
 

@@ -283,7 +283,7 @@ def test_a_late_failure_changes_nothing() -> None:
     lose(desk)
     effects = desk.propose("n-1", an_execution(), a_failure())
     assert sent(effects, Reject, to="n-1")
-    assert desk.machine.jobs[a_job_id()].shards[0].state == "waiting"
+    assert desk.machine.book.jobs[a_job_id()].shards[0].state == "waiting"
 
 
 @pytest.mark.parametrize(
@@ -295,7 +295,7 @@ def test_unknown_executions_change_nothing(execution: Execution) -> None:
     desk(a_job())
     assert sent(desk.propose("n-1", execution), Reject, to="n-1")
     assert sent(desk.take("n-1", execution), Cancel, to="n-1") == [Cancel((execution,))]
-    assert desk.machine.jobs[a_job_id()].shards[0].state == "offered"
+    assert desk.machine.book.jobs[a_job_id()].shards[0].state == "offered"
 
 
 def test_only_the_node_that_was_asked_may_answer() -> None:

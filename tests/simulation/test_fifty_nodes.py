@@ -42,7 +42,7 @@ def test_every_job_ends_though_messages_are_lost_and_nodes_die() -> None:
     assert sum(end.state == "Completed" for end in simulation.ends.values()) >= 5
     for node in simulation.nodes:
         assert not simulation.host(node).compute.held
-        assert not simulation.host(node).requester.jobs
+        assert not simulation.host(node).requester.book.jobs
 
 
 def test_a_job_costs_few_messages() -> None:

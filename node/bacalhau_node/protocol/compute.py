@@ -64,7 +64,7 @@ from bacalhau_node.protocol.events import (
     Write,
 )
 from bacalhau_node.protocol.placement import LEASE
-from bacalhau_node.protocol.tables import EXECUTION, Story, advance, remember, told
+from bacalhau_node.protocol.tables import EXECUTION, Story, illegal, remember, told
 from bacalhau_node.spec import JobSpec
 
 HEARTBEAT: Final = LEASE / 3
@@ -315,7 +315,10 @@ class Compute:
             del self._jobs[oldest]
 
     def _move(self, held: Held, verb: str) -> None:
-        held.state = advance(EXECUTION, held.state, verb, what=f"execution {held.execution}", story=held.story)
+        after = EXECUTION[held.state].get(verb)
+        if after is None:
+            raise illegal(f"execution {held.execution}", held.state, verb, held.story)
+        held.state = after
         held.story = remember(held.story, self._now, verb)
 
     def _drop_all(self, sender: NodeId, executions: Iterable[Execution]) -> None:

@@ -9,10 +9,9 @@ from collections.abc import Iterable, Mapping
 
 from bacalhau_node.errors import BugError
 from bacalhau_node.ids import NodeId
-from bacalhau_node.protocol.records import Job, Node, Shard
+from bacalhau_node.protocol.records import LIVE, Job, Node, Shard
 from bacalhau_node.protocol.tables import told
 
-LIVE = ("offered", "taken", "running")
 DECIDED = ("accepted", "kept", "failed")
 
 

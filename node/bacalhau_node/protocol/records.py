@@ -9,13 +9,17 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Final, cast, get_args
 
 from bacalhau_node.ids import Execution, JobId, NodeId
 from bacalhau_node.messages import Outcome
 from bacalhau_node.protocol.events import JobRow, JobState, ShardRow, ShardState
-from bacalhau_node.protocol.tables import SHARD, Story, advance, remember
+from bacalhau_node.protocol.tables import SHARD, Story, illegal, remember
 from bacalhau_node.spec import JobSpec
+
+STATES: Final[tuple[ShardState, ...]] = get_args(ShardState)
+LIVE: Final = frozenset(("offered", "taken", "running"))
+"""The states of a shard that has a live attempt."""
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -95,7 +99,7 @@ class Job:
     reason: str = ""
     closing: tuple[JobState, str] | None = None
     sealing: bool = False
-    counts: dict[ShardState, int] = field(default_factory=dict)
+    counts: dict[ShardState, int] = field(default_factory=lambda: dict.fromkeys(STATES, 0))
     fresh: deque[Shard] = field(default_factory=deque)
     """Waiting shards that may go anywhere. Entries whose shard waits no more are skipped."""
     again: deque[Shard] = field(default_factory=deque)
@@ -107,29 +111,33 @@ class Job:
     lease_armed: bool = False
     retry_armed: bool = False
     patience: float = 0.0
-
-    def count(self, *states: ShardState) -> int:
-        """How many shards are in one of these states."""
-        return sum(self.counts.get(state, 0) for state in states)
+    """Seconds until busy nodes are tried again; 0: none was yet."""
 
     @property
     def unfinished(self) -> int:
         """How many shards have no outcome yet and are not stopped."""
-        return self.count("waiting", "offered", "taken", "running")
+        counts = self.counts
+        return counts["waiting"] + counts["offered"] + counts["taken"] + counts["running"]
+
+    @property
+    def final(self) -> bool:
+        """Whether nothing can happen to any shard any more."""
+        return self.unfinished + self.counts["accepted"] == 0
 
     @property
     def offerable(self) -> bool:
         """Whether a shard may be offered now."""
         parallel = self.spec.parallel
-        return bool(self.counts.get("waiting")) and (parallel is None or len(self.live) < parallel)
+        return self.counts["waiting"] > 0 and (parallel is None or len(self.live) < parallel)
 
     def move(self, shard: Shard, verb: str, now: float, detail: str = "") -> None:
         """Change the shard's state by `verb`; raises `BugError` with its story when it may not happen."""
-        what = f"shard {shard.index} of job {self.id}"
-        after = cast("ShardState", advance(SHARD, shard.state, verb, what=what, story=shard.story))
+        after = SHARD[shard.state].get(verb)
+        if after is None:
+            raise illegal(f"shard {shard.index} of job {self.id}", shard.state, verb, shard.story)
         self.counts[shard.state] -= 1
-        self.counts[after] = self.counts.get(after, 0) + 1
-        shard.state = after
+        shard.state = cast("ShardState", after)
+        self.counts[shard.state] += 1
         shard.story = remember(shard.story, now, verb, detail)
 
     def row(self, *, cid: str = "") -> JobRow:

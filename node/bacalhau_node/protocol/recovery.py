@@ -53,6 +53,6 @@ def _unfinished(job: Job) -> bool:
     for shard in job.shards:
         if shard.state == "waiting" and job.closing is not None:
             shard.state = "stopped"
-        job.counts[shard.state] = job.counts.get(shard.state, 0) + 1
+        job.counts[shard.state] += 1
     job.fresh.extend(shard for shard in job.shards if shard.state == "waiting")
-    return job.closing is None or job.count("accepted", "kept") > 0
+    return job.closing is None or job.counts["accepted"] + job.counts["kept"] > 0

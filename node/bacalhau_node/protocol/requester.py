@@ -1,9 +1,8 @@
 """The requester of a job: offers its shards, watches over them, and decides which results count.
 
-Theory of operation. `step` takes one event and returns the effects; rows to journal come first,
-offers next (so that a node which just finished a shard gets its next one before it is told to
-forget the old one), then everything else. Nothing here waits, and no event but the first and
-the last of a job walks over all its shards.
+Theory of operation. `step` takes one event and returns the effects; the records and what follows
+from changing them are in `book.py`, the choice of nodes in `placement.py`. Nothing here waits, and
+no event but the first and the last of a job walks over all its shards.
 
 **Attempts.** Every offer of a shard is a new attempt and is journaled before it is sent, so an
 attempt's number never means two things, restarts included. An attempt is *live* from its offer
@@ -21,7 +20,7 @@ this requester does not want; an empty one only says "I am here", and keeps the 
 up the work of a silent requester. For what has been kept already the answer is `Kept` again.
 
 **Ends.** An outcome that counts, a result or the final failure of a shard, is accepted (journaled), then
-kept (stored), then its node may forget it. What ends a shard is told by `_retry`; failures of
+kept (stored), then its node may forget it. What ends a shard is told by `_repeats`; failures of
 some shards never stop the others. When every shard is final, the job is sealed over what was
 kept and ends. A job that is cancelled, or runs out of its time, or that no node can run, decides
 so at once (journaled as its state), stops what has no outcome yet, and ends in the same way.
@@ -42,50 +41,36 @@ from bacalhau_node.messages import (
     Kept,
     Lines,
     Message,
-    Offer,
     Outcome,
     Propose,
     Refuse,
     Reject,
-    ShardError,
-    ShardOffer,
     Started,
     Take,
 )
 from bacalhau_node.protocol import invariants, recovery
+from bacalhau_node.protocol.book import MAX_LOST, Book
 from bacalhau_node.protocol.events import (
     CancelRequested,
     Effect,
     Event,
-    JobChanged,
     JobDeadline,
     JobSealed,
-    JobState,
-    Keep,
     LeaseTimer,
     NodeGone,
     NodeSeen,
-    Notify,
     Received,
     ResultKept,
     RetryTimer,
     Row,
-    Seal,
-    Send,
-    SetTimer,
-    ShardChanged,
     Submitted,
     TimerFired,
-    Write,
 )
-from bacalhau_node.protocol.placement import LEASE, Placement
+from bacalhau_node.protocol.placement import LEASE
 from bacalhau_node.protocol.records import Accepted, Attempt, Job, Node, Shard
 
 LEASE_CHECK: Final = LEASE / 3
 """How often leases are looked at, and after how long an unanswered offer is sent again."""
-
-MAX_LOST: Final = 3
-"""Attempts that may be lost with their nodes before the shard fails (DESIGN section 5)."""
 
 MAX_KILLED: Final = 2
 """Attempts that a signal may kill before the shard fails: one repeat (DESIGN section 5)."""
@@ -96,23 +81,17 @@ LONGEST_PATIENCE: Final = 15.0
 
 
 class Requester:
-    """The machine of one node's own jobs. `step` is the only way in; records are for the checks."""
+    """The machine of one node's own jobs. `step` is the only way in; the book is for the checks."""
 
     def __init__(self, node: NodeId) -> None:
         self.node = node
-        self.jobs: dict[JobId, Job] = {}
-        self.placement = Placement()
-        self._now = 0.0
-        self._rows: list[Effect] = []
-        self._out: list[Effect] = []
-        self._batches: dict[tuple[NodeId, JobId], list[ShardOffer]] = {}
-        self._touched: dict[JobId, Job] = {}
+        self.book = Book()
 
     # --- the way in ---
 
     def step(self, event: Event, now: float) -> list[Effect]:
         """What to do after `event`; `now` is monotonic, in seconds."""
-        self._now = now
+        self.book.now = now
         match event:
             case Received():
                 self._received(event.sender, event.message)
@@ -132,12 +111,12 @@ class Requester:
         match event:
             case Submitted():
                 self._submitted(event)
-            case CancelRequested() if event.job in self.jobs:
-                self._close(self.jobs[event.job], "Stopped", "cancelled")
-            case JobSealed() if event.job in self.jobs:
-                self._end(self.jobs[event.job], cid=event.cid)
-            case CancelRequested() | JobSealed():
-                pass  # the job has ended meanwhile
+            case CancelRequested():
+                if (job := self.book.jobs.get(event.job)) is not None:
+                    self.book.close(job, "Stopped", "cancelled")
+            case JobSealed():
+                if (job := self.book.jobs.get(event.job)) is not None:
+                    self.book.end(job, cid=event.cid)
             case _:
                 raise BugError(f"a requester was given {type(event).__name__}")
 
@@ -158,114 +137,64 @@ class Requester:
         results that were not stored yet are asked to be kept again.
         """
         self = cls(node)
-        self._now = now
+        self.book.now = now
         for job in recovery.jobs(rows, blocks=blocks):
-            self.jobs[job.id] = job
+            self.book.jobs[job.id] = job
             for shard in job.shards:
                 if shard.state == "accepted" and shard.accepted is not None:
-                    self._keep(shard.accepted)
+                    self.book.keep(shard.accepted)
             if not resume:
-                self._close(job, "Stopped", "the node stopped before the job had ended")
+                self.book.close(job, "Stopped", "the node stopped before the job had ended")
             elif job.unfinished:
-                self._deadline(job)
-            self._touch(job)
+                self._set_deadline(job)
+            self.book.touch(job)
         return self, self._settled()
 
     def live(self, execution: Execution, sender: NodeId) -> bool:
         """Whether `sender` may speak for this execution now, and its lines are still of interest."""
-        return isinstance(self._verdict(sender, execution), Attempt | Accepted)
+        return isinstance(self.book.verdict(sender, execution), Attempt | Accepted)
 
     def check(self) -> None:
         """Raise `BugError` if the records contradict each other or break a rule of the protocol."""
-        invariants.check_requester(self.jobs.values(), self.placement.nodes)
+        invariants.check_requester(self.book.jobs.values(), self.book.placement.nodes)
 
-    # --- jobs ---
+    # --- jobs and nodes ---
 
     def _submitted(self, event: Submitted) -> None:
         if not event.blocks:
             raise BugError(f"job {event.job} was submitted without shards")
-        if event.job in self.jobs:
+        if event.job in self.book.jobs:
             raise BugError(f"job {event.job} was submitted twice")
         if event.spec.replicas != 1:
             raise BugError(f"job {event.job} wants {event.spec.replicas} replicas: this version runs one")
         shards = [Shard(index, block) for index, block in enumerate(event.blocks)]
         job = Job(event.job, event.spec, event.plan, event.created, shards)
-        job.counts["waiting"] = len(shards)
-        job.fresh.extend(shards)
-        self.jobs[job.id] = job
-        self._rows.append(Write(job.row()))
-        self._out.append(Notify(JobChanged(job.id, job.state)))
-        self._deadline(job)
-        self._touch(job)
+        self.book.add(job)
+        self._set_deadline(job)
 
-    def _deadline(self, job: Job) -> None:
+    def _set_deadline(self, job: Job) -> None:
         if job.spec.job_timeout is not None:
-            self._out.append(SetTimer(JobDeadline(job.id), self._now + job.spec.job_timeout))
-
-    def _become(self, job: Job, state: JobState, reason: str) -> None:
-        if (job.state, job.reason) == (state, reason):
-            return
-        written = job.state != state
-        job.state, job.reason = state, reason
-        if written:
-            self._rows.append(Write(job.row()))
-        self._out.append(Notify(JobChanged(job.id, state, reason)))
-
-    def _close(self, job: Job, state: JobState, reason: str) -> None:
-        """Decide how the job ends; what has no outcome yet is stopped."""
-        if job.closing is not None or not job.unfinished:
-            return
-        job.closing = (state, reason)
-        self._rows.append(Write(job.row()))
-        orders: dict[NodeId, list[Execution]] = {}
-        for attempt in list(job.live.values()):
-            orders.setdefault(attempt.node.id, []).append(attempt.execution)
-            self._detach(attempt)
-        self._out.extend(Send(to, Cancel(tuple(executions))) for to, executions in orders.items())
-        for shard in job.shards:
-            if shard.state in ("waiting", "offered", "taken", "running"):
-                self._move(job, shard, "stop", written=True)
-        job.fresh.clear()
-        job.again.clear()
-
-    def _finish(self, job: Job) -> None:
-        if job.count("kept") == 0:
-            self._end(job, cid="")
-            return
-        job.sealing = True
-        kept = [shard.accepted for shard in job.shards if shard.state == "kept" and shard.accepted is not None]
-        self._out.append(Seal(job.id, tuple((one.execution.shard, one.outcome.record) for one in kept)))
-
-    def _end(self, job: Job, *, cid: str) -> None:
-        failed, count = job.count("failed"), len(job.shards)
-        ending: tuple[JobState, str] = ("Failed", f"{failed} of {count} shards failed") if failed else ("Completed", "")
-        job.state, job.reason = job.closing = job.closing or ending
-        self._rows.append(Write(job.row(cid=cid)))
-        self._out.append(Notify(JobChanged(job.id, job.state, job.reason, cid)))
-        del self.jobs[job.id]
-        self._touched.pop(job.id, None)
-
-    # --- nodes ---
+            self.book.timer(JobDeadline(job.id), after=job.spec.job_timeout)
 
     def _seen(self, event: NodeSeen) -> None:
-        node = self.placement.nodes.setdefault(event.node, Node(event.node))
+        node = self.book.placement.nodes.setdefault(event.node, Node(event.node))
         node.suspect = False
-        self.placement.room(node, event.room)
+        self.book.placement.room(node, event.room)
 
     def _gone(self, node_id: NodeId) -> None:
-        node = self.placement.nodes.get(node_id)
+        node = self.book.placement.nodes.get(node_id)
         if node is None:
             return
-        self.placement.forget(node)
+        self.book.placement.forget(node)
         for attempt in list(node.live.values()):
-            self._lose(attempt, f"node {node_id} is gone")
-        for job in self.jobs.values():
-            self._touch(job)
+            self.book.lose(attempt, f"node {node_id} is gone")
+        for job in self.book.jobs.values():
+            self.book.touch(job)
 
     # --- messages ---
 
     def _received(self, sender: NodeId, message: Message) -> None:
-        node = self.placement.nodes.get(sender)
+        node = self.book.placement.nodes.get(sender)
         if node is not None:
             node.suspect = False
         match message:
@@ -280,214 +209,109 @@ class Requester:
             case Refuse():
                 self._refused(sender, message)
             case Lines():
-                return
+                pass  # for the clients; the engine passes them on
             case _:
                 raise BugError(f"a requester was given the message {type(message).__name__}")
-        if node is not None and not isinstance(message, Started):
-            self.placement.room(node, message.room)
-
-    def _verdict(self, sender: NodeId, execution: Execution) -> Attempt | Accepted | str:
-        """What an execution is to us: live (its attempt), the accepted one, "late", or why it is unwanted."""
-        job = self.jobs.get(execution.job)
-        if job is None:
-            return "the job has ended"
-        if not (0 <= execution.shard < len(job.shards)):
-            return "no such shard"
-        shard = job.shards[execution.shard]
-        if not (1 <= execution.attempt <= shard.attempts) or shard.authors[execution.attempt - 1] != sender:
-            return "no such attempt"
-        if (attempt := shard.live.get(execution.attempt)) is not None:
-            return attempt
-        if shard.accepted is not None:
-            return shard.accepted if shard.accepted.execution == execution else "another attempt's result counts"
-        return "late" if shard.state in ("waiting", "offered", "taken", "running") else f"the shard is {shard.state}"
+        if node is not None and not isinstance(message, Started | Lines):
+            self.book.placement.room(node, message.room)
 
     def _taken(self, sender: NodeId, message: Take) -> None:
-        self._disown(sender, self._alive(sender, message.executions))
+        if unwanted := self._alive(sender, message.executions):
+            self.book.send(sender, Cancel(unwanted))
 
     def _started(self, sender: NodeId, execution: Execution) -> None:
         self._alive(sender, (execution,))
-        attempt = self._verdict(sender, execution)
+        attempt = self.book.verdict(sender, execution)
         if isinstance(attempt, Attempt) and attempt.shard.state == "taken":
-            self._move(attempt.job, attempt.shard, "start")
+            self.book.move(attempt.job, attempt.shard, "start")
 
     def _heartbeat(self, sender: NodeId, message: Heartbeat) -> None:
         unwanted = self._alive(sender, message.executions)
         for execution in message.running:
             self._started(sender, execution)
-        self._out.append(Send(sender, Cancel(tuple(unwanted))))
+        self.book.send(sender, Cancel(unwanted))
         for execution in message.executions:
-            accepted = self._verdict(sender, execution)
-            if isinstance(accepted, Accepted) and self._stored(accepted):
-                self._out.append(Send(sender, Kept(execution)))
+            accepted = self.book.verdict(sender, execution)
+            if isinstance(accepted, Accepted) and self.book.stored(accepted):
+                self.book.send(sender, Kept(execution))
 
-    def _alive(self, sender: NodeId, executions: tuple[Execution, ...]) -> list[Execution]:
+    def _alive(self, sender: NodeId, executions: tuple[Execution, ...]) -> tuple[Execution, ...]:
         """Renew the leases of these executions; returns those that are unwanted."""
         unwanted = []
         for execution in executions:
-            match self._verdict(sender, execution):
+            match self.book.verdict(sender, execution):
                 case Attempt() as attempt:
-                    attempt.heard = self._now
+                    attempt.heard = self.book.now
                     if not attempt.answered:
-                        self._answered(attempt)
-                        self._move(attempt.job, attempt.shard, "take")
+                        self.book.answered(attempt)
+                        self.book.move(attempt.job, attempt.shard, "take")
                         self._at_work(attempt.job)
                 case Accepted() | "late":
                     pass
                 case _:
                     unwanted.append(execution)
-        return unwanted
-
-    def _disown(self, node: NodeId, executions: list[Execution]) -> None:
-        if executions:
-            self._out.append(Send(node, Cancel(tuple(executions))))
+        return tuple(unwanted)
 
     def _at_work(self, job: Job) -> None:
         job.patience = FIRST_PATIENCE
-        self._become(job, "Running", "")
+        self.book.become(job, "Running")
 
     def _refused(self, sender: NodeId, message: Refuse) -> None:
         for execution in message.executions:
-            attempt = self._verdict(sender, execution)
+            attempt = self.book.verdict(sender, execution)
             if not isinstance(attempt, Attempt):
                 continue
-            job = attempt.job
             if message.kind == "never":
-                job.never[sender] = message.reason
+                attempt.job.never[sender] = message.reason
             else:
-                job.busy = f"{sender}: {message.reason}"
-            self._return(attempt, f"refused by {sender}: {message.reason}")
+                attempt.job.busy = f"{sender}: {message.reason}"
+            self.book.give_back(attempt, f"refused by {sender}: {message.reason}")
 
     def _proposed(self, sender: NodeId, message: Propose) -> None:
         execution, outcome = message.execution, message.outcome
-        match self._verdict(sender, execution):
+        match self.book.verdict(sender, execution):
             case Attempt() as attempt:
                 self._judge(attempt, outcome)
             case Accepted() as accepted:
-                self._out.append(Send(sender, Kept(execution) if self._stored(accepted) else Accept(execution)))
+                self.book.send(sender, Kept(execution) if self.book.stored(accepted) else Accept(execution))
             case "late" if outcome.ok:
-                job = self.jobs[execution.job]
-                self._accept(job, job.shards[execution.shard], Accepted(execution, sender, outcome))
+                self.book.accept(self.book.jobs[execution.job], Accepted(execution, sender, outcome))
             case "late":
-                self._out.append(Send(sender, Reject(execution, "the attempt was given up")))
+                self.book.send(sender, Reject(execution, "the attempt was given up"))
             case str() as reason:
-                self._out.append(Send(sender, Reject(execution, reason)))
+                self.book.send(sender, Reject(execution, reason))
 
-    # --- shards ---
+    # --- outcomes ---
 
     def _judge(self, attempt: Attempt, outcome: Outcome) -> None:
         """A live attempt has ended: accept its outcome, or repeat the shard."""
-        job, shard, sender = attempt.job, attempt.shard, attempt.node.id
-        self._at_work(job)
-        if outcome.ok or not self._retry(attempt, outcome):
-            self._accept(job, shard, Accepted(attempt.execution, sender, outcome))
+        self._at_work(attempt.job)
+        if outcome.ok or not self._repeats(attempt, outcome):
+            self.book.accept(attempt.job, Accepted(attempt.execution, attempt.node.id, outcome))
         else:
-            self._out.append(Send(sender, Reject(attempt.execution, "the shard is repeated")))
+            self.book.send(attempt.node.id, Reject(attempt.execution, "the shard is repeated"))
+            self.book.give_back(attempt, "to be repeated")
 
-    def _retry(self, attempt: Attempt, outcome: Outcome) -> bool:
+    def _repeats(self, attempt: Attempt, outcome: Outcome) -> bool:
         """Whether a failed attempt is repeated; counts it by the kind of its error (DESIGN section 5)."""
         shard, kind = attempt.shard, outcome.error.kind if outcome.error else "exit"
         if kind == "node":
             shard.lost += 1
-            again = shard.lost < MAX_LOST
             shard.avoid = (*shard.avoid, attempt.node.id)
-        elif kind == "signal":
+            return shard.lost < MAX_LOST
+        if kind == "signal":
             shard.killed += 1
-            again = shard.killed < MAX_KILLED
-        else:
-            shard.failed += 1
-            again = kind != "memory" and shard.failed <= attempt.job.spec.retries
-        if again:
-            self._return(attempt, f"to be repeated: {kind}")
-        return again
-
-    def _lose(self, attempt: Attempt, why: str) -> None:
-        """The attempt's node is silent, or gone."""
-        shard, node = attempt.shard, attempt.node
-        node.suspect = True
-        node.room = 0
-        shard.lost += 1
-        shard.avoid = (*shard.avoid, node.id)
-        if shard.lost < MAX_LOST:
-            self._return(attempt, why)
-            return
-        self._detach(attempt)
-        error = ShardError("node", message=f"{shard.lost} attempts were lost, the last one because {why}")
-        shard.accepted = Accepted(attempt.execution, node.id, Outcome(ok=False, exit_code=-1, error=error))
-        self._move(attempt.job, shard, "fail", written=True)
-
-    def _return(self, attempt: Attempt, why: str) -> None:
-        """The shard waits again."""
-        job, shard = attempt.job, attempt.shard
-        self._detach(attempt)
-        self._move(job, shard, "return", why)
-        shard.since = self._now
-        if shard.avoid:
-            job.again.append(shard)
-        else:
-            job.fresh.appendleft(shard)
-
-    def _accept(self, job: Job, shard: Shard, accepted: Accepted) -> None:
-        for attempt in list(shard.live.values()):
-            self._detach(attempt)
-            if attempt.execution != accepted.execution:
-                self._out.append(Send(attempt.node.id, Cancel((attempt.execution,))))
-        shard.accepted = accepted
-        self._move(job, shard, "accept", str(accepted.execution), written=True)
-        self._out.append(Send(accepted.node, Accept(accepted.execution)))
-        self._keep(accepted)
-
-    def _keep(self, accepted: Accepted) -> None:
-        self._out.append(Keep(accepted.execution, accepted.node, accepted.outcome))
+            return shard.killed < MAX_KILLED
+        shard.failed += 1
+        return kind != "memory" and shard.failed <= attempt.job.spec.retries
 
     def _kept(self, execution: Execution) -> None:
-        job = self.jobs.get(execution.job)
-        shard = job.shards[execution.shard] if job is not None else None
-        if job is None or shard is None or shard.state != "accepted" or shard.accepted is None:
+        job = self.book.jobs.get(execution.job)
+        if job is None:
             return
-        self._move(job, shard, "keep" if shard.accepted.outcome.ok else "fail", written=True)
-        self._out.append(Send(shard.accepted.node, Kept(shard.accepted.execution)))
-
-    def _stored(self, accepted: Accepted) -> bool:
-        execution = accepted.execution
-        return self.jobs[execution.job].shards[execution.shard].state in ("kept", "failed")
-
-    def _offer(self, node: Node, job: Job, shard: Shard) -> None:
-        shard.authors.append(node.id)
-        execution = Execution(job.id, shard.index, shard.attempts)
-        attempt = Attempt(execution, job, shard, node, heard=self._now, offered=self._now)
-        job.live[execution] = node.live[execution] = shard.live[execution.attempt] = attempt
-        node.unanswered += 1
-        self._move(job, shard, "offer", node.id, written=True)
-        self._batch(attempt)
-
-    def _batch(self, attempt: Attempt) -> None:
-        execution = attempt.execution
-        offer = ShardOffer(execution.shard, execution.attempt, attempt.shard.block)
-        self._batches.setdefault((attempt.node.id, execution.job), []).append(offer)
-
-    def _answered(self, attempt: Attempt) -> None:
-        if not attempt.answered:
-            attempt.answered = True
-            attempt.node.unanswered -= 1
-
-    def _detach(self, attempt: Attempt) -> None:
-        """The attempt is not live any more."""
-        self._answered(attempt)
-        del attempt.job.live[attempt.execution]
-        del attempt.node.live[attempt.execution]
-        del attempt.shard.live[attempt.execution.attempt]
-
-    def _move(self, job: Job, shard: Shard, verb: str, detail: str = "", *, written: bool = False) -> None:
-        job.move(shard, verb, self._now, detail)
-        if written:
-            self._rows.append(Write(job.shard_row(shard)))
-        accepted = shard.accepted
-        node = accepted.node if accepted else shard.authors[-1] if shard.authors else None
-        attempt = accepted.execution.attempt if accepted else shard.attempts
-        error = accepted.outcome.error if accepted else None
-        self._out.append(Notify(ShardChanged(job.id, shard.index, shard.state, node, attempt, error)))
-        self._touch(job)
+        shard = job.shards[execution.shard]
+        if shard.state == "accepted" and shard.accepted is not None:
+            self.book.kept(job, shard, shard.accepted)
 
     # --- time ---
 
@@ -495,10 +319,10 @@ class Requester:
         timer = event.timer
         if not isinstance(timer, LeaseTimer | RetryTimer | JobDeadline):
             raise BugError(f"a requester was given the timer {type(timer).__name__}")
-        job = self.jobs.get(timer.job)
+        job = self.book.jobs.get(timer.job)
         if job is None:
             return
-        self._touch(job)
+        self.book.touch(job)
         match timer:
             case LeaseTimer():
                 job.lease_armed = False
@@ -506,64 +330,51 @@ class Requester:
             case RetryTimer():
                 job.retry_armed = False
                 job.patience = min(2 * (job.patience or FIRST_PATIENCE), LONGEST_PATIENCE)
-                self.placement.probe(job)
+                self.book.placement.probe(job)
             case JobDeadline():
-                self._close(job, "Failed", f"the job ran longer than its {job.spec.job_timeout:g} seconds")
+                self.book.close(job, "Failed", f"the job ran longer than its {job.spec.job_timeout:g} seconds")
 
     def _check_leases(self, job: Job) -> None:
+        now = self.book.now
         for attempt in list(job.live.values()):
-            if self._now - attempt.heard >= LEASE:
-                self._lose(attempt, f"node {attempt.node.id} was silent for {LEASE:g} seconds")
-            elif not attempt.answered and self._now - attempt.offered >= LEASE_CHECK:
-                attempt.offered = self._now
-                self._batch(attempt)
+            if now - attempt.heard >= LEASE:
+                self.book.lose(attempt, f"node {attempt.node.id} was silent for {LEASE:g} seconds")
+            elif not attempt.answered and now - attempt.offered >= LEASE_CHECK:
+                self.book.send_offer(attempt)
 
     # --- the end of a step ---
 
-    def _touch(self, job: Job) -> None:
-        self._touched[job.id] = job
-        if job.offerable:
-            self.placement.ready(job)
-
     def _settled(self) -> list[Effect]:
-        for node, job, shard in self.placement.pairs(self._now):
-            self._offer(node, job, shard)
-        while self._touched:
-            _, job = self._touched.popitem()
+        book = self.book
+        for node, job, shard in book.placement.pairs(book.now):
+            book.offer(node, job, shard)
+        while book.touched:
+            _, job = book.touched.popitem()
             self._settle(job)
-        offers: list[Effect] = [
-            Send(node, Offer(job, self.jobs[job].spec, tuple(batch), len(self.jobs[job].shards)))
-            for (node, job), batch in self._batches.items()
-            if job in self.jobs
-        ]
-        effects = self._rows + offers + self._out
-        self._rows, self._out, self._batches = [], [], {}
-        return effects
+        return book.drain()
 
     def _settle(self, job: Job) -> None:
         """Bring the job's own state and timers up to date after a step that touched it."""
-        final = job.count("kept", "failed", "stopped") == len(job.shards)
-        if final and not job.sealing:
-            self._finish(job)
-        if final:
+        if job.final:
+            if not job.sealing:
+                self.book.finish(job)
             return
-        waiting = bool(job.counts.get("waiting"))
-        if waiting and not job.live:
-            self._idle(job)
+        if job.counts["waiting"] and not job.live:
+            self._explain(job)
         if job.live and not job.lease_armed:
             job.lease_armed = True
-            self._out.append(SetTimer(LeaseTimer(job.id), self._now + LEASE_CHECK))
-        if waiting and not job.retry_armed and job.closing is None:
+            self.book.timer(LeaseTimer(job.id), after=LEASE_CHECK)
+        if job.counts["waiting"] and not job.retry_armed:
             job.retry_armed = True
-            self._out.append(SetTimer(RetryTimer(job.id), self._now + (job.patience or FIRST_PATIENCE)))
+            self.book.timer(RetryTimer(job.id), after=job.patience or FIRST_PATIENCE)
 
-    def _idle(self, job: Job) -> None:
+    def _explain(self, job: Job) -> None:
         """Shards wait and none is at work: say why, or give up when no node can ever run them."""
-        nodes = self.placement.nodes
-        if self.placement.hopeless(job):
+        nodes = self.book.placement.nodes
+        if self.book.placement.hopeless(job):
             reasons = "; ".join(f"{node}: {job.never[node]}" for node in nodes)
-            self._close(job, "Failed", f"NoCapacity: no known node can run this job ({reasons})")
+            self.book.close(job, "Failed", f"NoCapacity: no known node can run this job ({reasons})")
         elif not nodes:
-            self._become(job, "Queued", "no node is known yet")
+            self.book.become(job, "Queued", "no node is known yet")
         else:
-            self._become(job, "Queued", job.busy or "every known node is busy")
+            self.book.become(job, "Queued", job.busy or "every known node is busy")

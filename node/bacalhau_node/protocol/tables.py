@@ -1,7 +1,7 @@
 """Which state may follow which: the transitions of a shard at the requester and at a compute node.
 
-Both machines change the state of a record only through `advance`. A pair that is not in the
-table is a bug of this package, and the error carries what happened to the record before. What
+Both machines change the state of a record in one place, by these tables. A pair that is not in
+the table is a bug of this package, and the error carries what happened to the record before. What
 *peers* send out of turn never gets here: the machines drop it first, by the execution it names.
 
 `python -m bacalhau_node.protocol.tables` prints the tables as Mermaid diagrams.
@@ -55,12 +55,9 @@ DIAGRAMS: Final[Mapping[str, tuple[str, Table]]] = {
 }
 
 
-def advance(table: Table, state: str, verb: str, *, what: str, story: Story) -> str:
-    """The state that `verb` leads to; raises `BugError` with the story when it may not happen now."""
-    after = table[state].get(verb)
-    if after is None:
-        raise BugError(f"{what} is {state}: {verb!r} can't happen to it", story=told(story))
-    return after
+def illegal(what: str, state: str, verb: str, story: Story) -> BugError:
+    """The error for a pair that is not in the tables."""
+    return BugError(f"{what} is {state}: {verb!r} can't happen to it", story=told(story))
 
 
 def remember(story: Story, now: float, verb: str, detail: str = "") -> Story:
