@@ -101,8 +101,7 @@ class AgentContainer:
         self._pipe = AgentPipe()
         self._id = ""
         self._agent: AgentSlot | None = None
-        self._bound = False
-        self._binding = asyncio.Lock()
+        self._showing: asyncio.Future[None] | None = None
         self._removal: asyncio.Task[None] | None = None
 
     @property
@@ -168,10 +167,7 @@ class AgentContainer:
         """Run one execution. Raises `AgentLost`, `staging.NeedsRoot` and `ContentError`."""
         agent = self._agent
         assert agent is not None
-        async with self._binding:
-            if not self._bound and task.bundle is not None:
-                await asyncio.to_thread(staging.mirror, task.bundle, self.folder.bundle / "cell", self._site.user)
-            self._bound = True
+        await self._show_cell(task)
         agent.bind(agent_job(task, bundle="/slot/bundle/cell"))
         if task.files:
             await asyncio.to_thread(self.folder.stage, task.files, self._site.user)
@@ -211,6 +207,16 @@ class AgentContainer:
             values.rmdir()
         return outcome
 
+    async def _show_cell(self, task: ShardTask) -> None:
+        """Put the job's cell where the agent finds it, once: the first run that asks does it for all."""
+        if task.bundle is not None and self._showing is None:
+            target = self.folder.bundle / "cell"
+            self._showing = asyncio.ensure_future(
+                asyncio.to_thread(staging.mirror, task.bundle, target, self._site.user)
+            )
+        if self._showing is not None:
+            await asyncio.shield(self._showing)
+
     async def _await(self, run: Coroutine[object, object, RawOutcome]) -> RawOutcome:
         """The outcome; when cancelled, the shard's end, by its agent or with its container."""
         running = asyncio.ensure_future(run)
@@ -229,6 +235,10 @@ class AgentContainer:
     def _take_out(self, outcome: RawOutcome, scratch: Path) -> RawOutcome:
         """Move what the shard left out of reach of anything that may still run in its container."""
         outputs = None if outcome.outputs is None else staging.take_out(self.folder.outputs, scratch / "outputs")
+        if outputs is not None and (problem := staging.unfit(outputs)) is not None:
+            error = outcome.error or ShardError("output", message=problem)
+            outcome = msgspec.structs.replace(outcome, ok=False, exit_code=outcome.exit_code or 1, error=error)
+            outputs = None
         value = outcome.value
         if isinstance(value.data, Path):
             scratch.mkdir(parents=True, exist_ok=True)

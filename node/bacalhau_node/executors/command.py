@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final, Literal
 from bacalhau_node.executors import staging
 from bacalhau_node.executors.attach import DaemonError
 from bacalhau_node.executors.containers import Recipe
-from bacalhau_node.executors.layout import NoProgram, Shape, Site, SlotFolder, memory_text
+from bacalhau_node.executors.layout import NoProgram, Shape, Site, SlotFolder, memory_text, size_text
 from bacalhau_node.executors.limits import DEFAULT_DISK
 from bacalhau_node.executors.slot import shard_run
 from bacalhau_node.messages import ShardError
@@ -110,6 +110,7 @@ class _Program:
         emit: Callable[[ExecutorEvent], None],
     ) -> None:
         self._site, self._task, self._folder, self._container, self._emit = site, task, folder, container, emit
+        self._started = False
         self._room = _Room(HEAD)
         self._texts = {1: _Text("stdout", self._room, emit), 2: _Text("stderr", self._room, emit)}
         self._disk = task.spec.resources.disk or DEFAULT_DISK
@@ -121,7 +122,7 @@ class _Program:
         try:
             await daemon.start(self._container)
             began = time.monotonic()
-            self._emit(ShardStarted())
+            self._tell_started()
             stopped = await self._watch(stream, began)
             seconds = time.monotonic() - began
         finally:
@@ -132,7 +133,13 @@ class _Program:
 
     def _receive(self, channel: int, data: bytes) -> None:
         if channel in self._texts:
+            self._tell_started()  # its first line may be here before the daemon's answer is
             self._texts[channel].feed(data)
+
+    def _tell_started(self) -> None:
+        if not self._started:
+            self._started = True
+            self._emit(ShardStarted())
 
     async def _watch(self, stream: Stream, began: float) -> ShardError | None:
         """Wait for the program's end; why it was ended, if it was."""
@@ -153,7 +160,7 @@ class _Program:
             return ShardError("timeout", message=f"the shard ran longer than its --timeout of {timeout:g} s")
         written = await asyncio.to_thread(lambda: sum(map(staging.used, (self._folder.outputs, self._folder.work))))
         if written > self._disk:
-            limit = f"{self._disk / 2**30:.4g} GB"
+            limit = size_text(self._disk)
             return ShardError(
                 "disk", message=f"the shard wrote more than its disk limit of {limit}: raise it with --disk"
             )
@@ -178,11 +185,13 @@ class _Program:
 
     async def _ended(self) -> tuple[int, ShardError | None]:
         """The exit code, and what it means."""
-        daemon = self._site.daemon
-        while (state := await daemon.state(self._container)) is not None and state.running:
+        while True:
+            state = await self._site.daemon.state(self._container)
+            if state is None:
+                return -1, ShardError("node", message="its container was removed from outside")
+            if not state.running:
+                break
             await asyncio.sleep(ENDED_SECONDS)
-        if state is None:
-            return -1, ShardError("node", message="its container was removed from outside")
         if state.exit_code == 0:
             return 0, None
         return state.exit_code, await self._meaning(state.exit_code, out_of_memory=state.out_of_memory)

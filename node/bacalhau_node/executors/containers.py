@@ -34,6 +34,8 @@ PING_SECONDS: Final = 0.2
 """How long a daemon may take to answer before the node goes on without it (DESIGN section 6)."""
 CALL_SECONDS: Final = 60
 """Longest wait for one answer of the daemon; a pull has no limit of its own."""
+REMOVALS: Final = 3
+"""How often a removal is tried."""
 PIDS: Final = 512
 """Processes and threads in one container: enough for any library's pools, an end for a fork bomb."""
 _THREADS: Final = 4
@@ -134,16 +136,19 @@ class Daemon:
     async def ping(self) -> None:
         """Ask whether a daemon is there at all, without loading anything."""
         reader = asyncio.StreamReader()
+        transport: asyncio.Transport | None = None
         try:
             async with asyncio.timeout(PING_SECONDS):
                 transport = await self._connect(asyncio.StreamReaderProtocol(reader))
                 transport.write(b"GET /_ping HTTP/1.0\r\n\r\n")
                 answer = await reader.read()
-                transport.close()
         except TimeoutError:
             raise DaemonError(f"no Docker daemon answers at {self.host} within {PING_SECONDS} s") from None
         except OSError as error:
             raise DaemonError(f"no Docker daemon answers at {self.host}: {error.strerror or error}") from error
+        finally:
+            if transport is not None:
+                transport.abort()
         if not answer.startswith(b"HTTP/1.0 200"):
             raise DaemonError(f"what answers at {self.host} is no Docker daemon")
 
@@ -248,8 +253,18 @@ class Daemon:
         await self._end(lambda api: api.kill(container))
 
     async def remove(self, container: str) -> None:
-        """End and remove the container with its anonymous volumes. One that is gone is no error."""
-        await self._end(lambda api: api.remove_container(container, v=True, force=True))
+        """End and remove the container with its anonymous volumes. One that is gone is no error.
+
+        A daemon on a busy machine may say that it could not end a container in time: asked again, it can.
+        """
+        for attempt in range(REMOVALS):
+            try:
+                await self._end(lambda api: api.remove_container(container, v=True, force=True))
+            except DaemonError as error:
+                if not error.status or attempt == REMOVALS - 1:
+                    raise
+            else:
+                return
 
     async def killed(self, container: str) -> bool:
         """Whether somebody asked the daemon to kill this container: what its own processes do leaves no such event."""

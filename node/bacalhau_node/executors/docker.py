@@ -24,7 +24,7 @@ from bacalhau_node.executors.attach import DaemonError
 from bacalhau_node.executors.command import run_command
 from bacalhau_node.executors.containers import DEFAULT_HOST
 from bacalhau_node.executors.environment import installed, mismatch
-from bacalhau_node.executors.layout import NoEnvironment, roots_of
+from bacalhau_node.executors.layout import NoEnvironment, roots_of, size_text
 from bacalhau_node.executors.limits import memory_per_slot, usable_cores
 from bacalhau_node.executors.plant import Plant, open_plant
 from bacalhau_node.executors.slot import AgentLost, warm_imports
@@ -69,6 +69,7 @@ class DockerExecutor:
         self._problem: str | None = "it has not been tried yet"
         self._versions: dict[str, str] = {}
         self._probing = asyncio.Lock()
+        self._runs: set[asyncio.Task[object]] = set()
 
     # --- ports.Executor ---
 
@@ -117,7 +118,7 @@ class DockerExecutor:
             return f"--gpu: this node has no GPU ({_no_gpu()})"
         most = self._memory * self._slots
         if wanted.memory is not None and wanted.memory > most:
-            return f"--memory {in_gb(wanted.memory)}: this node can give a shard at most {in_gb(most)}"
+            return f"--memory {size_text(wanted.memory)}: this node can give a shard at most {size_text(most)}"
         if wanted.cpu > self._slots:
             return f"--cpu {wanted.cpu:g}: this node can give a shard at most {self._slots} cores"
         if isinstance(spec.task, PythonCell) and spec.image is None:
@@ -129,6 +130,9 @@ class DockerExecutor:
         plant = self._plant
         if plant is None:
             return _failed("node", DaemonError(f"Docker can't be used on this node: {self._problem}"))
+        current = asyncio.current_task()
+        assert current is not None
+        self._runs.add(current)
         try:
             shape = await plant.shape(task)
             if isinstance(task.spec.task, Command):
@@ -141,6 +145,8 @@ class DockerExecutor:
             return _failed("input", error)
         except DaemonError as error:
             return _failed("node", error)
+        finally:
+            self._runs.discard(current)
 
     async def _run_cell(
         self, plant: Plant, task: ShardTask, shape: Shape, emit: Callable[[ExecutorEvent], None]
@@ -167,7 +173,11 @@ class DockerExecutor:
             await self._plant.release(job)
 
     async def close(self) -> None:
-        """Remove every container and folder, in parallel."""
+        """End the runs under way; remove every container and folder, in parallel."""
+        for run in self._runs:
+            run.cancel()
+        if self._runs:
+            await asyncio.wait(set(self._runs))
         async with self._probing:
             plant, self._plant = self._plant, None
             self._problem = "it was closed"
@@ -180,11 +190,6 @@ class DockerExecutor:
         """Have containers ready, with these modules preloaded."""
         if self._plant is not None:
             self._plant.spares.warm(warm_imports(imports))
-
-
-def in_gb(size: int) -> str:
-    """Bytes for people."""
-    return f"{size / 1024**4:.3g} TB" if size >= 1024**4 else f"{size / 1024**3:.3g} GB"
 
 
 def _no_gpu() -> str:

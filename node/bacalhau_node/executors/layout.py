@@ -162,10 +162,20 @@ class SlotFolder:
         staging.stage(own, self.places, reader, roots=self.shape.root_places())
 
 
+def size_text(size: int) -> str:
+    """Bytes for people: `512 MB`, `9.6 GB`."""
+    for power, unit in ((40, "TB"), (30, "GB"), (20, "MB"), (10, "kB")):
+        if size >= 1 << power:
+            return f"{size / (1 << power):.3g} {unit}"
+    return f"{size} bytes"
+
+
 def memory_text(limit: int) -> str:
     """What to say of a shard that was killed for memory."""
-    size = f"{limit / 2**30:.4g} GB" if limit >= 2**30 else f"{limit / 2**20:.4g} MB"
-    return f"the shard used more than its memory limit of {size}: give it more with --memory, or use smaller shards"
+    return (
+        f"the shard used more than its memory limit of {size_text(limit)}: "
+        "give it more with --memory, or use smaller shards"
+    )
 
 
 def shape_of(task: ShardTask, *, image: Image | None, memory: int) -> Shape:

@@ -78,7 +78,7 @@ def stage(
             _folders(folder, places.values())
             made.add(folder)
         if not file.mount.endswith("/"):
-            _place(file.path, target, reader, roots or {})
+            _place(file.path, target, reader, limit=COPY_LIMIT, roots=roots)
 
 
 def locate(mount: str, places: Mapping[str, Path]) -> Path:
@@ -100,7 +100,7 @@ def mirror(source: Path, target: Path, reader: Reader) -> None:
         for name in folders:
             _folder(below / name)
         for name in names:
-            _place(Path(folder, name), below / name, reader, {})
+            _place(Path(folder, name), below / name, reader)
 
 
 def clear(folder: Path) -> None:
@@ -163,13 +163,16 @@ def used(folder: Path) -> int:
     return total
 
 
-def _place(source: Path, target: Path, reader: Reader, roots: Mapping[Path, str]) -> None:
+def _place(
+    source: Path, target: Path, reader: Reader, *, limit: int | None = None, roots: Mapping[Path, str] | None = None
+) -> None:
+    """Show `source` at `target`: by a link, else a copy of up to `limit` bytes (None: any), else through a root."""
     try:
         real = source.resolve() if source.is_symlink() else source
         status = real.stat()
         if (reader.may_read(status) and _link(real, target)) or _clone(real, target):
             return
-        if status.st_size <= COPY_LIMIT:
+        if limit is None or status.st_size <= limit:
             _copy(real, target)
             return
     except OSError as error:
@@ -179,7 +182,7 @@ def _place(source: Path, target: Path, reader: Reader, roots: Mapping[Path, str]
             f"{source} may not be read by user {reader.uid}, as whom the shard runs, and is too large to copy "
             f"({status.st_size} bytes): `chmod a+r` it"
         )
-    for root, inside in roots.items():
+    for root, inside in (roots or {}).items():
         if source.is_relative_to(root):
             target.symlink_to(f"{inside}/{source.relative_to(root)}")
             return
