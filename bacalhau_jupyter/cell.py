@@ -14,10 +14,12 @@ import re
 import traceback
 import warnings
 from dataclasses import dataclass, field, replace
+from types import ModuleType
 from typing import TYPE_CHECKING
 
-from bacalhau_jupyter import modules, names, sources, values
+from bacalhau_jupyter import names, sources, values
 from bacalhau_jupyter.option_table import JOB_NAMES
+from bacalhau_node import modules
 from bacalhau_node.errors import SpecError
 
 if TYPE_CHECKING:
@@ -149,6 +151,9 @@ def bundle(
     if absent:
         raise SpecError(f"--vars {','.join(absent)}: there is no such variable in the notebook")
     chosen = {name: around.namespace[name] for name in variables}
+    for name, value in chosen.items():
+        if isinstance(value, ModuleType):
+            raise SpecError(f"--vars {name}: it is a module; add `{names.import_line(name, value)}` to the cell")
     definitions, missing = _definitions(chosen, cell, around)
     if check:
         found = names.find(cell.source, cell.tree, known={*variables, *JOB_NAMES})

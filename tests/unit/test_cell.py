@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bacalhau_jupyter import cell, modules, names
+from bacalhau_jupyter import cell, names
+from bacalhau_node import modules
 from bacalhau_node.errors import SpecError
 
 
@@ -288,7 +289,7 @@ def test_a_decorated_function_goes_with_its_decorator(notebook, defined):
 def test_what_a_sent_function_needs_is_checked_too(notebook):
     notebook.run("rate = 3\ndef helper(): return rate\ndef f(): return helper()")
     text = refused(notebook, "f()", variables=["f", "helper"])
-    assert "`helper` uses `rate`, lives in your notebook, not in the job: add --vars rate" in text
+    assert "`helper` uses `rate`, which lives in your notebook, not in the job: add --vars rate" in text
     assert notebook("rate = 1\nf()", variables=["f", "helper"]).files
 
 
@@ -300,6 +301,7 @@ def test_what_a_sent_function_needs_is_checked_too(notebook):
             "f",
             "made inside another function",
         ),
+        ("import json as j", "j", "--vars j: it is a module; add `import json as j` to the cell"),
         ("from os.path import join", "join", "it comes from the module posixpath; import it in the cell"),
         ("f = type('F', (), {'__module__': '__main__'})", "f", "no cell of this notebook holds its source"),
         ("import functools\nf = functools.partial(print)", "f", "a partial can't go along"),

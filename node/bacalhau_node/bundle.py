@@ -1,0 +1,35 @@
+"""A Python file as the task of a job: its source, and the modules beside it, in one folder by CID."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import platform
+from pathlib import Path
+
+from bacalhau_node import modules
+from bacalhau_node.client import Client
+from bacalhau_node.errors import SpecError
+from bacalhau_node.spec import PythonCell
+
+
+async def script_task(client: Client, source: str, path: Path) -> PythonCell:
+    """The task that runs `source`, the text of `path`, as a cell; raises `SpecError` where it is not Python."""
+    try:
+        tree = ast.parse(source, str(path))
+        compile(source, str(path), "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
+    except (SyntaxError, ValueError) as error:
+        raise SpecError(f"{path} is not a Python program: {error}") from error
+    folder = path.resolve().parent
+    imported = modules.imports(tree)
+    sent, everything = await asyncio.to_thread(modules.local, imported, folder)
+    files = {"cell.py": source.encode(), **{f"modules/{name}": data for name, data in sent.items()}}
+    local = {name.partition("/")[0].removesuffix(".py") for name in sent}
+    outside = everything - local
+    return PythonCell(
+        bundle=await client.put_bundle(files),
+        name=str(path),
+        imports=modules.preload(outside),
+        python=".".join(platform.python_version_tuple()[:2]),
+        versions=modules.versions(outside),
+    )
