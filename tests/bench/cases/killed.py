@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import bacalhau_jupyter as bj
+from bacalhau_node.errors import JobFailed
 from tests.bench import ours
 from tests.bench.harness import Figure, at_least, at_most
 from tests.bench.peers import Peer, started
@@ -31,7 +32,7 @@ shard.index"""
 def ours_settles() -> tuple[float, int]:
     """(seconds from the last death until the job had ended, shards kept)."""
     job = bj.submit(CELL, shards=COUNT)
-    with contextlib.suppress(bj.JobFailed):
+    with contextlib.suppress(JobFailed):
         job.wait()
     settled = time.time()
     death = float(job.logs(50).split("dies at")[-1].split()[0])
