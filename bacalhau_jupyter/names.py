@@ -173,7 +173,7 @@ def explain(missing: Sequence[Missing], namespace: Mapping[str, object]) -> str:
     for item in missing:
         place = f"`{item.user}` uses" if item.user else f"line {item.line}:"
         says, remedy = _verdict(item.name, namespace)
-        lines.append(f"{place} `{item.name}`{',' if item.user else ''} {says}{remedy and f': {remedy}'}")
+        lines.append(f"{place} `{item.name}`{', which' if item.user else ''} {says}{remedy and f': {remedy}'}")
     wanted = [item.name for item in missing if _verdict(item.name, namespace)[1].startswith("add --vars")]
     if len(set(wanted)) > 1:
         lines.append(f"All of them: --vars {','.join(dict.fromkeys(wanted))}")
