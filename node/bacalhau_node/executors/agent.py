@@ -64,6 +64,7 @@ import __future__
 
 import ast
 import base64
+import contextlib
 import ctypes
 import errno
 import faulthandler
@@ -71,6 +72,7 @@ import gc
 import io
 import json
 import linecache
+import math
 import os
 import random
 import resource
@@ -340,9 +342,9 @@ def is_a(value: Any, module: str, *names: str) -> bool:
 def encode_table(value: Any, name: str) -> Optional[Value]:
     """Frames, Series and indexes of pandas, frames of polars, Arrow tables, and what exports itself as one."""
     pandas = is_a(value, "pandas", "DataFrame", "Series", "Index")
-    if not (pandas or is_a(value, "pyarrow", "Table", "RecordBatch") or is_a(value, "polars", "DataFrame", "Series")):
-        if isinstance(value, type) or not hasattr(value, "__arrow_c_stream__"):
-            return None
+    known = pandas or is_a(value, "pyarrow", "Table", "RecordBatch") or is_a(value, "polars", "DataFrame", "Series")
+    if not known and (isinstance(value, type) or not hasattr(value, "__arrow_c_stream__")):
+        return None
     try:
         import pyarrow as pa
     except ImportError:
@@ -414,7 +416,7 @@ def table_problem(pa: Any, frame: Any, error: BaseException) -> str:
     return "the frame can't travel as a table: %s. Convert its index with reset_index()" % shorten(str(error), 300)
 
 
-def encode_array(value: Any, name: str) -> Optional[Value]:
+def encode_array(value: Any, _name: str) -> Optional[Value]:
     """NumPy arrays of plain numbers, strings, times or records."""
     if not is_a(value, "numpy", "ndarray") or value.dtype.hasobject:
         return None
@@ -461,7 +463,7 @@ def same(value: Any, back: Any) -> bool:
         return type(back) is list and len(value) == len(back) and all(map(same, value, back))
     if isinstance(value, bool) or value is None or isinstance(value, str):
         return type(back) in (bool, str, type(None)) and bool(value == back)
-    return bool(value == back) or (value != value and back != back)
+    return bool(value == back) or (math.isnan(value) and math.isnan(back))
 
 
 MIME = (
@@ -700,6 +702,7 @@ class Cell:
         self.parts: List[Tuple[types.CodeType, bool]] = []
         self.problem: Optional[BaseException] = None
         self.main = types.ModuleType("__main__")
+        self.seed = 0
         os.environ.update(job["env"])
         if not self.argv:
             self.compile(job["line_offset"])
@@ -720,7 +723,7 @@ class Cell:
         """Set what differs from shard to shard, still in the template: a fork pays for each page it writes."""
         os.environ.update(run.get("env", {}))
         os.environ["TMPDIR"] = run["work"]
-        seed_generators(run["seed"])
+        self.seed = run["seed"]
         names = self.main.__dict__
         names["inputs"] = [Path(path) for path in run.get("inputs", ())]
         names["outputs"] = Path(run["outputs"])
@@ -730,6 +733,7 @@ class Cell:
         """The value of the cell's last expression, or `Muted`; in the shard's own process."""
         if self.problem is not None:
             raise self.problem
+        seed_generators(self.seed)  # not earlier: `random` seeds itself in every fork
         self.main.__dict__.update(load_variables(os.path.join(self.bundle, "vars")))
         define(os.path.join(self.bundle, "definitions.py"), self.main.__dict__)
         return evaluate(self.parts, self.main.__dict__)
@@ -741,7 +745,7 @@ def seed_generators(seed: int) -> None:
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(seed)
     else:
-        sys.meta_path[:] = [SeedNumpy(seed), *(finder for finder in sys.meta_path if not isinstance(finder, SeedNumpy))]
+        sys.meta_path.insert(0, SeedNumpy(seed))
 
 
 class SeedNumpy:
@@ -750,7 +754,7 @@ class SeedNumpy:
     def __init__(self, seed: int) -> None:
         self.seed = seed
 
-    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+    def find_spec(self, name: str, *_: Any) -> Any:
         """The spec of `numpy.random` by the other finders, with a loader that seeds afterwards."""
         if name != "numpy.random":
             return None
@@ -807,8 +811,8 @@ def finish_threads() -> None:
     import atexit
 
     try:
-        threading._shutdown()  # type: ignore[attr-defined]  # there is no public name for joining all threads
-        atexit._run_exitfuncs()
+        threading._shutdown()  # type: ignore[attr-defined]  # noqa: SLF001 - joining all threads has no public name
+        atexit._run_exitfuncs()  # noqa: SLF001 - nor has this
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -846,11 +850,8 @@ def template_process(channel: socket.socket, imports: List[str], plumbing: Plumb
 
 def be_killed_first() -> None:
     """When memory runs out, the kernel should choose a shard, not the agent and not the notebook."""
-    try:
-        with open("/proc/self/oom_score_adj", "w") as file:
-            file.write("900")
-    except OSError:
-        pass  # it helps, but is not needed
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:  # it helps, but is not needed
+        file.write("900")
 
 
 def open_streams(plumbing: Plumbing) -> None:
@@ -939,10 +940,8 @@ class Template:
     def tell(self, message: Header) -> None:
         """Send a message; the template is idle, so it reads at once."""
         data = json.dumps(message).encode()
-        try:
+        with contextlib.suppress(OSError):  # its end is seen on the channel
             self.channel.sendall(LENGTHS.pack(len(data), 0) + data)
-        except OSError:
-            pass  # its end is seen on the channel
 
 
 # --- the parent: what it knows of the running shard ---
@@ -1084,12 +1083,10 @@ def size_text(size: int) -> str:
 def children_of(pid: int) -> List[int]:
     """The child processes of one process."""
     found: List[int] = []
-    try:
+    with contextlib.suppress(OSError):  # it has ended meanwhile
         for task in os.listdir("/proc/%d/task" % pid):
             with open("/proc/%d/task/%s/children" % (pid, task)) as file:
                 found += map(int, file.read().split())
-    except OSError:
-        pass  # it has ended meanwhile
     return found
 
 
@@ -1107,10 +1104,10 @@ def descendants(roots: List[int]) -> Set[int]:
 
 def send_signal(pid: int, number: int) -> None:
     """Signal a process that may have ended."""
-    try:
+    with contextlib.suppress(
+        ProcessLookupError, PermissionError
+    ):  # ended, or it changed its user: the container's end takes it
         os.kill(pid, number)
-    except (ProcessLookupError, PermissionError):
-        pass  # ended, or it changed its user: the container's end takes it
 
 
 def resident(pid: int) -> int:
@@ -1137,34 +1134,26 @@ def disk_use(folder: str) -> int:
     total = 0
     for base, _, files in os.walk(folder):
         for name in files:
-            try:
+            with contextlib.suppress(OSError):  # removed meanwhile
                 total += os.lstat(os.path.join(base, name)).st_blocks * 512
-            except OSError:
-                pass  # removed meanwhile
     return total
 
 
 def remove_tree(folder: str) -> None:
     """Remove a folder with all below it; what can't be removed is left to the host."""
-    try:
+    with contextlib.suppress(OSError):  # not empty
         os.rmdir(folder)
         return
-    except OSError:
-        pass  # not empty
     for base, folders, files in os.walk(folder, topdown=False):
         for name in files + folders:
             path = os.path.join(base, name)
-            try:
+            with contextlib.suppress(OSError):  # the host looks again
                 if stat.S_ISDIR(os.lstat(path).st_mode):
                     os.rmdir(path)
                 else:
                     os.unlink(path)
-            except OSError:
-                pass  # the host looks again
-    try:
+    with contextlib.suppress(OSError):  # the host looks again
         os.rmdir(folder)
-    except OSError:
-        pass  # the host looks again
 
 
 def has_entries(folder: str) -> bool:
@@ -1239,9 +1228,9 @@ class Agent:
             key.data()
         if self.running:
             self.look_at_clock(self.running, time.monotonic())
-        if self.queue and self.running is None and not self.held and self.job:
-            if self.template is not None and self.template.ready:
-                self.start_next(self.template)
+        template = self.template
+        if self.queue and self.running is None and not self.held and self.job and template and template.ready:
+            self.start_next(template)
         self.write()
 
     # the host
@@ -1429,15 +1418,11 @@ class Agent:
 
     def reap(self) -> None:
         """Collect ended children: what shards left to us, and former templates."""
-        try:
+        with contextlib.suppress(BlockingIOError):  # someone read it already
             os.read(self.wake, 4096)
-        except BlockingIOError:
-            pass  # someone read it already
-        try:
+        with contextlib.suppress(ChildProcessError):  # none is left
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
-        except ChildProcessError:
-            pass  # none is left
 
     # the running shard
 
