@@ -30,7 +30,7 @@ def rows_of(value: Any, kind: str, shard: int) -> list[Row]:
         case "rows":
             return [item if isinstance(item, dict) else {VALUE: item} for item in value]
         case "series":
-            return [_series_row(value, shard)]
+            return [_series_row(value, shard)] if hasattr(value, "index") else [{VALUE: item} for item in value]
         case "array":
             return list(_array_rows(value))
         case _:

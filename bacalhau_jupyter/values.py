@@ -126,35 +126,31 @@ def _json(name: str, value: object) -> bytes:
     except RecursionError as error:
         raise SpecError(f"--vars {name}: it holds itself, or is nested too deep") from error
     except _NotPlainError as error:
-        where = "" if error.value is value else f" holds {_article(error.value)} and"
-        what = "it" if where else f"{_article(value)}"
         raise SpecError(
-            f"--vars {name}: {what}{where} can't go along; send text, numbers, lists, dicts with text as keys, bytes, "
+            f"--vars {name}: {error} can't go along; send text, numbers, lists, dicts with text as keys, bytes, "
             "an array or a DataFrame, or write a file and give it by --with"
         ) from error
 
 
-_NUMBERS = ("bool_", "integer", "floating")
-
-
 class _NotPlainError(Exception):
-    def __init__(self, value: object) -> None:
-        super().__init__()
-        self.value = value
+    """JSON would not give this back; the text names it."""
 
 
 def _check_plain(value: object) -> None:
     """Raise unless JSON gives `value` back equal (a tuple as a list, a NumPy number as a number)."""
     if type(value) is dict:
         for key, item in value.items():
-            if type(key) is not str:
-                raise _NotPlainError(key)
+            if not isinstance(key, str):
+                raise _NotPlainError(f"a dict with {_article(key)} as key ({key!r})")
             _check_plain(item)
-    elif type(value) in (list, tuple):
-        for item in value:  # type: ignore[attr-defined]  # a list or a tuple, see above
+    elif type(value) is list or type(value) is tuple:
+        for item in value:
             _check_plain(item)
-    elif not (value is None or type(value) in (bool, int, float, str) or _is_a(value, "numpy", *_NUMBERS)):
-        raise _NotPlainError(value)
+    elif not (value is None or isinstance(value, bool | int | float | str) or _is_a(value, "numpy", *_NUMBERS)):
+        raise _NotPlainError(_article(value))
+
+
+_NUMBERS = ("bool_", "integer", "floating")
 
 
 def _article(value: object) -> str:
@@ -234,7 +230,8 @@ def from_table(table: pa.Table) -> Any:
     """The frame, Series, Index or table that `table` was written from."""
     made_from = mark(table)
     if made_from.get("library") == "polars":
-        return importlib.import_module("polars").from_arrow(table)
+        frame = importlib.import_module("polars").from_arrow(table)
+        return frame.to_series() if made_from.get("type") == "Series" else frame
     if made_from.get("library") != "pandas":
         return table
     frame = table.to_pandas()

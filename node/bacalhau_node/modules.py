@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from bacalhau_node.errors import SpecError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping
 
 SOURCE_LIMIT = 10 * 1000 * 1000
 """Bytes of local source that go along unasked; more is data in the wrong place."""
@@ -69,7 +69,7 @@ def local(imported: Iterable[str], folder: Path) -> tuple[dict[str, bytes], froz
         if root:
             added = _source(name, root, everything=False)
             files |= added
-            _check_size(f"the source beside the notebook (with `{name}`)", files, SOURCE_LIMIT)
+            _check_size("the local source", {inner: len(data) for inner, data in files.items()})
             rest |= set(_imports_of(added)) - seen
     return files, frozenset(seen)
 
@@ -85,9 +85,7 @@ def asked(wanted: str, folder: Path) -> dict[str, bytes]:
         root = None
     if root is None:
         raise SpecError(f"--module {wanted}: neither a file or folder in {folder} nor a module that Python finds")
-    files = _source(root.stem if root.is_file() else root.name, root, everything=True)
-    _check_size(f"--module {wanted}", files, MODULE_LIMIT)
-    return files
+    return _source(root.stem if root.is_file() else root.name, root, everything=True)
 
 
 def _local_root(name: str, folder: Path) -> Path | None:
@@ -129,37 +127,41 @@ def _source(name: str, root: Path, *, everything: bool) -> dict[str, bytes]:
             f"`{name}` has compiled parts ({compiled[0]}), which can't be sent as source: "
             "install it where the job runs, or use an --image that has it"
         )
+    wanted = {inner: path for inner, path in paths.items() if everything or inner.endswith(".py")}
     try:
-        return {inner: path.read_bytes() for inner, path in paths.items() if everything or inner.endswith(".py")}
+        _check_size(f"`{name}`", {inner: path.stat().st_size for inner, path in wanted.items()}, everything=everything)
+        return {inner: path.read_bytes() for inner, path in wanted.items()}
     except OSError as error:
         raise SpecError(f"`{name}` can't be read: {error}") from error
 
 
 def _below(root: Path, name: str) -> Iterator[tuple[str, Path]]:
+    """The files below a folder that may be sent; folders behind links stay out, so that there are no loops."""
     for path in sorted(root.iterdir()):
         inner = f"{name}/{path.name}"
         if path.name.startswith(".") or path.name == "__pycache__":
             continue
         if path.is_dir():
-            yield from _below(path, inner)
+            yield from () if path.is_symlink() else _below(path, inner)
         elif path.is_file():
             yield inner, path
 
 
-def _imports_of(files: dict[str, bytes]) -> Iterator[str]:
+def _imports_of(files: Mapping[str, bytes]) -> Iterator[str]:
     for inner, data in files.items():
         try:
             yield from imports(ast.parse(data, inner))
         except (SyntaxError, ValueError) as error:
-            raise SpecError(f"{inner}, which the cell imports, is not valid Python: {error}") from error
+            if "/" not in inner:  # inside a package it may be a template, or never imported
+                raise SpecError(f"{inner}, which the cell imports, is not valid Python: {error}") from error
 
 
-def _check_size(what: str, files: dict[str, bytes], limit: int) -> None:
-    total = sum(map(len, files.values()))
+def _check_size(what: str, sizes: Mapping[str, int], *, everything: bool = False) -> None:
+    total, limit = sum(sizes.values()), MODULE_LIMIT if everything else SOURCE_LIMIT
     if total > limit:
-        largest = max(files, key=lambda inner: len(files[inner]))
+        largest = max(sizes, key=sizes.__getitem__)
         raise SpecError(
-            f"{what} has {total:,} bytes, {largest} alone {len(files[largest]):,}; at most {limit:,} can go along. "
+            f"{what} has {total:,} bytes, {largest} alone {sizes[largest]:,}; at most {limit:,} can go along. "
             "Give data by --with"
         )
 

@@ -368,6 +368,12 @@ def test_module_option_adds_files_folders_and_their_data(notebook):
     ]
 
 
+def test_links_inside_a_package_are_not_followed_in_circles(notebook):
+    write(notebook.folder, {"pkg/__init__.py": ""})
+    (notebook.folder / "pkg/loop").symlink_to(notebook.folder / "pkg")
+    assert sorted(notebook("import pkg").files) == ["cell.py", "modules/pkg/__init__.py"]
+
+
 def test_a_compiled_module_is_named(notebook):
     write(notebook.folder / "fast", {"__init__.py": "", "_core.so": ""})
     assert "`fast` has compiled parts (fast/_core.so)" in refused(notebook, "import fast")
@@ -379,7 +385,8 @@ def test_too_much_source_is_named(notebook):
 
 
 def test_a_local_module_with_a_syntax_error_is_named(notebook):
-    (notebook.folder / "broken.py").write_text("def")
+    write(notebook.folder, {"broken.py": "def", "pkg/__init__.py": "", "pkg/template.py": "{{ x }} y"})
+    assert "modules/pkg/template.py" in notebook("import pkg").files
     assert "broken.py, which the cell imports, is not valid Python" in refused(notebook, "import broken")
 
 
