@@ -33,7 +33,7 @@ from bacalhau_node.executors.plain import PlainAgent
 from bacalhau_node.executors.slot import AgentLost, ShardRun, agent_job, shard_run, warm_imports
 from bacalhau_node.messages import ShardError
 from bacalhau_node.ports import Capabilities, ExecutorEvent, RawOutcome, ShardTask
-from bacalhau_node.spec import ISOLATION_RANK, Command, JobSpec, PythonCell
+from bacalhau_node.spec import ISOLATION_RANK, Command, JobSpec, PythonCell, Resources
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -46,6 +46,8 @@ MAX_AHEAD: Final = 32
 """Runs that one slot takes at most, the running one included."""
 SPARE_SECONDS: Final = 300.0
 """How long a spare waits for a job (DESIGN section 6)."""
+SPARE_MEMORY: Final = 150 * 1024**2
+"""Bytes of a spare that has imported pandas; all spares together take a tenth of the memory at most."""
 RESTARTS: Final = 3
 """How often a run that had not started is given to another agent."""
 _NVIDIA: Final = Path("/proc/driver/nvidia/version")
@@ -83,6 +85,7 @@ class ProcessExecutor:
         self._folder = folder
         self._slots = slots or usable_cores()
         self._memory = memory_per_slot(self._slots)
+        self._most_spares = min(self._slots, max(1, usable_memory() // 10 // SPARE_MEMORY))
         self._seats = [_Seat() for _ in range(self._slots)]
         self._waiting: deque[tuple[JobId, asyncio.Future[_Seat]]] = deque()
         self._spares: list[PlainAgent] = []
@@ -124,21 +127,10 @@ class ProcessExecutor:
 
     def check(self, spec: JobSpec) -> str | None:
         """Why plain processes can never run `spec`, or None."""
-        resources = spec.resources
-        if resources.gpus:
-            have = "are not given one" if _NVIDIA.exists() else "have none (no NVIDIA driver found)"
-            return f"needs a GPU; plain processes on this node {have}"
-        if spec.image is not None:
-            return f"needs the image {spec.image}; this node runs shards as plain processes, without images"
-        if spec.isolation is not None and ISOLATION_RANK[spec.isolation] > ISOLATION_RANK["none"]:
-            return f"asks for --isolation {spec.isolation}; this node runs shards as plain processes"
-        if spec.container_per == "shard":
-            return "asks for --container-per shard; this node runs shards as plain processes"
-        if resources.memory is not None and resources.memory > usable_memory():
-            return f"needs {_gigabytes(resources.memory)} of memory for a shard; has {_gigabytes(usable_memory())}"
-        if resources.cpu > usable_cores():
-            return f"needs {resources.cpu:g} cores for a shard; has {usable_cores()}"
-        return self._mismatch(spec.task) if isinstance(spec.task, PythonCell) else None
+        problem = _refused(spec) or _too_large(spec.resources)
+        if problem is None and isinstance(spec.task, PythonCell):
+            return self._mismatch(spec.task)
+        return problem
 
     async def run(self, task: ShardTask, emit: Callable[[ExecutorEvent], None]) -> RawOutcome:
         """Run one execution; see `ports.Executor`."""
@@ -189,7 +181,7 @@ class ProcessExecutor:
         await asyncio.gather(*(spare.end() for spare in dead))
         for spare in self._spares:
             spare.slot.prepare(self._imports)
-        while len(self._spares) < self._slots and not self._closed:
+        while len(self._spares) < self._most_spares and not self._closed:
             self._spares.append(await self._start(self._imports))
         if self._retire is not None:
             self._retire.cancel()
@@ -220,7 +212,8 @@ class ProcessExecutor:
         try:
             await asyncio.shield(self._spawn(self._settle(seat, task)))
             agent = seat.agent
-            assert agent is not None
+            if agent is None:
+                raise AgentLost("the node is closing", started=False, partial=RawOutcome(ok=False))
             try:
                 outcome = await agent.slot.run(
                     self._shard_run(task),
@@ -283,6 +276,8 @@ class ProcessExecutor:
                 return
             await self._vacate(seat)
             seat.agent_job = job
+            if self._closed:
+                return
             work = agent_job(task, bundle=str(task.bundle))
             self._imports = work.imports
             seat.agent = await self._take_agent(work.imports)
@@ -336,6 +331,33 @@ class ProcessExecutor:
 # --- small things ---
 
 
+def _refused(spec: JobSpec) -> str | None:
+    """What only containers can do."""
+    here = "this node runs shards as plain processes"
+    if spec.image is not None:
+        return f"needs the image {spec.image}; {here}"
+    if spec.isolation is not None and ISOLATION_RANK[spec.isolation] > ISOLATION_RANK["none"]:
+        return f"asks for --isolation {spec.isolation}; {here}"
+    if spec.container_per == "shard":
+        return f"asks for --container-per shard; {here}"
+    return None
+
+
+def _too_large(resources: Resources) -> str | None:
+    """What this machine has not."""
+    if resources.gpus and not _NVIDIA.exists():
+        return "needs a GPU; this node has none (no NVIDIA driver found)"
+    if resources.gpus:
+        return "needs a GPU; this node runs shards as plain processes, which are given none"
+    if resources.memory is not None and resources.memory > usable_memory():
+        return (
+            f"needs {_gigabytes(resources.memory)} of memory for a shard; this node has {_gigabytes(usable_memory())}"
+        )
+    if resources.cpu > usable_cores():
+        return f"needs {resources.cpu:g} cores for a shard; this node has {usable_cores()}"
+    return None
+
+
 def _lost_outcome(lost: AgentLost) -> RawOutcome:
     """What to say of a shard whose agent went away under it: the shard killed it, or someone else did."""
     error = ShardError("signal", message=f"the agent that ran the shard ended: {lost.cause}")
@@ -382,7 +404,7 @@ def _links(task: ShardTask) -> Path:
         link = folder / (file.mount.removeprefix("/inputs") or "/").lstrip("/")
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(file.path)
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 

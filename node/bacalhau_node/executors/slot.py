@@ -428,6 +428,7 @@ class AgentSlot:
         self._pipe.write(frame("bye"))
         self._pipe.close()
         await asyncio.wait({self._reader})
+        await asyncio.sleep(0)  # a transport lets go of its socket in the loop's next turn
 
     async def _cancel(self, pending: _Pending) -> None:
         pending.emit = _silent
