@@ -13,6 +13,10 @@ from bacalhau_node.errors import SpecError
 from bacalhau_node.spec import PythonCell
 
 
+def _local(imported: frozenset[str], path: Path) -> tuple[dict[str, bytes], frozenset[str]]:
+    return modules.local(imported, path.resolve().parent)
+
+
 async def script_task(client: Client, source: str, path: Path) -> PythonCell:
     """The task that runs `source`, the text of `path`, as a cell; raises `SpecError` where it is not Python."""
     try:
@@ -20,9 +24,7 @@ async def script_task(client: Client, source: str, path: Path) -> PythonCell:
         compile(source, str(path), "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
     except (SyntaxError, ValueError) as error:
         raise SpecError(f"{path} is not a Python program: {error}") from error
-    folder = path.resolve().parent
-    imported = modules.imports(tree)
-    sent, everything = await asyncio.to_thread(modules.local, imported, folder)
+    sent, everything = await asyncio.to_thread(_local, modules.imports(tree), path)
     files = {"cell.py": source.encode(), **{f"modules/{name}": data for name, data in sent.items()}}
     local = {name.partition("/")[0].removesuffix(".py") for name in sent}
     outside = everything - local

@@ -24,7 +24,7 @@ from bacalhau_node.client import Client, JobChanged, JobView, ShardChanged, Shar
 from bacalhau_node.doctor import Finding, examine, healthy
 from bacalhau_node.download import download
 from bacalhau_node.errors import BacalhauError, NodeUnreachable, SpecError
-from bacalhau_node.messages import Outcome
+from bacalhau_node.messages import Outcome, ShardError
 from bacalhau_node.spec import MAX_SHARDS, Command, JobSpec, PythonCell, Resources, Sharding
 
 FAILED, USAGE, UNREACHABLE, INTERRUPTED = 1, 2, 3, 130
@@ -62,7 +62,7 @@ _RUN_OPTIONS = (
     click.option("--cpu", type=CORES, default=1.0, show_default=True, help="Cores of one shard."),
     click.option("--memory", type=SIZE, help="Memory of one shard."),
     click.option("--disk", type=SIZE, help="Disk of one shard."),
-    click.option("--gpu", "gpus", type=click.IntRange(min=1), is_flag=False, flag_value=1, default=0, metavar="[N]"),
+    click.option("--gpu", "gpus", type=click.IntRange(min=0), is_flag=False, flag_value=1, default=0, metavar="[N]"),
     click.option("--timeout", type=TIME, help="Time for one shard."),
     click.option("--job-timeout", type=TIME, help="Time for the whole job."),
     click.option("--parallel", type=COUNT, help="At most so many shards at once."),
@@ -226,9 +226,9 @@ async def _follow(client: Client, job: str, *, many: bool) -> JobView:
             if isinstance(update, ShardText):
                 printer.text(update)
             elif isinstance(update, ShardChanged) and update.state == "failed" and update.error:
-                click.echo(f"shard {update.shard} failed: {update.error.name}: {update.error.message}", err=True)
-            elif isinstance(update, JobChanged) and update.reason:
-                click.echo(f"{update.state}: {update.reason}", err=True)
+                click.echo(f"shard {update.shard} failed: {_error(update.error)}", err=True)
+            elif isinstance(update, JobChanged) and update.state == "Queued":
+                click.echo(f"Queued: {update.reason}", err=True)
     except asyncio.CancelledError:
         await client.cancel(job)
         async for _ in client.updates(job):
@@ -283,8 +283,12 @@ def _shard_summary(shard: ShardView) -> dict[str, object]:
         "attempts": shard.attempts,
         "exit_code": outcome.exit_code if outcome else None,
         "value": _value(outcome) if outcome else None,
-        "error": f"{outcome.error.name}: {outcome.error.message}" if outcome and outcome.error else None,
+        "error": _error(outcome.error) if outcome and outcome.error else None,
     }
+
+
+def _error(error: ShardError) -> str:
+    return ": ".join(part for part in (error.name, error.message) if part)
 
 
 def _value(outcome: Outcome) -> object:
@@ -301,7 +305,9 @@ def _closing_line(view: JobView, seconds: float) -> str:
     failed = [str(shard.index) for shard in view.shards if shard.state == "failed"]
     kept = sum(shard.state == "kept" for shard in view.shards)
     text = f"job {view.job} {view.state}: {kept}/{len(view.shards)} shards"
-    return f"{text}{f', failed: {_shortened(failed)}' if failed else ''}, {seconds:.1f} s, {view.cid or 'no result'}"
+    text += f", failed: {_shortened(failed)}" if failed else ""
+    text += f", {seconds:.1f} s, {view.cid or 'no result'}"
+    return text if failed or not view.reason else f"{text}\n{view.reason}"
 
 
 def _shortened(indices: list[str]) -> str:

@@ -145,6 +145,7 @@ class LocalClient:
     def __init__(self, node: Node) -> None:
         self._node = node
         self._inputs: dict[JobId, tuple[tuple[str, ...], ...]] = {}
+        self._warned: set[str] = set()
 
     @property
     def interrupted(self) -> tuple[JobId, ...]:
@@ -163,8 +164,18 @@ class LocalClient:
         """See `Client`."""
         job, plan = await self._node.submit(spec, created=time.time())
         self._inputs[job] = tuple(_logical(shard.entries) for shard in plan.shards)
-        capabilities = self._node.capabilities
-        return Submission(job, len(plan.shards), self._node.id, capabilities.executor, plan.notes)
+        notes = (*plan.notes, *self._warning())
+        return Submission(job, len(plan.shards), self._node.id, self._node.capabilities.executor, notes)
+
+    def _warning(self) -> tuple[str, ...]:
+        """Once for each reason: that jobs run without isolation, and why."""
+        if self._node.capabilities.isolation != "none":
+            return ()
+        why = "; ".join(self._node.problems())
+        if why in self._warned:
+            return ()
+        self._warned.add(why)
+        return (f"shards run as plain processes, not isolated from this machine: {why}",)
 
     async def updates(self, job: JobId) -> AsyncIterator[Update]:
         """See `Client`."""

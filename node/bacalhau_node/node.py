@@ -7,9 +7,11 @@ container, plain process; each job gets the first that works and can run it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import shutil
+import tempfile
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,9 +119,11 @@ class Node:
         def pinned(source: InputSource) -> InputSource:
             if not source.source.startswith("/"):
                 return source
-            cid = self.content.add_path(Path(source.source))
+            path = Path(source.source).resolve()
+            with _as_folder(path) as (folder, below):
+                cid = self.content.add_path(folder)
             self.content.pin(cid)
-            return InputSource(source=f"ipfs://{cid}", mount=source.mount)
+            return InputSource(source=f"ipfs://{cid}{below}", mount=source.mount)
 
         return _replaced(spec, tuple(map(pinned, spec.inputs)), tuple(map(pinned, spec.shared)))
 
@@ -150,8 +154,8 @@ class Node:
         reasons = [option.executor.check(spec) for option in self._working()]
         if None in reasons:
             return None
-        known = [*(reason for reason in reasons if reason), *self.problems()]
-        return "; ".join(dict.fromkeys(known)) or "no executor works on this node"
+        best = [reason for reason in reasons[:1] if reason]  # those that isolate less can't do more
+        return "; ".join([*best, *self.problems()]) or "no executor works on this node"
 
     def _choose(self, spec: JobSpec) -> tuple[Executor, str]:
         for option in self._working():
@@ -170,6 +174,17 @@ class Node:
         self.content.close()
         await asyncio.to_thread(shutil.rmtree, self.folder.path / "work", ignore_errors=True)
         self.folder.close()
+
+
+@contextlib.contextmanager
+def _as_folder(path: Path) -> Iterator[tuple[Path, str]]:
+    """(a folder, the path below it) that stand for `path`: a single file keeps its name by a folder around it."""
+    if path.is_dir():
+        yield path, ""
+        return
+    with tempfile.TemporaryDirectory() as name:
+        shutil.copyfile(path, Path(name) / path.name)
+        yield Path(name), f"/{path.name}"
 
 
 def _replaced(spec: JobSpec, inputs: tuple[InputSource, ...], shared: tuple[InputSource, ...]) -> JobSpec:

@@ -11,13 +11,14 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from msgspec import structs
+
 from bacalhau_node.client import LocalClient, ShardText
 from bacalhau_node.errors import ContentError, SpecError
 from bacalhau_node.executors.process import ProcessExecutor
 from bacalhau_node.node import open_node
 from bacalhau_node.protocol.events import JobChanged, ShardChanged
 from bacalhau_node.spec import InputSource, JobSpec, PythonCell, Sharding
-from msgspec import structs
 
 SUM = "sum(int(line) for path in inputs for line in path.read_text().split())"
 
