@@ -59,6 +59,7 @@ def find(source: str, tree: ast.Module, *, known: Collection[str]) -> list[Missi
     given = ALWAYS | set(known)
     read, own = _global_names(source)
     grown = {target.id for target in _grown_targets(_module_nodes(tree))}
+    own |= _walrus(tree)  # from Python 3.12 on, the tables miss those inside comprehensions
     names = read - own | (grown - set(_bindings(tree))) | _read_too_early(tree, given) & (read | grown)
     return sorted(Missing(_first_line(tree, name), name) for name in names - given)
 
@@ -149,10 +150,10 @@ def _reads(statement: ast.stmt) -> Iterator[str]:
             yield node.id
 
 
-def _walrus(statement: ast.stmt) -> set[str]:
+def _walrus(tree: ast.AST) -> set[str]:
     return {
         node.target.id
-        for node in ast.walk(statement)
+        for node in ast.walk(tree)
         if isinstance(node, ast.NamedExpr) and isinstance(node.target, ast.Name)
     }
 

@@ -226,12 +226,12 @@ def mark(table: pa.Table) -> dict[str, Any]:
     return dict(json.loads((table.schema.metadata or {}).get(MARK, b"{}")))
 
 
-def from_table(table: pa.Table) -> Any:
-    """The frame, Series, Index or table that `table` was written from."""
+def from_table(table: pa.Table, type_name: str = "") -> Any:
+    """The frame, Series, Index or table that `table` was written from; `type_name` is what the shard called it."""
     made_from = mark(table)
     if made_from.get("library") == "polars":
         frame = importlib.import_module("polars").from_arrow(table)
-        return frame.to_series() if made_from.get("type") == "Series" else frame
+        return frame.to_series() if "Series" in (type_name, made_from.get("type")) else frame
     if made_from.get("library") != "pandas":
         return table
     frame = table.to_pandas()
@@ -257,5 +257,5 @@ _READERS: dict[str, Callable[[str, bytes | Path], Any]] = {
     "repr": lambda type_name, data: Repr(_bytes(data).decode("utf-8", "replace"), type_name),
     "mime": _read_drawing,
     "npy": lambda _type, data: _read_array(data),
-    "arrow": lambda _type, data: from_table(read_table(data)),
+    "arrow": lambda type_name, data: from_table(read_table(data), type_name),
 }
