@@ -214,6 +214,42 @@ def test_no_row_is_lost_or_moved(shards):
     assert found == wanted
 
 
+SMALL = st.integers(0, 3)
+MAKERS = {
+    "int64": lambda n: n,
+    "Int8": lambda n: n or None,
+    "float32": lambda n: n / 2 if n else None,
+    "boolean": lambda n: [None, True, False, True][n],
+    "str": lambda n: "abc"[:n] or None,
+    "category": "wxyz".__getitem__,
+    "datetime64[us, Asia/Tokyo]": lambda n: pd.Timestamp(2020, 1, n + 1, tz="Asia/Tokyo") if n else None,
+    "timedelta64[ns]": lambda n: pd.Timedelta(n, "h"),
+    "period[D]": lambda n: pd.Period(f"2020-01-0{n + 1}", "D"),
+}
+KINDS = st.sampled_from(sorted(MAKERS))
+
+
+def column(numbers, kind):
+    items = [MAKERS[kind](number) for number in numbers]
+    return pd.Categorical(items, list("wxyz")) if kind == "category" else pd.array(items, dtype=kind)
+
+
+def indexed(rows, kinds, *, by):
+    made = pd.DataFrame({f"c{at}": column([row[at] for row in rows], kind) for at, kind in enumerate(kinds)})
+    return made.set_index([f"c{at}" for at in range(by)]) if by else made
+
+
+@given(st.data(), st.lists(KINDS, min_size=1, max_size=4), st.integers(0, 2))
+def test_shards_of_equal_types_join_as_pandas_concatenates_them(data, kinds, by):
+    shards = data.draw(
+        st.lists(st.lists(st.tuples(*[SMALL] * len(kinds)), min_size=1, max_size=4), min_size=1, max_size=4)
+    )
+    by = min(by, len(kinds) - 1)
+    frames = [indexed(rows, kinds, by=by) for rows in shards]
+    wanted = pd.concat(frames, ignore_index=not by)
+    pd.testing.assert_frame_equal(df(*frames), wanted, check_index_type=False, check_column_type=False)
+
+
 # --- rows ---
 
 
