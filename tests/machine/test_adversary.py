@@ -9,6 +9,7 @@ every node must be left with nothing.
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -43,6 +44,8 @@ from bacalhau_node.testing.simulator import Host
 REQUESTER = "n-req"
 COMPUTE = ("n-one", "n-two", "n-old")
 JOBS = 2
+MISCHIEF = 4
+"""Crashes and false rumours in one run: more of them, and no work ever gets far."""
 ROUNDS = 400
 
 NUMBER = st.integers(0, 1000)
@@ -88,6 +91,7 @@ class World(RuleBasedStateMachine):
         self.lives = 0
         self.cancelled: set[JobId] = set()
         self.jobs = 0
+        self.mischief = MISCHIEF
 
     @initialize(slots=st.integers(1, 2), job=JOB)
     def begin(self, slots: int, job: dict[str, Any]) -> None:
@@ -238,7 +242,9 @@ class World(RuleBasedStateMachine):
         self.feed(to, ev.Received(sender, message), crash=True)
 
     @rule(node=st.sampled_from((REQUESTER, *COMPUTE)))
+    @precondition(lambda self: self.mischief)
     def crash(self, node: str) -> None:
+        self.mischief -= 1
         self.restart(node)
 
     @rule(n=NUMBER)
@@ -281,8 +287,10 @@ class World(RuleBasedStateMachine):
         self.until(seconds)
 
     @rule(node=st.sampled_from(COMPUTE), gone=st.booleans())
+    @precondition(lambda self: self.mischief)
     def gossip(self, node: str, *, gone: bool) -> None:
         """The membership view is told of a node, or takes it for dead."""
+        self.mischief -= 1
         if gone:
             self.feed(REQUESTER, ev.NodeGone(node))
         else:
@@ -513,8 +521,13 @@ BUGS = (
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.__name__)
 def test_the_adversary_finds_a_seeded_bug(bug: Callable[[pytest.MonkeyPatch], None]) -> None:
     """A test of the test: what it can't find it doesn't guard against."""
-    once = settings(CALM, max_examples=1500, phases=[Phase.generate], report_multiple_bugs=False)
+    once = settings(CALM, max_examples=1000, phases=[Phase.generate], report_multiple_bugs=False)
     with pytest.MonkeyPatch.context() as patch:
         bug(patch)
         with pytest.raises((BugError, AssertionError, KeyError)):
             run_state_machine_as_test(World, settings=once)
+
+
+if __name__ == "__main__":  # the long run by hand: `PYTHONPATH=node python tests/machine/test_adversary.py 6000`
+    runs = int(sys.argv[1])
+    run_state_machine_as_test(World, settings=settings(CALM, derandomize=False, max_examples=runs))

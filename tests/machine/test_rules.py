@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections import deque
 from typing import Any
 
 import msgspec
@@ -575,15 +577,31 @@ def test_a_heartbeat_lists_what_is_held() -> None:
     assert bench(ev.TimerFired(ev.HeartbeatTimer("req"))) == []
 
 
+def prefetch_after(bench: Bench, *seconds: float, first: int) -> list[int]:
+    """One shard after the other on a second slot; what is taken beyond the slots after each."""
+    rooms = []
+    for shard, each in enumerate(seconds, start=first):
+        bench.offer(an_execution(shard))
+        bench.end(an_execution(shard), seconds=each)
+        rooms.append(bench.machine.room - 1)
+    return rooms
+
+
 def test_prefetch_follows_the_length_of_shards() -> None:
     """Doubled while they last under 20 ms, up to 64; halved when they last over 100 ms."""
-    bench = Bench()
-    rooms = []
-    for shard, seconds in enumerate([0.001] * 9 + [0.05] + [0.2] * 8):
-        bench.offer(an_execution(shard))
-        bench.end(an_execution(shard), seconds=seconds)
-        rooms.append(bench.machine.room - 1)
-    assert rooms == [1, 2, 4, 8, 16, 32, MAX_PREFETCH, 64, 64, 64, 32, 16, 8, 4, 2, 1, 0, 0]
+    bench = Bench(slots=2)
+    bench.offer(an_execution(0))
+    assert prefetch_after(bench, *[0.001] * 9, first=1) == [1, 2, 4, 8, 16, 32, MAX_PREFETCH, 64, 64]
+    assert prefetch_after(bench, 0.05, *[0.2] * 8, first=10) == [64, 32, 16, 8, 4, 2, 1, 0, 0]
+
+
+def test_an_idle_node_forgets_its_prefetch() -> None:
+    """The next job may have long shards: they must not queue up here."""
+    bench = Bench(slots=2)
+    bench.offer(an_execution(0))
+    prefetch_after(bench, *[0.001] * 9, first=1)
+    effects = bench.end(an_execution(0), seconds=1)
+    assert [one.room for one in sent(effects, Propose)] == [2]
 
 
 def test_cancelled_work_is_stopped_and_forgotten() -> None:
@@ -651,6 +669,43 @@ def test_a_restarted_node_proposes_what_it_owes() -> None:
 def test_an_end_that_comes_after_a_stop_is_forgotten() -> None:
     """The executor may have been a moment faster than the kill."""
     assert Bench().end(an_execution()) == [ev.Forget(an_execution(), a_result())]
+
+
+# --- cost ---
+
+
+def calls_for(shards: int) -> int:
+    """How many Python functions are called for a whole job of so many shards, on a node that runs them at once."""
+    desk, bench = Requester("n-1"), Compute("n-1", slots=4, refuse=lambda _spec: None)
+    inbox: deque[tuple[Requester | Compute, ev.Event]] = deque(
+        [(desk, ev.NodeSeen("n-1", 4)), (desk, a_job(shards=shards))]
+    )
+    calls = 0
+
+    def count(_frame: object, what: str, _argument: object) -> None:
+        nonlocal calls
+        calls += what == "call"
+
+    sys.setprofile(count)
+    while inbox:
+        machine, event = inbox.popleft()
+        for effect in machine.step(event, 0.0):
+            match effect:
+                case ev.Send(message=message):
+                    inbox.append((bench if machine is desk else desk, ev.Received("n-1", message)))
+                case ev.Run(execution=execution):
+                    inbox.append((bench, ev.ExecutionStarted(execution)))
+                    inbox.append((bench, ev.ExecutionEnded(execution, a_result(seconds=0.001))))
+                case ev.Keep(execution=execution):
+                    inbox.append((desk, ev.ResultKept(execution)))
+    sys.setprofile(None)
+    assert all(shard.state == "kept" for shard in desk.book.jobs[a_job_id()].shards)
+    return calls
+
+
+def test_a_shard_costs_the_same_in_a_job_of_any_size() -> None:
+    """No event walks over all shards but the first and the last."""
+    assert calls_for(4000) < 4.4 * calls_for(1000)
 
 
 # --- bugs are loud ---

@@ -6,7 +6,9 @@ its job keeps its slots' containers here (`ReleaseJob` follows the last one).
 
 **Room.** A node takes at most its free slots and a few more, so that a slot never waits for the
 network between short shards: this prefetch is doubled while shards last under 20 ms, halved
-when they last over 100 ms, and ends at 64. The executor queues what is beyond its slots.
+when they last over 100 ms, and ends at 64. The executor queues what is beyond its slots. A node
+that has nothing to do forgets its prefetch, so that the long shards of the next job don't queue
+up in front of everybody else's.
 
 **The same answer to the same question.** The transport may repeat and reorder. A repeated offer of what is
 held is answered alike; one of what was refused or is over is refused as busy, never run again:
@@ -265,11 +267,16 @@ class Compute:
             self._out.append(Forget(execution, outcome))  # it was stopped meanwhile
             return
         self._move(held, "end")
-        self.active -= 1
+        self._free()
         self._adapt(outcome.seconds)
         held.outcome = outcome
         self._rows.append(Write(ComputeRow(execution, held.requester, outcome)))
         self._propose(held)
+
+    def _free(self) -> None:
+        self.active -= 1
+        if not self.active:
+            self.prefetch = 0
 
     def _adapt(self, seconds: float) -> None:
         if seconds < SHORT_SHARD:
@@ -331,7 +338,7 @@ class Compute:
         execution = held.execution
         self._move(held, "drop")
         if held.outcome is None:
-            self.active -= 1
+            self._free()
             self._out.append(Stop(execution))
         else:
             self._rows.append(Write(ComputeRow(execution, held.requester, None)))
