@@ -63,6 +63,7 @@ if sys.path and not sys.flags.isolated:
 import __future__
 
 import ast
+import atexit
 import base64
 import contextlib
 import ctypes
@@ -141,8 +142,13 @@ def prctl(option: int, value: int) -> None:
 
 def pack(header: Header, body: bytes = b"") -> bytes:
     """One frame."""
-    head = json.dumps(header, ensure_ascii=False).encode("utf-8", "replace")  # a lone surrogate is no JSON elsewhere
+    head = json.dumps(header).encode()
     return LENGTHS.pack(len(head), len(body)) + head + body
+
+
+def clean(text: str) -> str:
+    """`text` without lone surrogates, which are no JSON for the host."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def unpack(buffer: bytearray) -> Optional[Tuple[Header, bytes]]:
@@ -230,11 +236,7 @@ class Shard:
 def load_variables(folder: str) -> Dict[str, Any]:
     """The values that came with the cell: `NAME.json`, `.npy`, `.arrow` or `.bytes`."""
     names: Dict[str, Any] = {}
-    try:
-        files = sorted(os.listdir(folder))
-    except FileNotFoundError:
-        return names
-    for file in files:
+    for file in sorted(os.listdir(folder)):
         name, extension = os.path.splitext(file)
         names[name] = READERS[extension](os.path.join(folder, file))
     return names
@@ -440,12 +442,20 @@ def plain_scalar(item: Any) -> Any:
     raise TypeError(type(item).__name__)
 
 
+def dumps(value: Any) -> str:
+    """JSON; the encoder that knows NumPy is made only where it is needed."""
+    try:
+        return json.dumps(value)
+    except TypeError:
+        return json.dumps(value, default=plain_scalar)
+
+
 def encode_json(value: Any, name: str) -> Optional[Value]:
     """What JSON gives back equal: NumPy's scalars become Python's, tuples become lists, NaN and infinity stay."""
     if not isinstance(value, (bool, int, float, str, list, tuple, dict)) and not is_a(value, "numpy", "generic"):
         return None
     try:
-        text = json.dumps(value, default=plain_scalar)
+        text = dumps(value)
         return Value("json", name, text.encode()) if same(value, json.loads(text)) else None
     except (TypeError, ValueError, RecursionError, OverflowError):
         return None
@@ -530,6 +540,7 @@ def safe_repr(value: Any) -> str:
 
 def shorten(text: str, limit: int) -> str:
     """At most `limit` characters, both ends kept."""
+    text = clean(text)
     if len(text) <= limit:
         return text
     return "%s … %d characters left out … %s" % (text[: limit * 2 // 3], len(text) - limit, text[-(limit // 3) :])
@@ -607,7 +618,7 @@ def traceback_frames(error: BaseException, name: str) -> Tuple[List[Header], int
 
 def frame_of(file: str, line: int, function: str, name: str) -> Header:
     """One frame as data; the text comes from the file, or from the cell's source."""
-    text = linecache.getline(file, line).strip()
+    text = clean(linecache.getline(file, line).strip())
     return {"file": file, "line": line, "function": function, "text": text[:500], "in_cell": file == name}
 
 
@@ -630,7 +641,6 @@ def shard_process(cell: Cell, run: Header, result: int) -> NoReturn:
     code = 1
     try:
         os.setsid()
-        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if run.get("disk"):
             resource.setrlimit(resource.RLIMIT_FSIZE, (run["disk"], run["disk"]))
         os.chdir(run["work"])
@@ -703,6 +713,7 @@ class Cell:
         self.problem: Optional[BaseException] = None
         self.main = types.ModuleType("__main__")
         self.seed = 0
+        self.variables = ""
         os.environ.update(job["env"])
         if not self.argv:
             self.compile(job["line_offset"])
@@ -713,6 +724,8 @@ class Cell:
         sys.argv[:] = ["cell"]
         sys.path.insert(0, os.path.join(self.bundle, "modules"))
         try:
+            folder = os.path.join(self.bundle, "vars")
+            self.variables = folder if os.path.isdir(folder) else ""
             source = "\n" * line_offset + read_bytes(os.path.join(self.bundle, "cell.py")).decode("utf-8")
             linecache.cache[self.name] = (len(source), None, source.splitlines(keepends=True), self.name)
             self.parts = compile_cell(source, self.name)
@@ -734,7 +747,8 @@ class Cell:
         if self.problem is not None:
             raise self.problem
         seed_generators(self.seed)  # not earlier: `random` seeds itself in every fork
-        self.main.__dict__.update(load_variables(os.path.join(self.bundle, "vars")))
+        if self.variables:
+            self.main.__dict__.update(load_variables(self.variables))
         define(os.path.join(self.bundle, "definitions.py"), self.main.__dict__)
         return evaluate(self.parts, self.main.__dict__)
 
@@ -808,8 +822,6 @@ def send_result(fd: int, data: bytes) -> None:
 
 def finish_threads() -> None:
     """What an interpreter does at its end, but for taking itself apart: join threads, run exit handlers."""
-    import atexit
-
     try:
         threading._shutdown()  # type: ignore[attr-defined]  # noqa: SLF001 - joining all threads has no public name
         atexit._run_exitfuncs()  # noqa: SLF001 - nor has this
@@ -932,6 +944,7 @@ class Template:
     def __init__(self, pid: int, channel: socket.socket, wanted: List[str]) -> None:
         self.pid = pid
         self.channel = channel
+        self.children = Children(pid)
         self.wanted = wanted
         self.ready = False
         self.since = time.monotonic()
@@ -1081,13 +1094,31 @@ def size_text(size: int) -> str:
 
 
 def children_of(pid: int) -> List[int]:
-    """The child processes of one process."""
+    """The child processes of one process, all of its threads'."""
     found: List[int] = []
     with contextlib.suppress(OSError):  # it has ended meanwhile
         for task in os.listdir("/proc/%d/task" % pid):
             with open("/proc/%d/task/%s/children" % (pid, task)) as file:
                 found += map(int, file.read().split())
     return found
+
+
+class Children:
+    """The child processes of a process with one thread, asked often: the file stays open."""
+
+    def __init__(self, pid: int) -> None:
+        self.fd = os.open("/proc/%d/task/%d/children" % (pid, pid), os.O_RDONLY)
+
+    def now(self) -> List[int]:
+        """Its children at this moment."""
+        try:
+            return [int(pid) for pid in os.pread(self.fd, 1 << 20, 0).split()]
+        except OSError:
+            return []  # it has ended
+
+    def close(self) -> None:
+        """Let go of the file."""
+        os.close(self.fd)
 
 
 def descendants(roots: List[int]) -> Set[int]:
@@ -1137,6 +1168,16 @@ def disk_use(folder: str) -> int:
             with contextlib.suppress(OSError):  # removed meanwhile
                 total += os.lstat(os.path.join(base, name)).st_blocks * 512
     return total
+
+
+def make_folder(folder: str) -> None:
+    """A folder, mostly below one that exists."""
+    try:
+        os.mkdir(folder)
+    except FileExistsError:
+        pass
+    except FileNotFoundError:
+        os.makedirs(folder, exist_ok=True)
 
 
 def remove_tree(folder: str) -> None:
@@ -1192,6 +1233,7 @@ class Agent:
         self.outgoing = bytearray()
         self.plumbing = Plumbing()
         self.wake, self.wake_end = os.pipe()
+        self.children = Children(os.getpid())
         self.setup: Header = {}
         self.job: Header = {}
         self.queue: Deque[Header] = deque()
@@ -1362,6 +1404,7 @@ class Agent:
         if self.template:
             self.selector.unregister(self.template.channel)
             self.template.channel.close()
+            self.template.children.close()
             send_signal(self.template.pid, signal.SIGKILL)
             self.template = None
 
@@ -1431,7 +1474,7 @@ class Agent:
         run = self.queue.popleft()
         self.running = running = Running(run, self.send)
         for folder in (run["work"], run["outputs"]):
-            os.makedirs(folder, exist_ok=True)
+            make_folder(folder)
         if self.setup["watch"]:
             running.watch_at = running.began + WATCH
         template.tell(run)
@@ -1530,10 +1573,10 @@ class Agent:
 
     def shard_processes(self) -> Set[int]:
         """All that the running shard started: what is below us, but for the template."""
-        roots = children_of(os.getpid())
+        roots = self.children.now()
         if self.template:
-            roots = [pid for pid in roots if pid != self.template.pid] + children_of(self.template.pid)
-        return descendants(roots)
+            roots = [pid for pid in roots if pid != self.template.pid] + self.template.children.now()
+        return descendants(roots) if roots else set()
 
     def kill_shard(self) -> None:
         """Kill all of the shard's processes: first stop them, so that none can start another, then kill."""
