@@ -78,7 +78,7 @@ def notebook(namespace: Mapping[str, Any]) -> Notebook:
 
 
 def parse(line: str, notebook: Notebook) -> CellRequest:
-    """The request that an option line makes; raises `SpecError` and nothing else."""
+    """The request that an option line makes; raises `SpecError`, and what a failed job in `{job}` raises."""
     given = _gather(words.split(line))
     if "--help" in given:
         return CellRequest(help=True)
@@ -139,7 +139,7 @@ def _known(flag: str, *, quoted: bool = False, whole: str = "") -> Option:
         return option
     if flag in ELSEWHERE:
         raise SpecError(f"unknown option {flag}; it is called {ELSEWHERE[flag]} here")
-    dashes = "-–—"  # noqa: RUF001  the longer ones come from word processors
+    dashes = "-–—"  # the longer ones come from word processors
     if quoted or flag[:1] not in dashes:
         raise SpecError(f"unexpected word {whole!r}: no option takes it; quote a value that holds blanks")
     hint = literals.nearest(f"--{flag.strip(dashes)}", OPTIONS)

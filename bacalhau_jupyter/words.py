@@ -132,13 +132,17 @@ def _is_expression(text: str) -> bool:
     return not isinstance(body, ast.Tuple | ast.Set | ast.Dict)
 
 
+_OF_EXPRESSIONS = (ArithmeticError, AttributeError, LookupError, RuntimeError, SyntaxError, TypeError, ValueError)
+"""What an expression on an option line can be expected to raise."""
+
+
 def _evaluate(expression: str, lookup: Callable[[str], object]) -> object:
     try:
         return lookup(expression)
     except NameError as error:
         name = error.name or expression
         raise SpecError(f"{{{expression}}}: there is no variable `{name}` in the notebook") from error
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except _OF_EXPRESSIONS as error:
         raise SpecError(f"{{{expression}}}: {type(error).__name__}: {error}") from error
 
 

@@ -194,6 +194,7 @@ def test_what_a_request_says_is_in_its_spec():
         ("--input nope", "--input nope: no such file or folder: /here/nope"),
         ("--input {nope}", "--input {nope}: there is no variable `nope` in the notebook"),
         ("--input {paths[9]}", "--input {paths[9]}: IndexError"),
+        ("--input {(yield)}", "--input {(yield)}: SyntaxError"),
         ("--input {frame}", "--input `frame` is an object; text, a number, a path or a job is needed"),
         ("--shards 0", "--shards 0: at least 1 is needed; write a number of shards or auto"),
         ("--shards many", "--shards many: not a whole number; write a number of shards or auto"),
