@@ -13,7 +13,7 @@ try them again when a job's patience is over.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from typing import Final
 
@@ -36,19 +36,20 @@ class Placement:
     def __init__(self) -> None:
         self.nodes: dict[NodeId, Node] = {}
         self._ring: deque[Job] = deque()
-        self._open: dict[NodeId, Node] = {}
-        self._changed = False
+        self.changed = False
+        """Whether there may be a pair to offer."""
+        self._open: OrderedDict[NodeId, Node] = OrderedDict()
 
     def room(self, node: Node, reported: int) -> None:
         """The node says it has room for `reported` more; offers on their way to it are not counted in that."""
         node.room = max(0, reported - node.unanswered)
         if node.room and self.nodes.get(node.id) is node:
             self._open[node.id] = node
-            self._changed = True
+            self.changed = True
 
     def ready(self, job: Job) -> None:
         """The job may have something to offer."""
-        self._changed = True
+        self.changed = True
         if not job.ringed:
             job.ringed = True
             self._ring.append(job)
@@ -63,8 +64,8 @@ class Placement:
         """Pairs to offer now, one by one; the caller makes each offer before it asks for the next."""
         given: dict[NodeId, int] = {}
         misses = 0
-        while self._changed and self._ring and misses < len(self._open):
-            node = self._open.pop(next(iter(self._open)))
+        while self._ring and misses < len(self._open):
+            _, node = self._open.popitem(last=False)
             if not node.room:
                 continue
             self._open[node.id] = node
@@ -76,7 +77,7 @@ class Placement:
             node.room -= 1
             given[node.id] = given.get(node.id, 0) + 1
             yield node, *found
-        self._changed = False
+        self.changed = False
 
     def hopeless(self, job: Job) -> bool:
         """Whether every known node has refused the job for good."""

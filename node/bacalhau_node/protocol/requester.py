@@ -346,8 +346,9 @@ class Requester:
 
     def _settled(self) -> list[Effect]:
         book = self.book
-        for node, job, shard in book.placement.pairs(book.now):
-            book.offer(node, job, shard)
+        if book.placement.changed:
+            for node, job, shard in book.placement.pairs(book.now):
+                book.offer(node, job, shard)
         while book.touched:
             _, job = book.touched.popitem()
             self._settle(job)

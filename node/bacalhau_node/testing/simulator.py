@@ -118,6 +118,9 @@ class _Place:
     host: Host
     life: int = 0
     up: bool = True
+    turns: int = 0
+    broken: dict[int, float] = field(default_factory=dict)
+    """In which turns it dies between commit and effects, and for how long."""
     queue: deque[ev.Run] = field(default_factory=deque)
     running: dict[Execution, ev.Run] = field(default_factory=dict)
     timers: dict[ev.Timer, float] = field(default_factory=dict)
@@ -169,6 +172,14 @@ class Simulation:
         self._later(at, lambda: self._die(node))
         self._later(back, lambda: self._return(node))
 
+    def crash_in_turn(self, node: NodeId, turn: int, *, down: float) -> None:
+        """Let a node die in its turn number `turn` (from 1), after the commit and before any effect."""
+        self._places[node].broken[turn] = down
+
+    def turns(self, node: NodeId) -> int:
+        """How many events the node has handled."""
+        return self._places[node].turns
+
     def run(self, *, until: float) -> None:
         """Let time pass until `until`, or until nothing is left to happen."""
         while self._agenda and self._agenda[0][0] <= until:
@@ -206,8 +217,14 @@ class Simulation:
         if not place.up:
             return
         self.steps += 1
+        place.turns += 1
         self._hash.update(repr((self.now, node, event)).encode())
-        self._perform(node, place.host.step(event, self.now))
+        effects = place.host.step(event, self.now)
+        if (down := place.broken.get(place.turns)) is not None:
+            self._die(node)
+            self._later(self.now + down, partial(self._return, node))
+            return
+        self._perform(node, effects)
 
     def _perform(self, node: NodeId, effects: Iterable[ev.Effect]) -> None:
         place = self._places[node]
