@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
+import signal
 import socket
 import struct
 import subprocess
@@ -213,3 +215,31 @@ class _Deaf:
     async def read(self) -> bytes:
         await self.hearing.wait()
         return await self._pipe.read()
+
+
+async def test_an_agent_whose_template_always_dies_gives_up(tmp_path: Path) -> None:
+    (tmp_path / "cell.py").write_text("1")
+    with started(sys.executable, "-s", "-u") as (process, ours):
+        slot = AgentSlot(await SocketPipe.over(ours), AgentSetup(oom=()))
+        killed: set[int] = set()
+        while not slot.dead.done():
+            await until(lambda: slot.dead.done() or set(_below(process.pid)) - killed)
+            for pid in set(_below(process.pid)) - killed if process.poll() is None else ():
+                os.kill(pid, signal.SIGKILL)
+                killed.add(pid)
+        assert process.wait(10) == 1
+        assert len(killed) == 4
+        await slot.close()
+
+
+async def test_a_thread_that_never_ends_is_ended_after_a_while_and_the_value_kept(tmp_path: Path) -> None:
+    (tmp_path / "cell.py").write_text(
+        "import threading\nthreading.Thread(target=threading.Event().wait).start()\n'value'"
+    )
+    with started(sys.executable, "-s", "-u") as (_, ours):
+        slot = AgentSlot(await SocketPipe.over(ours), AgentSetup(oom=()))
+        slot.bind(AgentJob(bundle=str(tmp_path)))
+        outcome = await outcome_of(slot, tmp_path, "0#1", [])
+        assert (outcome.ok, outcome.exit_code, outcome.value.data) == (True, 0, b'"value"')
+        assert b"was ended 10 s after the cell" in outcome.stderr
+        await slot.close()

@@ -167,3 +167,23 @@ async def test_a_run_after_closing_fails_and_starts_nothing(executor: ProcessExe
         "node",
         "no process could be kept to run the shard: the node is closing",
     )
+
+
+async def test_cancelling_a_shard_that_stopped_its_agent_ends_the_agent(bench: ShardBench) -> None:
+    marker = f"86400.{os.getpid()}3"
+    source = f"""
+        import os, signal, subprocess
+        if shard.index == 0:
+            subprocess.Popen(['sleep', '{marker}'])
+            parent = open(f'/proc/{{os.getppid()}}/stat').read().rpartition(')')[2].split()[1]
+            os.kill(int(parent), signal.SIGSTOP)
+            while True: pass
+        'next'
+    """
+    running = asyncio.ensure_future(bench.run(source))
+    await until(lambda: processes_with(marker))
+    running.cancel()
+    await asyncio.wait({running})
+    assert running.cancelled()
+    assert value(await bench.run(source, shard=1)) == "next"
+    assert processes_with(marker) == []

@@ -116,6 +116,8 @@ DISK_WATCH = 0.25
 """Seconds between two looks at the disk that a shard uses; a look never takes more than a twentieth of the time."""
 MAX_PROCESSES = 512
 """Processes of one shard where no control group counts them (pids limit of DESIGN section 6)."""
+MAX_DEATHS = 3
+"""Templates that may die in a row before this agent gives up and ends."""
 MAX_MESSAGE = 10_000
 """Characters of an exception's message that travel."""
 MAX_FRAMES = 20
@@ -1096,6 +1098,8 @@ def size_text(size: int) -> str:
 def children_of(pid: int) -> List[int]:
     """The child processes of one process, all of its threads'."""
     found: List[int] = []
+    if not os.path.exists("/proc/self/task/%d/children" % os.getpid()):
+        return [child for child in map(int, filter(str.isdigit, os.listdir("/proc"))) if parent_of(child) == pid]
     with contextlib.suppress(OSError):  # it has ended meanwhile
         for task in os.listdir("/proc/%d/task" % pid):
             with open("/proc/%d/task/%s/children" % (pid, task)) as file:
@@ -1103,14 +1107,29 @@ def children_of(pid: int) -> List[int]:
     return found
 
 
+def parent_of(pid: int) -> int:
+    """The parent of a process; 0 when it has ended."""
+    try:
+        with open("/proc/%d/stat" % pid) as file:
+            return int(file.read().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
+
+
 class Children:
     """The child processes of a process with one thread, asked often: the file stays open."""
 
     def __init__(self, pid: int) -> None:
-        self.fd = os.open("/proc/%d/task/%d/children" % (pid, pid), os.O_RDONLY)
+        self.pid = pid
+        try:
+            self.fd = os.open("/proc/%d/task/%d/children" % (pid, pid), os.O_RDONLY)
+        except OSError:
+            self.fd = -1  # a kernel that was built without it
 
     def now(self) -> List[int]:
         """Its children at this moment."""
+        if self.fd < 0:
+            return children_of(self.pid)
         try:
             return [int(pid) for pid in os.pread(self.fd, 1 << 20, 0).split()]
         except OSError:
@@ -1118,7 +1137,8 @@ class Children:
 
     def close(self) -> None:
         """Let go of the file."""
-        os.close(self.fd)
+        if self.fd >= 0:
+            os.close(self.fd)
 
 
 def descendants(roots: List[int]) -> Set[int]:
@@ -1240,6 +1260,7 @@ class Agent:
         self.running: Optional[Running] = None
         self.template: Optional[Template] = None
         self.held = ""
+        self.deaths = 0
         self.ooms = 0
         self.reading = False
         self.writing = False
@@ -1374,7 +1395,7 @@ class Agent:
             self.queue.remove(run)
             self.send({"t": "done", "key": key, "ok": False, "exit_code": 137, "error": gone})
 
-    def end(self) -> NoReturn:
+    def end(self, code: int = 0) -> NoReturn:
         """Kill everything and exit."""
         try:
             self.kill_shard()
@@ -1383,7 +1404,7 @@ class Agent:
         finally:
             if self.template:
                 send_signal(self.template.pid, signal.SIGKILL)
-            os._exit(0)
+            os._exit(code)
 
     # the template
 
@@ -1444,6 +1465,7 @@ class Agent:
         if running is None:
             return
         if what == b"p":
+            self.deaths = 0
             self.started(running, first)
         elif what == b"x":
             self.finish(running, status=status, max_rss=max_rss)
@@ -1454,6 +1476,10 @@ class Agent:
     def lost_template(self, template: Template) -> None:
         """The template is gone, and its shard with it; the next one gets a new one."""
         self.drop_template()
+        self.deaths += 1
+        if self.deaths > MAX_DEATHS:
+            os.write(2, b"the process that imports and compiles the cell ended %d times in a row\n" % self.deaths)
+            self.end(1)
         if self.running:
             self.kill_shard()
             self.finish(self.running, status=signal.SIGKILL, max_rss=0)

@@ -113,10 +113,24 @@ class ControlGroup:
         """The file that counts what the kernel killed for memory."""
         return str(self.folders[0] / ("memory.events" if self.unified else "memory.oom_control"))
 
-    def join(self, pid: int) -> None:
-        """Put a process in; what it starts from now on is born inside."""
-        for folder in self.folders:
-            (folder / "cgroup.procs").write_text(str(pid))
+    @staticmethod
+    def tidy(prefix: str) -> None:
+        """Remove empty groups of nodes that were killed; the kernel keeps those in use."""
+        for base in {*_own_groups("memory"), *_own_groups("pids")}:
+            for parent in (base, base.parent):
+                for folder in parent.glob(f"{prefix}*"):
+                    with contextlib.suppress(OSError):
+                        folder.rmdir()
+
+    def join(self, pid: int) -> bool:
+        """Put a process in; what it starts from now on is born inside. False when the group is gone."""
+        try:
+            for folder in self.folders:
+                (folder / "cgroup.procs").write_text(str(pid))
+        except OSError:
+            self.remove()
+            return False
+        return True
 
     def limit(self, memory: int) -> None:
         """At most `memory` bytes, swap included where the kernel counts it."""

@@ -24,6 +24,10 @@ from bacalhau_node.executors.slot import AGENT_FILE, AgentSetup, AgentSlot
 
 END_SECONDS: Final = 2.0
 """How long an agent may take to exit once its streams have ended."""
+GROUP_PREFIX: Final = "bacalhau-"
+"""How the names of our control groups start."""
+LAST_WORDS: Final = 0.1
+"""How long the loop waits for the exit code of an agent whose streams have ended, which is a matter of microseconds."""
 MARK: Final = "BACALHAU_AGENT"
 """Environment variable with a random name of the agent: all that its shards start can be found by it."""
 _DROPPED: Final = re.compile(r"^(PYTHON|BACALHAU_|JPY_|MPLBACKEND$)")
@@ -80,7 +84,7 @@ class PlainAgent:
         """Start one; it answers when it is ready, and queues what it is sent before."""
         mark = secrets.token_hex(8)
         log = folder / f"agent-{mark}.log"
-        group = ControlGroup.make(f"bacalhau-{mark}")
+        group = ControlGroup.make(GROUP_PREFIX + mark)
         ours, theirs = socket.socketpair()
         try:
             with theirs, log.open("wb") as errors:
@@ -96,9 +100,9 @@ class PlainAgent:
         except BaseException:
             ours.close()
             raise
+        if group is not None and not group.join(process.pid):
+            group = None
         agent = cls(process, group, log, mark)
-        if group is not None:
-            group.join(process.pid)
         setup = AgentSetup(
             path=search_path(),
             imports=imports,
@@ -121,7 +125,7 @@ class PlainAgent:
     def cause(self) -> str:
         """How the process ended, as a clause."""
         try:
-            code = self.process.wait(timeout=END_SECONDS)
+            code = self.process.wait(timeout=LAST_WORDS)
         except subprocess.TimeoutExpired:
             return "it closed its streams"
         if code < 0:

@@ -24,12 +24,12 @@ import re
 import sys
 from collections import deque
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from bacalhau_node.executors.limits import DEFAULT_DISK, memory_per_slot, usable_cores, usable_memory
-from bacalhau_node.executors.plain import PlainAgent
+from bacalhau_node.executors.limits import DEFAULT_DISK, ControlGroup, memory_per_slot, usable_cores, usable_memory
+from bacalhau_node.executors.plain import GROUP_PREFIX, PlainAgent
 from bacalhau_node.executors.slot import AgentLost, ShardRun, agent_job, shard_run, warm_imports
 from bacalhau_node.messages import ShardError
 from bacalhau_node.ports import Capabilities, ExecutorEvent, RawOutcome, ShardTask
@@ -103,6 +103,7 @@ class ProcessExecutor:
         problem = None
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
+            await asyncio.to_thread(ControlGroup.tidy, GROUP_PREFIX)
             spare = await PlainAgent.start(self._folder, ())
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.wait({spare.slot.ready, spare.slot.dead}, return_when=asyncio.FIRST_COMPLETED)
@@ -366,7 +367,8 @@ def _lost_outcome(lost: AgentLost) -> RawOutcome:
 
 async def _warmed(spare: PlainAgent) -> None:
     """Wait until a spare has started and has its modules."""
-    await asyncio.wait({spare.slot.ready, spare.slot.dead}, return_when=asyncio.FIRST_COMPLETED)
+    ends: set[asyncio.Future[Any]] = {spare.slot.warm, spare.slot.dead}
+    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
 
 
 async def _checked(outcome: RawOutcome) -> RawOutcome:

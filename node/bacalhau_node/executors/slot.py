@@ -45,6 +45,9 @@ WARM_MODULES = ("numpy", "pandas", "polars", "pyarrow")
 OOM_FILES = ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control")
 """The counters of a container's own control group, as it sees them: version 2, version 1."""
 
+CANCEL_SECONDS = 1.0
+"""How long an agent may take to kill a shard, before it is given up with everything in it."""
+
 Emit = Callable[[ExecutorEvent], None]
 
 
@@ -402,7 +405,8 @@ class AgentSlot:
 
         `host_scratch` and `host_outputs` are the run's `scratch` and `outputs` on this machine.
         Raises `AgentLost` when the agent goes away. Cancelling kills the shard with everything that
-        it started, waits until that is done, and re-raises.
+        it started, waits until that is done, and re-raises; an agent that does not do it within
+        `CANCEL_SECONDS` loses its streams, and is then for its owner to end.
         """
         if self.dead.done():
             raise AgentLost(self.dead.result(), started=False, partial=RawOutcome(ok=False, exit_code=-1))
@@ -433,7 +437,10 @@ class AgentSlot:
     async def _cancel(self, pending: _Pending) -> None:
         pending.emit = _silent
         self._pipe.write(frame("kill", {"key": pending.run.key}))
-        await asyncio.wait({pending.ended})
+        await asyncio.wait({pending.ended}, timeout=CANCEL_SECONDS)
+        if not pending.ended.done():
+            self._pipe.close()
+            await asyncio.wait({pending.ended})
         if not pending.ended.cancelled():
             pending.ended.exception()  # seen: nobody else will ask
 
