@@ -11,9 +11,9 @@ REQUESTER, COMPUTE = "n-0000", "n-0001"
 
 
 def a_simulation() -> Simulation:
-    """Seven shards over two nodes, one of which is the requester itself."""
+    """Twelve shards over two nodes, one of which is the requester itself."""
     simulation = Simulation(nodes=2, seed=7, slots=2, weather=Weather(shard=(0.1, 0.3)))
-    simulation.submit(REQUESTER, a_job(shards=7), at=0.5)
+    simulation.submit(REQUESTER, a_job(shards=12), at=0.5)
     return simulation
 
 

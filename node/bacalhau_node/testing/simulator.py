@@ -127,7 +127,7 @@ class _Place:
 
 
 class Simulation:
-    """`nodes` hosts that all know each other. `ends` holds how each job ended, `trace` what happened."""
+    """`nodes` hosts, which those that submit jobs all know. `ends` holds how each job ended, `trace` what happened."""
 
     def __init__(self, *, nodes: int, seed: int, slots: int = 2, weather: Weather | None = None) -> None:
         self.now = 0.0
@@ -142,8 +142,7 @@ class Simulation:
         self._count = 0
         names = [f"n-{n:04d}" for n in range(nodes)]
         self._places = {name: _Place(Host(name, slots=slots, referee=self.referee)) for name in names}
-        for name in names:
-            self._introduce(name)
+        self._requesters: dict[NodeId, None] = {}
 
     @property
     def nodes(self) -> list[NodeId]:
@@ -161,7 +160,7 @@ class Simulation:
 
     def submit(self, node: NodeId, job: ev.Submitted, *, at: float = 0.0) -> None:
         """Let a client of `node` submit this job."""
-        self._later(at, lambda: self._feed(node, job))
+        self._later(at, partial(self._hand_in, node, job))
 
     def cancel(self, node: NodeId, job: JobId, *, at: float) -> None:
         """Let the client cancel it."""
@@ -194,12 +193,15 @@ class Simulation:
         self._count += 1
         heapq.heappush(self._agenda, (max(at, self.now), self._count, action))
 
-    def _introduce(self, node: NodeId) -> None:
-        """Every node learns of this one, and this one of every node."""
-        for other in self._places:
-            self._soon(other, ev.NodeSeen(node, self._places[node].host.slots))
-            if other != node:
-                self._soon(node, ev.NodeSeen(other, self._places[other].host.slots))
+    def _hand_in(self, node: NodeId, job: ev.Submitted) -> None:
+        if node not in self._requesters:
+            self._requesters[node] = None
+            self._introduce_all(node)
+        self._feed(node, job)
+
+    def _introduce_all(self, requester: NodeId) -> None:
+        for node, place in self._places.items():
+            self._feed(requester, ev.NodeSeen(node, place.host.slots))
 
     def _soon(self, node: NodeId, event: ev.Event, *, after: float = 0.0) -> None:
         """Give a node an event, if it lives that long."""
@@ -310,7 +312,11 @@ class Simulation:
         place.timers.clear()
 
     def _return(self, node: NodeId) -> None:
+        """It remembers what it had journaled; it and the others learn of each other again."""
         place = self._places[node]
         place.up = True
         self._perform(node, place.host.restart(self.now))
-        self._introduce(node)
+        for requester in self._requesters:
+            self._soon(requester, ev.NodeSeen(node, place.host.slots))
+        if node in self._requesters:
+            self._introduce_all(node)

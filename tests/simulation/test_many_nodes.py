@@ -1,4 +1,4 @@
-"""Fifty nodes in virtual time: every job ends as it should, alike on every run."""
+"""Many nodes in virtual time: every job ends as it should, alike on every run."""
 
 from __future__ import annotations
 
@@ -54,9 +54,21 @@ def test_a_job_costs_few_messages() -> None:
     assert simulation.messages <= 400 * 7
 
 
+def test_a_thousand_nodes_finish_though_a_tenth_of_them_dies() -> None:
+    """Ten jobs of a hundred shards; the dead stay away for ten minutes, requesters among them."""
+    simulation = Simulation(nodes=1000, seed=6, weather=Weather(lost=0.05, repeated=0.05))
+    for n in range(10):
+        simulation.submit(f"n-{n:04d}", a_job(n, shards=100), at=n * 0.1)
+    for n in range(100):
+        simulation.crash(f"n-{n * 10:04d}", at=3, back=600)
+    simulation.run(until=1000)
+    assert {simulation.ends[a_job_id(n)].state for n in range(10)} == {"Completed"}
+    assert simulation.messages <= 1000 * 15
+
+
 def trace_with_hash_seed(hash_seed: str) -> str:
     code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-    code += "from test_fifty_nodes import fifty_nodes\nprint(fifty_nodes(seed=4).trace)"
+    code += "from test_many_nodes import fifty_nodes\nprint(fifty_nodes(seed=4).trace)"
     path = os.pathsep.join((str(Path(bacalhau_node.__file__).parents[1]), *sys.path))
     environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": path}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
