@@ -23,7 +23,7 @@ print(time.perf_counter() - start)"""
 
 
 def import_ms(module: str) -> float:
-    """The milliseconds of one import in a new interpreter with an IPython shell; ours as `%load_ext`, which loads more."""
+    """The milliseconds of one import into a new IPython shell; ours as `%load_ext`, which loads more."""
     statement = f"shell.run_line_magic('load_ext', '{OURS}')" if module == OURS else f"import {module}"
     code = PROGRAM.format(statement=statement)
     return 1000 * float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
