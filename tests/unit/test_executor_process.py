@@ -187,3 +187,18 @@ async def test_cancelling_a_shard_that_stopped_its_agent_ends_the_agent(bench: S
     assert running.cancelled()
     assert value(await bench.run(source, shard=1)) == "next"
     assert processes_with(marker) == []
+
+
+async def test_runs_taken_ahead_move_to_a_slot_that_runs_dry(bench: ShardBench, tmp_path: Path) -> None:
+    source = f"""
+        import os, time
+        if shard.index == 100:
+            while len(os.listdir('{tmp_path}/ended')) < 30: time.sleep(0.01)
+        if shard.index > 100:
+            open(f'{tmp_path}/ended/{{shard.index}}', 'w').close()
+        shard.index
+    """
+    (tmp_path / "ended").mkdir()
+    await asyncio.gather(*(bench.run(source, shard=index) for index in range(100)))  # short ones: slots take many ahead
+    outcomes = await asyncio.gather(*(bench.run(source, shard=index) for index in range(100, 131)))
+    assert [value(outcome) for outcome in outcomes] == list(range(100, 131))

@@ -35,6 +35,7 @@ host to agent
     run        key, shard, count, seed, inputs, logical, shared, outputs, work, scratch, env, timeout, memory,
                disk, hold                        queued behind the runs before it
     kill       key                               end this run, started or not; answered by its `done`
+    recall     key                               give this run back if it has not started: `recalled`, else nothing
     collected  key                               the outputs of a `hold` run are taken: go on
     bye                                          like the end of the stream
 agent to host
@@ -44,6 +45,7 @@ agent to host
     lines      key, stream                       body: text as bytes
     done       key, ok, exit_code, error, value {kind, type, file}, seconds, max_rss, cut, outputs
                                                  body: the value, unless it lies in `file` of the scratch folder
+    recalled   key                               this run will not start here
     error      message                           a frame that was not understood
 
 What a cell finds
@@ -1343,24 +1345,36 @@ class Agent:
 
     def obey(self, header: Header) -> None:
         """One frame of the host."""
-        kind = header.get("t")
-        if kind == "hello":
-            self.hello(header)
-        elif kind == "prepare":
-            if self.template is None or self.template.wanted != header["imports"]:
-                self.prepare(list(header["imports"]))
-        elif kind == "job":
-            self.take_job(header)
-        elif kind == "run":
-            self.queue.append(header)
-        elif kind == "kill":
-            self.cancel(header["key"])
-        elif kind == "collected":
-            self.held = "" if self.held == header["key"] else self.held
-        elif kind == "bye":
-            self.end()
+        orders: Dict[Any, Callable[[], None]] = {
+            "hello": lambda: self.hello(header),
+            "prepare": lambda: self.preload(header["imports"]),
+            "job": lambda: self.take_job(header),
+            "run": lambda: self.queue.append(header),
+            "kill": lambda: self.cancel(header["key"]),
+            "recall": lambda: self.give_back(header["key"]),
+            "collected": lambda: self.release(header["key"]),
+            "bye": self.end,
+        }
+        order = orders.get(header.get("t"))
+        if order is None:
+            self.send({"t": "error", "message": "unknown frame %r" % (header.get("t"),)})
         else:
-            self.send({"t": "error", "message": "unknown frame %r" % (kind,)})
+            order()
+
+    def preload(self, imports: List[str]) -> None:
+        """Other modules than before, while there is no job."""
+        if self.template is None or self.template.wanted != imports:
+            self.prepare(imports)
+
+    def give_back(self, key: str) -> None:
+        """A run may go elsewhere if it has not started."""
+        if self.unqueue(key):
+            self.send({"t": "recalled", "key": key})
+
+    def release(self, key: str) -> None:
+        """Outputs are taken: go on."""
+        if self.held == key:
+            self.held = ""
 
     def hello(self, header: Header) -> None:
         """What holds for the whole life of this agent."""
@@ -1391,9 +1405,15 @@ class Agent:
         if self.running and self.running.key == key:
             self.stop(self.running, gone)
             return
-        for run in [run for run in self.queue if run["key"] == key]:
-            self.queue.remove(run)
+        if self.unqueue(key):
             self.send({"t": "done", "key": key, "ok": False, "exit_code": 137, "error": gone})
+
+    def unqueue(self, key: str) -> bool:
+        """Forget a run that has not started; False when there is none."""
+        found = [run for run in self.queue if run["key"] == key]
+        for run in found:
+            self.queue.remove(run)
+        return bool(found)
 
     def end(self, code: int = 0) -> NoReturn:
         """Kill everything and exit."""

@@ -15,6 +15,7 @@ import os
 import signal
 import time
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -32,6 +33,7 @@ REMOVE_SECONDS: Final = 2.0
 _ROOT: Final = Path("/sys/fs/cgroup")
 
 
+@cache
 def usable_cores() -> int:
     """Cores that this process may use: its affinity, cut by the quota of its control group."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -39,6 +41,7 @@ def usable_cores() -> int:
     return max(1, min(cores, int(quota))) if quota else cores
 
 
+@cache
 def usable_memory() -> int:
     """Bytes of RAM, cut by the limit of our control group."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -7,8 +7,8 @@ when the job is released. Inputs are used where they lie.
 
 A run waits for a slot (first come, first served) and then goes to the agent. While the shards of
 a job last under 20 ms a slot takes several runs ahead, so that a busy node does not keep it
-waiting. An agent that dies under a shard fails that shard; the runs queued behind it start again
-elsewhere.
+waiting; when another slot runs dry it gets one of them back. An agent that dies under a shard fails
+that shard; the runs queued behind it start again elsewhere.
 
 Spares: after the first job, or when `warm` asks, one unused agent per slot is kept with the last
 job's modules imported. They end after five minutes without a job.
@@ -18,22 +18,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.metadata
 import os
-import re
-import sys
 from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
+from bacalhau_node.executors.fit import installed, misfit, python_version
 from bacalhau_node.executors.limits import DEFAULT_DISK, ControlGroup, memory_per_slot, usable_cores, usable_memory
 from bacalhau_node.executors.plain import GROUP_PREFIX, PlainAgent
-from bacalhau_node.executors.slot import AgentLost, ShardRun, agent_job, shard_run, warm_imports
+from bacalhau_node.executors.slot import RECALLED, AgentLost, ShardRun, agent_job, shard_run, warm_imports
 from bacalhau_node.messages import ShardError
 from bacalhau_node.ports import Capabilities, ExecutorEvent, RawOutcome, ShardTask
-from bacalhau_node.spec import ISOLATION_RANK, Command, JobSpec, PythonCell, Resources
+from bacalhau_node.spec import Command, JobSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -50,7 +48,6 @@ SPARE_MEMORY: Final = 150 * 1024**2
 """Bytes of a spare that has imported pandas; all spares together take a tenth of the memory at most."""
 RESTARTS: Final = 3
 """How often a run that had not started is given to another agent."""
-_NVIDIA: Final = Path("/proc/driver/nvidia/version")
 
 
 class _Seat:
@@ -114,13 +111,13 @@ class ProcessExecutor:
                 await spare.end()
         except OSError as error:
             problem = f"no process could be started: {error}"
-        self._versions = await asyncio.to_thread(_installed)
+        self._versions = await asyncio.to_thread(installed)
         return Capabilities(
             executor="process",
             isolation="none",
             slots=self._slots,
             memory_per_slot=self._memory,
-            python=_python(),
+            python=python_version(),
             versions=self._versions,
             limits_enforced=bool(self._spares and self._spares[0].group is not None),
             problem=problem,
@@ -128,21 +125,19 @@ class ProcessExecutor:
 
     def check(self, spec: JobSpec) -> str | None:
         """Why plain processes can never run `spec`, or None."""
-        problem = _refused(spec) or _too_large(spec.resources)
-        if problem is None and isinstance(spec.task, PythonCell):
-            return self._mismatch(spec.task)
-        return problem
+        return misfit(spec, self._versions)
 
     async def run(self, task: ShardTask, emit: Callable[[ExecutorEvent], None]) -> RawOutcome:
         """Run one execution; see `ports.Executor`."""
-        cause = ""
-        for _ in range(RESTARTS):
+        cause, left = "", RESTARTS
+        while left:
             try:
                 return await self._run_once(task, emit)
             except AgentLost as lost:
                 if lost.started:
                     return _lost_outcome(lost)
                 cause = lost.cause
+                left -= cause != RECALLED
         error = ShardError("node", message=f"no process could be kept to run the shard: {cause}")
         return RawOutcome(ok=False, exit_code=-1, error=error)
 
@@ -222,7 +217,9 @@ class ProcessExecutor:
                     host_outputs=task.scratch / "outputs",
                     emit=emit,
                 )
-            except AgentLost:
+            except AgentLost as lost:
+                if lost.cause == RECALLED:
+                    raise
                 await asyncio.shield(self._spawn(agent.end()))
                 raise
             seat.learned(outcome.seconds)
@@ -260,6 +257,14 @@ class ProcessExecutor:
             if not future.cancelled():
                 seat.take(job)
                 future.set_result(seat)
+        if not all(seat.runs for seat in self._seats):
+            self._recall()
+
+    def _recall(self) -> None:
+        """A slot is idle and nobody waits for one: take a run back that was given ahead to the busiest other."""
+        seat = max(self._seats, key=lambda seat: seat.runs)
+        if seat.runs > 1 and seat.agent is not None:
+            seat.agent.slot.recall()
 
     def _pick(self, job: JobId) -> _Seat | None:
         """An idle slot, the job's own first, then one without a job; else one of the job that takes runs ahead."""
@@ -314,49 +319,8 @@ class ProcessExecutor:
         places = {"BACALHAU_INPUTS": str(_links(task)), "BACALHAU_OUTPUTS": run.outputs}
         return msgspec.structs.replace(run, env={**run.env, **places})
 
-    def _mismatch(self, cell: PythonCell) -> str | None:
-        """What the cell needs and this interpreter has not, in one sentence."""
-        if cell.python and cell.python != _python():
-            return f"needs Python {cell.python}; this node runs {_python()}"
-        if not self._versions:
-            return None
-        for name, version in cell.versions.items():
-            have = self._versions.get(_normal(name))
-            if have is None:
-                return f"needs {name} {version}; this node has no {name}"
-            if _minor(have) != _minor(version):
-                return f"needs {name} {version}; this node has {have}"
-        return None
-
 
 # --- small things ---
-
-
-def _refused(spec: JobSpec) -> str | None:
-    """What only containers can do."""
-    here = "this node runs shards as plain processes"
-    if spec.image is not None:
-        return f"needs the image {spec.image}; {here}"
-    if spec.isolation is not None and ISOLATION_RANK[spec.isolation] > ISOLATION_RANK["none"]:
-        return f"asks for --isolation {spec.isolation}; {here}"
-    if spec.container_per == "shard":
-        return f"asks for --container-per shard; {here}"
-    return None
-
-
-def _too_large(resources: Resources) -> str | None:
-    """What this machine has not."""
-    if resources.gpus and not _NVIDIA.exists():
-        return "needs a GPU; this node has none (no NVIDIA driver found)"
-    if resources.gpus:
-        return "needs a GPU; this node runs shards as plain processes, which are given none"
-    if resources.memory is not None and resources.memory > usable_memory():
-        return (
-            f"needs {_gigabytes(resources.memory)} of memory for a shard; this node has {_gigabytes(usable_memory())}"
-        )
-    if resources.cpu > usable_cores():
-        return f"needs {resources.cpu:g} cores for a shard; this node has {usable_cores()}"
-    return None
 
 
 def _lost_outcome(lost: AgentLost) -> RawOutcome:
@@ -408,25 +372,3 @@ def _links(task: ShardTask) -> Path:
         link.symlink_to(file.path)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-def _installed() -> dict[str, str]:
-    """The distributions of this interpreter: normal name -> version."""
-    found = ((one.name, one.version) for one in importlib.metadata.distributions())
-    return {_normal(name): version for name, version in found if name}
-
-
-def _normal(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
-
-
-def _minor(version: str) -> list[str]:
-    return version.split(".")[:2]
-
-
-def _python() -> str:
-    return f"{sys.version_info.major}.{sys.version_info.minor}"
-
-
-def _gigabytes(size: int) -> str:
-    return f"{size / 1024**3:.3g} GB"

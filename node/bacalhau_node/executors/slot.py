@@ -7,9 +7,6 @@ the agent keeps a queue, so a busy host never lets a slot wait. Lines are handed
 kept whole up to the agent's cap; the value arrives in the last frame, or lies in the scratch folder.
 When the streams end before `close`, every outstanding `run` raises `AgentLost`: the executor knows
 whether a limit, a person or the node was to blame, and says so in the outcome.
-
-A frame is two big-endian lengths of four bytes (header, body), a JSON header, and the body.
-The table of frames stands at the head of `agent.py`.
 """
 
 from __future__ import annotations
@@ -17,24 +14,17 @@ from __future__ import annotations
 import asyncio
 import codecs
 import hashlib
-import json
-import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal
 
 import msgspec
 
 from bacalhau_node.errors import BugError, ProtocolError
+from bacalhau_node.executors.link import AgentLink, Pipe, Reply, ValueHead, frame
 from bacalhau_node.ids import Execution
-from bacalhau_node.messages import ShardError, ValueKind
 from bacalhau_node.ports import ExecutorEvent, RawOutcome, RawValue, ShardLines, ShardStarted, ShardTask
 from bacalhau_node.spec import PythonCell
-
-MAX_HEADER = 16 * 1024 * 1024
-"""A run's header lists the shard's files: 100,000 paths of 160 bytes."""
-MAX_BODY = 64 * 1024 * 1024
-"""No frame of the agent is larger: texts are cut and values go to files long before."""
 
 AGENT_FILE = Path(__file__).with_name("agent.py")
 """What to start, or to bind into a container: one file, standard library only."""
@@ -45,30 +35,12 @@ WARM_MODULES = ("numpy", "pandas", "polars", "pyarrow")
 OOM_FILES = ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control")
 """The counters of a container's own control group, as it sees them: version 2, version 1."""
 
+RECALLED = "it was recalled"
+"""The cause in an `AgentLost` whose agent is well: the run may start elsewhere."""
 CANCEL_SECONDS = 1.0
 """How long an agent may take to kill a shard, before it is given up with everything in it."""
 
 Emit = Callable[[ExecutorEvent], None]
-
-
-class Pipe(Protocol):
-    """The two byte streams of an agent."""
-
-    async def read(self) -> bytes:
-        """The next bytes; empty when the agent is gone."""
-        ...
-
-    def write(self, data: bytes) -> None:
-        """Queue `data`; never waits, and drops it when the agent is gone."""
-        ...
-
-    async def drain(self) -> None:
-        """Wait until what was queued is mostly written."""
-        ...
-
-    def close(self) -> None:
-        """Let go of both streams: the agent then kills what it runs and exits."""
-        ...
 
 
 class AgentLost(Exception):
@@ -206,94 +178,6 @@ def _identity(execution: Execution, count: int) -> dict[str, str]:
     }
 
 
-# --- frames ---
-
-_LENGTHS = struct.Struct(">II")
-
-
-class _Reply(msgspec.Struct, frozen=True, kw_only=True):
-    """Any frame of the agent: `t` is its type, the rest is present where that type has it."""
-
-    t: str
-    key: str = ""
-    stream: Literal["stdout", "stderr"] = "stdout"
-    ok: bool = False
-    exit_code: int = 0
-    error: ShardError | None = None
-    value: _ValueHead | None = None
-    seconds: float = 0.0
-    max_rss: int = 0
-    cut: int = 0
-    outputs: bool = False
-    pid: int = 0
-    python: str = ""
-    imports: tuple[str, ...] = ()
-    message: str = ""
-
-
-class _ValueHead(msgspec.Struct, frozen=True):
-    kind: ValueKind
-    type: str
-    file: str = ""
-
-
-_decoder = msgspec.json.Decoder(_Reply)
-
-
-def frame(kind: str, fields: msgspec.Struct | Mapping[str, Any] | None = None) -> bytes:
-    """One frame to the agent: `fields` with the type beside them, without a body."""
-    values = fields if isinstance(fields, Mapping) else msgspec.to_builtins(fields) if fields is not None else {}
-    header = json.dumps({"t": kind, **values}).encode()  # paths may hold surrogates, which only this one escapes
-    return _LENGTHS.pack(len(header), 0) + header
-
-
-class AgentLink:
-    """Frames of the agent out of a `Pipe`, whole, however the bytes were cut."""
-
-    def __init__(self, pipe: Pipe) -> None:
-        self._pipe = pipe
-        self._buffer = bytearray()
-
-    async def receive(self) -> list[tuple[_Reply, bytes]]:
-        """The next frames, at least one; empty when the agent is gone. Raises `ProtocolError` for what is none."""
-        while True:
-            frames = self._parse()
-            if frames:
-                return frames
-            data = await self._pipe.read()
-            if not data:
-                return []
-            self._buffer += data
-
-    def _parse(self) -> list[tuple[_Reply, bytes]]:
-        frames = []
-        buffer, at = self._buffer, 0
-        while len(buffer) - at >= _LENGTHS.size:
-            header, body = _LENGTHS.unpack_from(buffer, at)
-            if header > MAX_HEADER or body > MAX_BODY:
-                raise ProtocolError(
-                    f"the agent announced a frame of {header} + {body} bytes: something else wrote to its pipe"
-                )
-            start = at + _LENGTHS.size
-            if len(buffer) < start + header + body:
-                break
-            frames.append(
-                self._frame(
-                    bytes(buffer[start : start + header]), bytes(buffer[start + header : start + header + body])
-                )
-            )
-            at = start + header + body
-        del buffer[:at]
-        return frames
-
-    @staticmethod
-    def _frame(header: bytes, body: bytes) -> tuple[_Reply, bytes]:
-        try:
-            return _decoder.decode(header), body
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise ProtocolError(f"the agent sent a frame that is none ({error}): {header[:200]!r}") from error
-
-
 # --- the slot ---
 
 
@@ -306,6 +190,7 @@ class _Pending:
         self.outputs = host_outputs
         self.emit = emit
         self.started = False
+        self.recalled = False
         self.pid = 0
         self.text = {"stdout": bytearray(), "stderr": bytearray()}
         self.decoders: dict[str, codecs.IncrementalDecoder] = {}
@@ -327,7 +212,7 @@ class _Pending:
             if text:
                 self.emit(ShardLines("stdout" if stream == "stdout" else "stderr", text))
 
-    def outcome(self, reply: _Reply, body: bytes) -> RawOutcome:
+    def outcome(self, reply: Reply, body: bytes) -> RawOutcome:
         return RawOutcome(
             ok=reply.ok,
             exit_code=reply.exit_code,
@@ -341,7 +226,7 @@ class _Pending:
             max_rss=reply.max_rss,
         )
 
-    def _value(self, head: _ValueHead | None, body: bytes) -> RawValue:
+    def _value(self, head: ValueHead | None, body: bytes) -> RawValue:
         if head is None:
             return RawValue()
         if not head.file:
@@ -422,6 +307,15 @@ class AgentSlot:
         finally:
             self._pending.pop(run.key, None)
 
+    def recall(self) -> bool:
+        """Ask for the run back that would start last; unless it starts, its `run` raises `AgentLost` (`RECALLED`)."""
+        waiting = [pending for pending in self._pending.values() if not (pending.started or pending.recalled)]
+        if not waiting:
+            return False
+        waiting[-1].recalled = True
+        self._pipe.write(frame("recall", {"key": waiting[-1].run.key}))
+        return True
+
     def collected(self, run: ShardRun) -> None:
         """The outputs of a `hold` run are taken: the next shard may start."""
         self.holding = ""
@@ -455,7 +349,7 @@ class AgentSlot:
         self._pipe.close()
         self._end(cause or self._explain())
 
-    def _handle(self, reply: _Reply, body: bytes) -> None:
+    def _handle(self, reply: Reply, body: bytes) -> None:
         pending = self._pending.get(reply.key)
         if reply.t == "ready" and not self.ready.done():
             self.ready.set_result(reply.python)
@@ -469,7 +363,7 @@ class AgentSlot:
             if reply.t == "done" and reply.outputs and pending.run.hold:
                 self.holding = reply.key
 
-    def _shard(self, pending: _Pending, reply: _Reply, body: bytes) -> None:
+    def _shard(self, pending: _Pending, reply: Reply, body: bytes) -> None:
         if reply.t == "started":
             pending.started, pending.pid = True, reply.pid
             pending.emit(ShardStarted())
@@ -480,6 +374,8 @@ class AgentSlot:
             if pending.ended.done():
                 raise ProtocolError("the agent ended one shard twice")
             pending.ended.set_result(pending.outcome(reply, body))
+        elif reply.t == "recalled" and not pending.ended.done():
+            pending.ended.set_exception(AgentLost(RECALLED, started=False, partial=pending.partial()))
         else:
             raise ProtocolError(f"the agent sent a frame of the unknown type {reply.t!r}")
 

@@ -496,7 +496,7 @@ class EndContract:
 
 
 class LimitContract:
-    """What a shard may use. `enforced` is False for an executor that can't count memory exactly."""
+    """What a shard may use."""
 
     async def test_a_fork_bomb_ends_with_its_shard(self, bench: ShardBench) -> None:
         """And the next shard runs as if nothing had been."""

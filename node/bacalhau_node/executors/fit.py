@@ -1,0 +1,90 @@
+"""Whether plain processes of this machine can run a job at all, and why not."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from bacalhau_node.executors.limits import usable_cores, usable_memory
+from bacalhau_node.spec import ISOLATION_RANK, JobSpec, PythonCell, Resources
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_NVIDIA: Final = Path("/proc/driver/nvidia/version")
+
+
+def misfit(spec: JobSpec, versions: Mapping[str, str]) -> str | None:
+    """Why this interpreter, with these distributions (none: not known yet), can never run `spec`; or None."""
+    problem = _refused(spec) or _too_large(spec.resources)
+    if problem is None and isinstance(spec.task, PythonCell):
+        return _mismatch(spec.task, versions)
+    return problem
+
+
+def _refused(spec: JobSpec) -> str | None:
+    """What only containers can do."""
+    here = "this node runs shards as plain processes"
+    if spec.image is not None:
+        return f"needs the image {spec.image}; {here}"
+    if spec.isolation is not None and ISOLATION_RANK[spec.isolation] > ISOLATION_RANK["none"]:
+        return f"asks for --isolation {spec.isolation}; {here}"
+    if spec.container_per == "shard":
+        return f"asks for --container-per shard; {here}"
+    return None
+
+
+def _too_large(resources: Resources) -> str | None:
+    """What this machine has not."""
+    if resources.gpus and not _NVIDIA.exists():
+        return "needs a GPU; this node has none (no NVIDIA driver found)"
+    if resources.gpus:
+        return "needs a GPU; this node runs shards as plain processes, which are given none"
+    if resources.memory is not None and resources.memory > usable_memory():
+        return (
+            f"needs {_gigabytes(resources.memory)} of memory for a shard; this node has {_gigabytes(usable_memory())}"
+        )
+    if resources.cpu > usable_cores():
+        return f"needs {resources.cpu:g} cores for a shard; this node has {usable_cores()}"
+    return None
+
+
+def _mismatch(cell: PythonCell, versions: Mapping[str, str]) -> str | None:
+    """What the cell needs and this interpreter has not, in one sentence."""
+    if cell.python and cell.python != python_version():
+        return f"needs Python {cell.python}; this node runs {python_version()}"
+    if not versions:
+        return None
+    for name, version in cell.versions.items():
+        have = versions.get(_normal(name))
+        if have is None:
+            return f"needs {name} {version}; this node has no {name}"
+        if _minor(have) != _minor(version):
+            return f"needs {name} {version}; this node has {have}"
+    return None
+
+
+def installed() -> dict[str, str]:
+    """The distributions of this interpreter: normal name -> version."""
+    found = ((one.name, one.version) for one in importlib.metadata.distributions())
+    return {_normal(name): version for name, version in found if name}
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _minor(version: str) -> list[str]:
+    return version.split(".")[:2]
+
+
+def python_version() -> str:
+    """This interpreter, as a `PythonCell` names one: "3.11"."""
+    return f"{sys.version_info.major}.{sys.version_info.minor}"
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1024**3:.3g} GB"
