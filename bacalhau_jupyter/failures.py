@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
-from bacalhau_node.errors import BacalhauError, JobFailed
+from bacalhau_node.errors import BacalhauError
 from bacalhau_node.messages import Frame, ShardError
+
+E = TypeVar("E", bound=BacalhauError)
 
 MAX_GROUPS = 4
 """Kinds of failure that are shown in full; the rest is counted."""
@@ -63,7 +66,7 @@ class FailedShard:
             f"input {self.inputs[0]}{more}" if self.inputs else "",
             f"exit code {self.exit_code}" if self.exit_code else "",
         )
-        return ", ".join((f"shard {self.index}", *filter(None, facts)))
+        return ", ".join(filter(None, facts))
 
 
 @dataclass(frozen=True)
@@ -117,24 +120,6 @@ def numbers(shards: Sequence[int]) -> str:
     return ", ".join((*map(str, shards[:MAX_NAMED]), *("…",) * (len(shards) > MAX_NAMED)))
 
 
-class ShardsFailed(JobFailed):
-    """Some shards of a job failed. Its traceback shows the cell's own lines, not those of this package."""
-
-    def __init__(self, message: str, *, lines: Sequence[str] = ()) -> None:
-        super().__init__(message)
-        self._lines = tuple(lines)
-
-    def _render_traceback_(self) -> list[str]:
-        return [*self._lines, f"{RED}JobFailed{RESET}: {self}"]
-
-    def report(self) -> str:
-        """The same without colours, for a place that shows no traceback."""
-        text = "\n".join(self._render_traceback_())
-        for code in (RED, GREEN, DIM, RESET):
-            text = text.replace(code, "")
-        return text
-
-
 def explain(
     groups: Sequence[FailureGroup], shards: Mapping[int, FailedShard], cell: CellText, *, printed: bool
 ) -> list[str]:
@@ -145,7 +130,8 @@ def explain(
     lines: list[str] = []
     for group in groups[:MAX_GROUPS]:
         shard = shards.get(group.shards[0], FailedShard(group.shards[0]))
-        lines += [f"{RED}{headline(group.error)}{RESET} in {named(group.shards)}", str(shard)]
+        which = f"shard {shard.index}: " if len(group.shards) > 1 else ""
+        lines += [f"{RED}{headline(group.error)}{RESET} in {named(group.shards)}", f"  {which}{shard}"]
         lines += group.error.message.split("\n")[1:]
         lines += [line for frame in _worth_showing(group.error.frames) for line in _drawn(frame, cell)]
         lines += group.error.notes
@@ -186,10 +172,20 @@ def _source(frame: Frame, cell: CellText) -> list[str]:
     ]
 
 
-def brief(error: BacalhauError) -> BacalhauError:
-    """`error`, shown by IPython as its class and text alone: the frames of this package help nobody."""
-    error._render_traceback_ = lambda: [f"{RED}{type(error).__name__}{RESET}: {error}"]  # type: ignore[attr-defined]
+def brief(error: E, lines: Sequence[str] = ()) -> E:
+    """`error`, shown by IPython as `lines` and its text: the frames of this package help nobody."""
+    if not hasattr(error, "_render_traceback_"):
+        text = [*lines, f"{RED}{type(error).__name__}{RESET}: {error}"]
+        error._render_traceback_ = lambda: text  # type: ignore[attr-defined]
     return error
+
+
+def report(error: BacalhauError) -> str:
+    """The same as plain text, for a place that shows no traceback."""
+    text = "\n".join(brief(error)._render_traceback_())  # type: ignore[attr-defined]  # set by `brief`
+    for code in (RED, GREEN, DIM, RESET):
+        text = text.replace(code, "")
+    return str(text)
 
 
 class JobInterrupted(KeyboardInterrupt):

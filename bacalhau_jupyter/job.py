@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bacalhau_jupyter import sending
-from bacalhau_jupyter.failures import CellText, FailedShard, ShardsFailed, explain
+from bacalhau_jupyter.failures import CellText, FailedShard, brief, explain
 from bacalhau_jupyter.progress import CODES, DONE, FAILED, STOPPED, JobMonitor
 from bacalhau_jupyter.record import Place, Record
 from bacalhau_jupyter.result import Reader, Result, ShardResult
@@ -29,6 +29,7 @@ from bacalhau_node.protocol.events import FINAL_JOB
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
+    from concurrent.futures import Future
 
     from bacalhau_jupyter.lines import Stream
     from bacalhau_jupyter.view import ShardGrid
@@ -76,6 +77,8 @@ class Job:
         self.place = place
         self._cell = cell
         self._final: JobView | None = None
+        self.follower: threading.Thread | None = None
+        """Shows the job in the background and binds what its line asked for when it has ended."""
         asked.watch(monitor)
 
     @property
@@ -94,8 +97,14 @@ class Job:
         return [_shard_record(shard) for shard in self.view().shards]
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until the job has ended; False if `timeout` seconds were over before. Stop interrupts the wait only."""
-        return self.monitor.wait_end(timeout)
+        """Wait until the job has ended; False if `timeout` seconds were over before. Stop interrupts the wait only.
+
+        A frame that a background cell was asked to bind (`--df`) is bound by then.
+        """
+        ended = self.monitor.wait_end(timeout)
+        if ended and self.follower not in {None, threading.current_thread()}:
+            self.follower.join()
+        return ended
 
     def cancel(self) -> None:
         """Ask for the end and return; what is finished is kept."""
@@ -186,9 +195,14 @@ class Job:
         record = Record.of_view(view, self.place, None)
         failed = {shard.index: self._failed_shard(shard) for shard in view.shards if shard.state == "failed"}
         lines = explain(record.failures, failed, self._cell, printed=printed)
-        return ShardsFailed(_why(record), lines=lines)
+        return brief(JobFailed(_why(record)), lines)
 
-    def inputs(self) -> Any:
+    def returned(self) -> bool:
+        """Whether any shard has left a value or files, once the job has ended."""
+        outcomes = (shard.outcome for shard in self.view().shards if shard.outcome)
+        return any(outcome.value.kind != "none" or outcome.outputs for outcome in outcomes)
+
+    def inputs(self) -> Future[Sequence[tuple[str, ...]]]:
         """A future of each shard's logical paths, for the live view."""
 
         async def ask(client: Client) -> Sequence[tuple[str, ...]]:
@@ -215,7 +229,9 @@ class Job:
     def _failed_shard(self, shard: ShardView) -> FailedShard:
         lines = self.monitor.tail(shard.index) or _last_lines(shard.outcome)
         node = self.place.name if shard.node == self.monitor.submission.node else shard.node or ""
-        code = shard.outcome.exit_code if shard.outcome else 0
+        outcome = shard.outcome
+        raised = outcome is not None and outcome.error is not None and outcome.error.kind == "exception"
+        code = 0 if outcome is None or raised else outcome.exit_code  # an exception says more than its exit code
         return FailedShard(shard.index, node, shard.inputs, code, lines)
 
     def _reader(self) -> Reader:
@@ -244,10 +260,22 @@ def start(
 ) -> tuple[Job, tuple[str, ...]]:
     """Submit what was prepared: the job, and sentences for its user. `hint`: how to see all lines of a shard."""
     asked = session()
-    submission, place = asked.call(lambda client: sending.send(client, prepared))
+    sent = asked.begin(lambda client: sending.send(client, prepared))
+    try:
+        submission, place = sent.result()
+    except KeyboardInterrupt:
+        sent.add_done_callback(bound(_call_off, asked))
+        raise
     monitor = JobMonitor(submission, hint=hint(submission.job), streams=streams)
     job = _known[submission.job] = Job(asked, monitor, place, cell)
     return job, (*prepared.notes, *submission.notes)
+
+
+def _call_off(asked: Session, sent: Future[tuple[Submission, Place]]) -> None:
+    """A submission was interrupted, and nobody will watch its job: it must not run."""
+    if not sent.cancelled() and sent.exception() is None:
+        job = sent.result()[0].job
+        asked.begin(lambda client: client.cancel(job))
 
 
 def submit(source: str, /, **words: object) -> Job:

@@ -95,13 +95,13 @@ class Record:
 
     def plain(self) -> str:
         """The text/plain form: `job j-3f2a91bc: 10/10 shards, 1 failed (7), 12.4 s on this machine (docker)`."""
-        parts = [f"{self._ended:,}/{len(self.states):,} shards", *self._failed_and_stopped()]
+        parts = [f"{self._finished:,}/{len(self.states):,} shards", *self._failed_and_stopped()]
         if self.state not in FINAL_JOB:
             parts.append(self.state.lower())
         if self.seconds is not None:
             parts.append(duration(self.seconds))
         place = f" on {self.place.brief}" if self.place.name else ""
-        reason = f" ({self.reason})" if self.reason else ""
+        reason = f" ({self._reason})" if self._reason else ""
         return f"job {short(self.job)}: {', '.join(parts)}{place}{reason}"
 
     def bundle(self) -> dict[str, str]:
@@ -125,8 +125,13 @@ class Record:
     # --- parts ---
 
     @property
-    def _ended(self) -> int:
-        return sum(self.states.count(code) for code in (DONE, FAILED, STOPPED))
+    def _finished(self) -> int:
+        return self.states.count(DONE) + self.states.count(FAILED)
+
+    @property
+    def _reason(self) -> str:
+        """Why the job is in its state, where the shards' own states don't tell."""
+        return "" if FAILED in self.states else self.reason
 
     def _failed_and_stopped(self) -> list[str]:
         parts = []
@@ -147,7 +152,7 @@ class Record:
         if self.seconds is not None:
             facts.append(duration(self.seconds))
         place = f" on {escape(self.place.brief)}" if self.place.name else ""
-        reason = f" {escape(self.reason)}." if self.reason else ""
+        reason = f" {escape(self._reason)}." if self._reason else ""
         return (
             f'<b style="color: {colour}">{mark} {escape(self.state)}</b> '
             f"{escape(', '.join(facts))}{place}.{reason} "
@@ -166,7 +171,7 @@ class Record:
         note = (
             f"<p>{hidden:,} more shards are not shown here: <code>job.shards</code> has all.</p>" if hidden > 0 else ""
         )
-        heads = "".join(f'<th scope="col" style="text-align: left">{head}</th>' for head in _HEADS)
+        heads = "".join(f'<th scope="col">{head}</th>' for head in _HEADS)
         return (
             "<details><summary>Shards</summary><table><thead>"
             f"<tr>{heads}</tr></thead><tbody>{rows}</tbody></table>{note}</details>"
@@ -189,7 +194,7 @@ def _row(shard: ShardView) -> str:
         f"{shard.inputs[0]}{more}" if shard.inputs else "",
         why,
     )
-    data = "".join(f'<td style="text-align: left">{escape(_printable(cell))}</td>' for cell in cells)
+    data = "".join(f"<td>{escape(_printable(cell))}</td>" for cell in cells)
     return f'<tr><th scope="row">{shard.index}</th>{data}</tr>'
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from bacalhau_jupyter import job as jobs
 from bacalhau_jupyter import painters, sending
 from bacalhau_jupyter.cell import Around
-from bacalhau_jupyter.failures import CellText, JobInterrupted, ShardsFailed
+from bacalhau_jupyter.failures import CellText, JobInterrupted, report
 from bacalhau_jupyter.progress import ALL_STREAMS, DONE
 from bacalhau_jupyter.session import session
 from bacalhau_node.errors import BacalhauError, SpecError
@@ -55,7 +55,8 @@ class Running:
         """Show the job from a thread of its own, under the present cell, and return it at once."""
         parent = self.shell.get_parent() if hasattr(self.shell, "kernel") else None
         name = f"cell of {short(self.job.id)}"
-        threading.Thread(target=self._behind, args=(parent,), name=name, daemon=True).start()
+        self.job.follower = threading.Thread(target=self._behind, args=(parent,), name=name, daemon=True)
+        self.job.follower.start()
         return self.job
 
     def _behind(self, parent: object) -> None:
@@ -67,8 +68,7 @@ class Running:
         try:
             self._conclude(painter)
         except BacalhauError as error:
-            text = error.report() if isinstance(error, ShardsFailed) else f"{type(error).__name__}: {error}"
-            print(text, file=sys.stderr, flush=True)  # noqa: T201  a cell's output
+            print(report(error), file=sys.stderr, flush=True)  # noqa: T201  a cell's output
 
     def _painter(self, *, cancel: bool) -> painters.Painter:
         return painters.painter_for(
@@ -92,7 +92,7 @@ class Running:
             print(failure, file=sys.stderr)  # noqa: T201  a cell's output
         result = self.job.result(partial=True)
         if self.request.df is None:
-            return result
+            return result if self.job.returned() else None
         frame = self._reduced(result.df())
         self.shell.user_ns[self.request.df] = frame
         return frame

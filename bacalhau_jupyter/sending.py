@@ -37,19 +37,17 @@ ONLY_IN_CELLS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """A job that could be sent. The bundle's `files` are not stored yet; `split` tells whether the user said how."""
+    """A job that could be sent; the bundle's `files` are not stored yet."""
 
     spec: JobSpec
     files: Mapping[str, bytes]
     notes: tuple[str, ...] = ()
-    split: bool = True
 
 
 def prepare(request: options.CellRequest, body: str, *, name: str, first: int, around: cells.Around) -> Prepared:
     """Check and bundle a cell. `name` is what tracebacks call it, `first` how many lines stand before its body."""
-    split = request.sharding is not None or not request.inputs
     if request.raw:
-        return Prepared(spec=options.to_spec(request, Command(shell=body)), files={}, split=split)
+        return Prepared(spec=options.to_spec(request, Command(shell=body)), files={})
     cell = cells.read(body, name=name, first=first)
     bundle = cells.bundle(cell, around, variables=request.vars, extra=request.modules, check=not request.no_check)
     task = PythonCell(
@@ -60,7 +58,7 @@ def prepare(request: options.CellRequest, body: str, *, name: str, first: int, a
         python=f"{sys.version_info.major}.{sys.version_info.minor}",
         versions=bundle.versions,
     )
-    return Prepared(spec=options.to_spec(request, task), files=bundle.files, notes=bundle.notes, split=split)
+    return Prepared(spec=options.to_spec(request, task), files=bundle.files, notes=bundle.notes)
 
 
 def from_python(source: str, words: Mapping[str, object], namespace: Mapping[str, Any]) -> Prepared:
@@ -89,18 +87,7 @@ async def send(client: Client, prepared: Prepared) -> tuple[Submission, Place]:
         spec = msgspec.structs.replace(spec, task=task)
     submission = await client.submit(spec)
     nodes = await client.nodes()
-    if not prepared.split:
-        submission = await _with_hint(client, submission)
     return submission, place_of(submission, nodes)
-
-
-async def _with_hint(client: Client, submission: Submission) -> Submission:
-    """Who did not say how to split, and gave several files, is told once what is possible."""
-    files = len((await client.job(submission.job)).shards[0].inputs)
-    if submission.count > 1 or files < 2:
-        return submission
-    note = f"one shard for {files:,} files; --shards auto or --shards N runs several at once"
-    return msgspec.structs.replace(submission, notes=(*submission.notes, note))
 
 
 def place_of(submission: Submission, nodes: Sequence[NodeView]) -> Place:
