@@ -205,6 +205,4 @@ class Lines(msgspec.Struct, frozen=True, tag="lines", gc=False):
     text: str
 
 
-Message = (
-    Offer | Accept | Reject | Kept | Cancel | Recall | Take | Refuse | Heartbeat | Started | Propose | Lines
-)
+Message = Offer | Accept | Reject | Kept | Cancel | Recall | Take | Refuse | Heartbeat | Started | Propose | Lines

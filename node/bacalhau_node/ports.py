@@ -12,12 +12,12 @@ from typing import Literal, Protocol
 
 import msgspec
 
+from bacalhau_node.cid import Cid
 from bacalhau_node.ids import Execution, JobId, NodeId
 from bacalhau_node.messages import ShardError, ValueKind
 from bacalhau_node.protocol.events import Row
 from bacalhau_node.sharding import Entry, Reference
 from bacalhau_node.spec import InputSource, Isolation, JobSpec
-
 
 # --- executor ---
 
@@ -74,7 +74,10 @@ class RawValue(msgspec.Struct, frozen=True):
 
 
 class RawOutcome(msgspec.Struct, frozen=True, kw_only=True):
-    """How an execution ended, before its bytes have names. `outputs`: a folder in scratch, or None if nothing was written."""
+    """How an execution ended, before its bytes have names.
+
+    `outputs` is a folder in scratch, or None if nothing was written.
+    """
 
     ok: bool
     exit_code: int = 0
@@ -148,6 +151,18 @@ class ContentStore(Protocol):
         """Whether the block is here. Quick."""
         ...
 
+    def block(self, cid: Cid) -> bytes:
+        """`get` for those that hold the CID in bytes. Quick."""
+        ...
+
+    def holds(self, cid: Cid) -> bool:
+        """`has` for those that hold the CID in bytes. Quick."""
+        ...
+
+    def keep(self, cid: Cid, block: bytes) -> None:
+        """Store a block that was checked against its CID, and all of whose links are here. Mostly quick."""
+        ...
+
     def flush(self) -> None:
         """Make every `put` so far durable (group commit). Quick."""
         ...
@@ -203,7 +218,10 @@ class Source(Protocol):
         ...
 
     def list(self, source: InputSource, *, index: int) -> list[Entry]:
-        """Every file and (as entries ending in "/" of size 0) every empty folder; raises `ContentError` or `SpecError`."""
+        """Every file, and every empty folder as an entry of size 0 that ends in "/".
+
+        Raises `ContentError` and `SpecError`.
+        """
         ...
 
     def open(self, reference: Reference, *, scratch: Path) -> Path:
@@ -222,7 +240,9 @@ class Transport(Protocol):
     """Bytes between nodes, at most once, in no order: nothing above may assume more."""
 
     @property
-    def node(self) -> NodeId: ...
+    def node(self) -> NodeId:
+        """The node that speaks through this transport."""
+        ...
 
     async def send(self, to: NodeId, data: bytes) -> None:
         """Hand `data` to the network; returning does not mean that it arrived."""
@@ -236,7 +256,9 @@ class Transport(Protocol):
         """Nodes that can be sent to now, sorted."""
         ...
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """Leave the network; `received` ends."""
+        ...
 
 
 # --- journal ---
@@ -253,4 +275,6 @@ class Journal(Protocol):
         """Every row, jobs before their shards; raises `ContentError` for a damaged or newer journal."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Let go of the file; every commit that returned is in it."""
+        ...

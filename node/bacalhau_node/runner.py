@@ -253,6 +253,6 @@ async def _in_thread_if(heavy: bool, work: Callable[[], T]) -> T:  # noqa: FBT00
 
 
 async def _remove(scratch: Path) -> None:
-    """Remove an execution's folder; mostly it was never made. (Removing one can take milliseconds on ext4.)"""
+    """Remove an execution's folder, which mostly was never made: removing one can take milliseconds on ext4."""
     if scratch.exists():  # noqa: ASYNC240 - microseconds
         await asyncio.to_thread(shutil.rmtree, scratch, ignore_errors=True)

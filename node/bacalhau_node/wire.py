@@ -35,6 +35,6 @@ def decode(data: bytes) -> Message:
     if data[0] != VERSION:
         raise ProtocolError(f"message version {data[0]}, this node speaks {VERSION}")
     try:
-        return cast(Message, _decoder.decode(memoryview(data)[1:]))
+        return cast("Message", _decoder.decode(memoryview(data)[1:]))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:  # the one place where garbage arrives
         raise ProtocolError(f"not a message: {error}") from error
