@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -37,7 +39,7 @@ def text_of(pieces):
 def test_pieces_cut_anywhere_make_the_same_lines(text, cuts):
     buffer = LineBuffer()
     edges = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
-    lines = [line for a, b in zip(edges, edges[1:], strict=False) for line in buffer.feed(text[a:b])]
+    lines = [line for a, b in pairwise(edges) for line in buffer.feed(text[a:b])]
     assert [*lines, buffer.end()] == text.split("\n")
 
 
