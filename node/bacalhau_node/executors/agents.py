@@ -24,9 +24,10 @@ from bacalhau_node.executors import staging
 from bacalhau_node.executors.attach import DaemonError
 from bacalhau_node.executors.containers import Recipe
 from bacalhau_node.executors.layout import NoEnvironment, NoProgram, Shape, Site, SlotFolder, memory_text
+from bacalhau_node.executors.limits import DEFAULT_DISK
 from bacalhau_node.executors.slot import AgentLost, AgentSetup, AgentSlot, agent_job, shard_run
 from bacalhau_node.messages import ShardError
-from bacalhau_node.ports import RawOutcome, RawValue, ShardStarted, ShardTask
+from bacalhau_node.ports import RawOutcome, RawValue, ShardTask
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -41,9 +42,6 @@ CANCEL_SECONDS: Final = 0.5
 OVERTIME: Final = 5.0
 """Seconds after `--timeout` at which an agent that should have ended its shard is taken for stopped."""
 _ERRORS_KEPT: Final = 4096
-_DEFAULT_DISK: Final = 10 * 10**9
-_OOM_COUNTERS: Final = ("/sys/fs/cgroup/memory/memory.oom_control", "/sys/fs/cgroup/memory.events")
-"""The container's own counter of kills for memory, as it sees it: control groups of version 1, of version 2."""
 _OVERTIME_CAUSE: Final = "it ran over its time and its worker did not end it: its container was killed"
 
 
@@ -101,6 +99,7 @@ class AgentContainer:
         self._pipe = AgentPipe()
         self._id = ""
         self._agent: AgentSlot | None = None
+        self._imports: tuple[str, ...] = ()
         self._showing: asyncio.Future[None] | None = None
         self._removal: asyncio.Task[None] | None = None
 
@@ -137,6 +136,7 @@ class AgentContainer:
         )
 
     async def _greet(self, imports: tuple[str, ...]) -> None:
+        self._imports = imports
         agent = AgentSlot(self._pipe, AgentSetup(imports=imports), explain=self._last_words)
         self._agent = agent
         await asyncio.wait({agent.ready, agent.dead}, timeout=READY_SECONDS, return_when=asyncio.FIRST_COMPLETED)
@@ -159,8 +159,9 @@ class AgentContainer:
         return lines[-1] if lines else "its container ended"
 
     def prepare(self, imports: tuple[str, ...]) -> None:
-        """Preload these modules; only before the first job."""
-        if self._agent is not None:
+        """Preload these modules if others were; only before the first job."""
+        if self._agent is not None and imports != self._imports:
+            self._imports = imports
             self._agent.prepare(imports)
 
     async def run(self, task: ShardTask, emit: Callable[[ExecutorEvent], None]) -> RawOutcome:
@@ -179,14 +180,14 @@ class AgentContainer:
             work=f"/slot/work/{name}",
             scratch=f"/slot/work/{name}.value",
             memory=self.shape.memory,
-            disk=task.spec.resources.disk or _DEFAULT_DISK,
+            disk=task.spec.resources.disk or DEFAULT_DISK,
             hold=True,
         )
         values = self.folder.work / f"{name}.value"
-        watch = _Overtime(task.spec.timeout, emit, self.kill)
+        watch = _Overtime(task.spec.timeout, queued=agent.outstanding, kill=self.kill)
         try:
             outcome = await self._await(
-                agent.run(run, host_scratch=values, host_outputs=self.folder.outputs, emit=watch.emit)
+                agent.run(run, host_scratch=values, host_outputs=self.folder.outputs, emit=emit)
             )
         except asyncio.CancelledError:
             if agent.holding == run.key:  # what it left would be the next shard's
@@ -289,28 +290,28 @@ class AgentContainer:
 
 
 class _Overtime:
-    """Kills a container whose agent should have ended a shard long ago: the cell may have stopped it."""
+    """Kills a container whose agent should have ended a shard long ago: the cell may have stopped it.
+
+    From the moment that a run is queued behind `queued` others; an agent that is stopped may not
+    even have said that the shard has started.
+    """
 
     def __init__(
-        self,
-        timeout: float | None,
-        emit: Callable[[ExecutorEvent], None],
-        kill: Callable[[], Coroutine[object, object, None]],
+        self, timeout: float | None, *, queued: int, kill: Callable[[], Coroutine[object, object, None]]
     ) -> None:
         self.fired = False
-        self._timeout, self._emit, self._kill = timeout, emit, kill
-        self._timer: asyncio.TimerHandle | None = None
+        self._kill = kill
         self._killing: asyncio.Task[None] | None = None
-
-    def emit(self, event: ExecutorEvent) -> None:
-        if isinstance(event, ShardStarted) and self._timeout is not None:
-            self._timer = asyncio.get_running_loop().call_later(self._timeout + OVERTIME, self._fire)
-        self._emit(event)
+        self._timer: asyncio.TimerHandle | None = None
+        if timeout is not None:
+            longest = (timeout + OVERTIME) * (queued + 1)
+            self._timer = asyncio.get_running_loop().call_later(longest, self._fire)
 
     def _fire(self) -> None:
         self.fired = True
         self._killing = asyncio.ensure_future(self._kill())
 
     def stop(self) -> None:
+        """The run has ended."""
         if self._timer is not None:
             self._timer.cancel()

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 DEFAULT_HOST: Final = "unix:///var/run/docker.sock"
 PING_SECONDS: Final = 0.2
 """How long a daemon may take to answer before the node goes on without it (DESIGN section 6)."""
-CALL_SECONDS: Final = 60
+CALL_SECONDS: Final = 30
 """Longest wait for one answer of the daemon; a pull has no limit of its own."""
 REMOVALS: Final = 3
 """How often a removal is tried."""
@@ -106,13 +106,12 @@ class State:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DaemonInfo:
-    """What matters of `docker info`. `limits`: memory, pids and CPU limits are enforced. Memory in bytes."""
+    """What matters of a daemon. `limits`: memory, pids and CPU limits are enforced. `bridge`: it has a network."""
 
     id: str
     rootless: bool
     limits: bool
-    cores: int
-    memory: int
+    bridge: bool
 
 
 _NO_LOG: Final = {"Type": "none"}
@@ -154,15 +153,14 @@ class Daemon:
 
     async def info(self) -> DaemonInfo:
         """What this daemon is and whether its limits hold."""
-        found = await self._call(lambda api: api.info())
+        found, networks = await self._call(lambda api: (api.info(), api.networks(names=["bridge"])))
         enforced = all(found.get(name, False) for name in ("MemoryLimit", "PidsLimit", "CpuCfsQuota"))
         options = found.get("SecurityOptions") or ()
         return DaemonInfo(
             id=str(found.get("ID")),
             rootless="name=rootless" in options,
             limits=enforced,
-            cores=int(found["NCPU"]),
-            memory=int(found["MemTotal"]),
+            bridge=bool(networks),
         )
 
     async def has_image(self, name: str) -> bool:

@@ -15,16 +15,15 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from bacalhau_node.errors import BugError, ContentError
+from bacalhau_node.errors import ContentError
 from bacalhau_node.executors.attach import DaemonError
 from bacalhau_node.executors.command import run_command
 from bacalhau_node.executors.containers import DEFAULT_HOST
 from bacalhau_node.executors.environment import installed, mismatch
-from bacalhau_node.executors.layout import NoEnvironment, roots_of, size_text
+from bacalhau_node.executors.layout import NoEnvironment, size_text
 from bacalhau_node.executors.limits import memory_per_slot, usable_cores
 from bacalhau_node.executors.plant import Plant, open_plant
 from bacalhau_node.executors.slot import AgentLost, warm_imports
@@ -40,7 +39,7 @@ if TYPE_CHECKING:
     from bacalhau_node.ids import JobId, NodeId
     from bacalhau_node.messages import ErrorKind
     from bacalhau_node.ports import ExecutorEvent, ShardTask
-    from bacalhau_node.spec import JobSpec
+    from bacalhau_node.spec import JobSpec, Resources
 
 TRIES: Final = 3
 """How often a run is given to a container before it had started: another run may have ended the first two."""
@@ -94,11 +93,12 @@ class DockerExecutor:
         )
 
     async def _try(self) -> None:
-        if self._plant is not None:
-            await self._plant.site.daemon.ping()
-            await self._plant.ensure_image()
+        plant = self._plant
+        if plant is not None:
+            await plant.site.daemon.ping()
+            await plant.ensure_image()
         else:
-            self._plant = await open_plant(
+            opening = open_plant(
                 self._host,
                 self._folder,
                 node=self._node,
@@ -106,23 +106,28 @@ class DockerExecutor:
                 memory=self._memory,
                 is_alive=self._is_alive,
             )
-            self._versions = await asyncio.to_thread(installed)
-        self._plant.spares.warm()
+            opened, self._versions = await asyncio.gather(opening, asyncio.to_thread(installed))
+            self._plant = plant = opened
+        plant.spares.warm()
 
     def check(self, spec: JobSpec) -> str | None:
         """Why containers of this node can never run `spec`, or None."""
         if self._problem:
             return f"Docker can't be used on this node: {self._problem}"
-        wanted = spec.resources
+        if spec.network == "full" and self._plant is not None and not self._plant.info.bridge:
+            return "--network full: the Docker daemon of this node has no bridge network"
+        if isinstance(spec.task, PythonCell) and spec.image is None and (lack := mismatch(spec.task, self._versions)):
+            return lack
+        return self._too_much(spec.resources)
+
+    def _too_much(self, wanted: Resources) -> str | None:
+        most = self._memory * self._slots
         if wanted.gpus:
             return f"--gpu: this node has no GPU ({_no_gpu()})"
-        most = self._memory * self._slots
         if wanted.memory is not None and wanted.memory > most:
             return f"--memory {size_text(wanted.memory)}: this node can give a shard at most {size_text(most)}"
         if wanted.cpu > self._slots:
             return f"--cpu {wanted.cpu:g}: this node can give a shard at most {self._slots} cores"
-        if isinstance(spec.task, PythonCell) and spec.image is None:
-            return mismatch(spec.task, self._versions)
         return None
 
     async def run(self, task: ShardTask, emit: Callable[[ExecutorEvent], None]) -> RawOutcome:
@@ -152,20 +157,21 @@ class DockerExecutor:
         self, plant: Plant, task: ShardTask, shape: Shape, emit: Callable[[ExecutorEvent], None]
     ) -> RawOutcome:
         """Run a cell in a container of the crew; again if the container went before the cell had started."""
-        for attempt in range(TRIES):
+        lost = 0
+        while True:
             try:
                 async with plant.crew.container(plant.need(task, shape)) as container:
                     try:
                         outcome = await container.run(task, emit)
-                    except AgentLost as lost:
-                        if lost.started or attempt == TRIES - 1:
-                            return await container.explain(lost)
+                    except AgentLost as end:
+                        lost += 1
+                        if end.started or lost == TRIES:
+                            return await container.explain(end)
                         continue
                     plant.learn(task.execution.job, outcome.seconds)
                     return outcome
             except NeedsRoot as needed:
-                shape = replace(shape, roots=roots_of(task, needed.file))
-        raise BugError(f"{task.execution} was neither run nor explained")
+                shape = plant.with_roots(task, shape, needed.file)
 
     async def release(self, job: JobId) -> None:
         """Remove the job's containers; spares for the next job take their place."""

@@ -17,6 +17,7 @@ import os
 import secrets
 import shutil
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -24,12 +25,12 @@ from bacalhau_node.executors.agents import AgentContainer
 from bacalhau_node.executors.attach import DaemonError
 from bacalhau_node.executors.containers import Daemon, DaemonInfo, Label
 from bacalhau_node.executors.crew import Crew, Need
-from bacalhau_node.executors.environment import Interpreter, describe
+from bacalhau_node.executors.environment import Interpreter, collapse, describe
 from bacalhau_node.executors.images import Images
-from bacalhau_node.executors.layout import NoEnvironment, NoProgram, Shape, Site, shape_of
+from bacalhau_node.executors.layout import Image, NoEnvironment, NoProgram, Shape, Site, roots_of, shape_of
 from bacalhau_node.executors.slot import AGENT_FILE, warm_imports
 from bacalhau_node.executors.spares import Spares
-from bacalhau_node.executors.staging import Reader
+from bacalhau_node.executors.staging import Reader, destroy
 from bacalhau_node.spec import PythonCell
 
 if TYPE_CHECKING:
@@ -45,6 +46,15 @@ _PYTHONS: Final = ("python3", "python")
 _SPARE_MEMORY: Final = 100 * 1024 * 1024
 """What a spare with pandas preloaded holds; all of them together take a tenth of the memory."""
 _NOT_SEEN: Final = "bind source path does not exist"
+
+
+@dataclass(slots=True)
+class _Job:
+    """What the shards of one job have taught: its image, the roots of its large files, whether they are short."""
+
+    image: Image | None = None
+    roots: tuple[Path, ...] = ()
+    short: bool = False
 
 
 class Plant:
@@ -64,7 +74,7 @@ class Plant:
         self._memory = memory
         self._numbers = itertools.count()
         self._pythons: dict[str, str] = {}
-        self._short: dict[JobId, bool] = {}
+        self._jobs: dict[JobId, _Job] = {}
         self._imports: tuple[str, ...] = ()
         self._reaping: asyncio.Task[None] | None = None
 
@@ -79,11 +89,17 @@ class Plant:
 
     async def shape(self, task: ShardTask) -> Shape:
         """What the container of `task` must be; its image is here then. Raises `NoEnvironment`."""
-        memory = task.spec.resources.memory or self._memory
-        if task.spec.image is None:
-            return shape_of(task, image=None, memory=memory)
-        image = await self.images.find(task.spec.image)
-        return shape_of(task, image=image, memory=memory)
+        job = self._jobs.setdefault(task.execution.job, _Job())
+        if task.spec.image is not None and job.image is None:
+            job.image = await self.images.find(task.spec.image)
+        shape = shape_of(task, image=job.image, memory=task.spec.resources.memory or self._memory)
+        return replace(shape, roots=job.roots)
+
+    def with_roots(self, task: ShardTask, shape: Shape, file: Path) -> Shape:
+        """From now on the containers of this job show `file` through its folder."""
+        job = self._jobs.setdefault(task.execution.job, _Job())
+        job.roots = collapse((*job.roots, *roots_of(task, file)))
+        return replace(shape, roots=job.roots)
 
     def shares(self, shape: Shape) -> int:
         """How many slots' worth of the machine a container of this shape takes."""
@@ -98,13 +114,14 @@ class Plant:
             shape=shape,
             imports=warm_imports(cell.imports) if isinstance(cell, PythonCell) else (),
             shares=self.shares(shape),
-            rides=not task.files and self._short.get(task.execution.job, False),
+            rides=not task.files and self._jobs.get(task.execution.job, _Job()).short,
             once=task.spec.container_per == "shard",
         )
 
     def learn(self, job: JobId, seconds: float) -> None:
         """A shard of `job` took so long."""
-        self._short[job] = seconds < SHORT
+        if job in self._jobs:
+            self._jobs[job].short = seconds < SHORT
 
     async def _hire(self, need: Need) -> AgentContainer:
         self._imports = need.imports
@@ -132,7 +149,7 @@ class Plant:
 
     async def release(self, job: JobId) -> None:
         """Remove the job's containers, and have spares ready for the next."""
-        self._short.pop(job, None)
+        self._jobs.pop(job, None)
         await self.crew.release(job)
         self.spares.warm(self._imports)
 
@@ -144,7 +161,7 @@ class Plant:
         await asyncio.gather(self.spares.close(), self.images.close())
         await self.crew.close()
         await self.site.daemon.close()
-        await asyncio.to_thread(shutil.rmtree, self.site.folder / "slots", ignore_errors=True)
+        await asyncio.to_thread(destroy, self.site.folder / "slots")
 
     # --- what dead nodes left ---
 
@@ -227,7 +244,7 @@ def _users(*, rootless: bool) -> tuple[Reader, Reader]:
 def _new_slots(folder: Path) -> Path:
     """An empty `slots` folder with a copy of the agent that any user may read."""
     slots = folder / "slots"
-    shutil.rmtree(slots, ignore_errors=True)
+    destroy(slots)
     slots.mkdir(parents=True)
     copy = slots / AGENT_FILE.name
     shutil.copyfile(AGENT_FILE, copy)
