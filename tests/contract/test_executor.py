@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -18,11 +17,12 @@ async def bench(tmp_path: Path) -> AsyncIterator[ShardBench]:
     yield ShardBench(executor, tmp_path)
     await executor.close()
     assert list((tmp_path / "executor").iterdir()) == []
-    assert [pid for pid in processes_with("executors/agent.py") if _parent(pid) == os.getpid()] == []
+    assert _children() & set(processes_with("executors/agent.py")) == set()
 
 
-def _parent(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+def _children() -> set[int]:
+    tasks = Path("/proc/self/task").iterdir()
+    return {int(pid) for task in tasks for pid in (task / "children").read_text().split()}
 
 
 class TestProcessExecutor(ExecutorContract):

@@ -202,3 +202,19 @@ async def test_runs_taken_ahead_move_to_a_slot_that_runs_dry(bench: ShardBench, 
     await asyncio.gather(*(bench.run(source, shard=index) for index in range(100)))  # short ones: slots take many ahead
     outcomes = await asyncio.gather(*(bench.run(source, shard=index) for index in range(100, 131)))
     assert [value(outcome) for outcome in outcomes] == list(range(100, 131))
+
+
+async def test_a_folder_that_cannot_be_made_is_the_fault_of_the_node(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    executor = ProcessExecutor(tmp_path / "file" / "executor", slots=1)
+    assert "no process could be started" in ((await executor.probe()).problem or "")
+    kind, message = failure(await ShardBench(executor, tmp_path).run("1"))
+    assert (kind, "Not a directory" in message) == ("node", True)
+    await executor.close()
+
+
+async def test_a_job_with_little_memory_can_use_pandas(bench: ShardBench) -> None:
+    outcome = await bench.run(
+        "import pandas as pd\nint(pd.Series([1, 2]).sum())", imports=("pandas",), resources=Resources(memory=64 * 2**20)
+    )
+    assert value(outcome) == 3

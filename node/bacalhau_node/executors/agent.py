@@ -59,7 +59,7 @@ from __future__ import annotations
 
 import sys
 
-if sys.path and not sys.flags.isolated:
+if __name__ == "__main__" and sys.path and not sys.flags.isolated:
     del sys.path[0]  # the folder of this file: its neighbours must not hide anybody's modules
 
 import __future__
@@ -388,11 +388,12 @@ def pandas_table(pa: Any, value: Any) -> Any:
     mark: Header = {"library": "pandas", "type": "DataFrame"}
     if is_a(value, "pandas", "Series"):
         frame, mark = value.to_frame(), {"library": "pandas", "type": "Series", "named": value.name is not None}
+    elif is_a(value, "pandas", "MultiIndex"):  # a level without a name gets the one that pandas gives it as a column
+        levels = ["level_%d" % at if level is None else level for at, level in enumerate(value.names)]
+        frame, mark = value.to_frame(index=False, name=levels), {"library": "pandas", "type": "Index", "named": True}
     elif is_a(value, "pandas", "Index"):
-        frame, mark = (
-            value.to_frame(index=False),
-            {"library": "pandas", "type": "Index", "named": value.name is not None},
-        )
+        frame = value.to_frame(index=False)
+        mark = {"library": "pandas", "type": "Index", "named": value.name is not None}
     try:
         return marked(pa.Table.from_pandas(frame), mark)
     except (pa.ArrowException, TypeError, ValueError, OverflowError, NotImplementedError) as error:
@@ -1433,6 +1434,7 @@ class Agent:
         self.drop_template()
         ours, theirs = socket.socketpair()
         private = [self.host_in, self.host_out, self.wake, self.wake_end, self.selector.fileno(), ours.fileno()]
+        private += [fd for fd in (self.children.fd,) if fd >= 0]
         pid = os.fork()
         if pid == 0:
             template_process(theirs, imports if really else [], self.plumbing, private)

@@ -22,6 +22,8 @@ from typing import Final
 from bacalhau_node.executors.limits import ControlGroup
 from bacalhau_node.executors.slot import AGENT_FILE, AgentSetup, AgentSlot
 
+AGENT_MEMORY: Final = 160 * 1024**2
+"""Bytes of an agent that has imported pandas and pyarrow; a job's limit is for its shards."""
 END_SECONDS: Final = 2.0
 """How long an agent may take to exit once its streams have ended."""
 GROUP_PREFIX: Final = "bacalhau-"
@@ -118,9 +120,9 @@ class PlainAgent:
         return not self.slot.dead.done()
 
     def limit(self, memory: int) -> None:
-        """Hold its job to this much memory."""
+        """Hold its shards to this much memory, besides what the agent itself holds."""
         if self.group is not None:
-            self.group.limit(memory)
+            self.group.limit(memory + AGENT_MEMORY)
 
     def cause(self) -> str:
         """How the process ended, as a clause."""

@@ -198,35 +198,43 @@ class ProcessExecutor:
         """Go on with `work` whatever happens to the caller; `close` waits for it."""
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
         return task
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # seen: whoever started it may be gone
 
     # --- slots ---
 
     async def _run_once(self, task: ShardTask, emit: Callable[[ExecutorEvent], None]) -> RawOutcome:
         seat = await self._acquire(task.execution.job)
         try:
-            await asyncio.shield(self._spawn(self._settle(seat, task)))
-            agent = seat.agent
-            if agent is None:
-                raise AgentLost("the node is closing", started=False, partial=RawOutcome(ok=False))
+            agent = await self._agent_for(seat, task)
+            run, places = self._shard_run(task), (task.scratch / "value", task.scratch / "outputs")
             try:
-                outcome = await agent.slot.run(
-                    self._shard_run(task),
-                    host_scratch=task.scratch / "value",
-                    host_outputs=task.scratch / "outputs",
-                    emit=emit,
-                )
+                outcome = await agent.slot.run(run, host_scratch=places[0], host_outputs=places[1], emit=emit)
             except AgentLost as lost:
-                if lost.cause == RECALLED:
-                    raise
-                await asyncio.shield(self._spawn(agent.end()))
+                if lost.cause != RECALLED:
+                    await asyncio.shield(self._spawn(agent.end()))
                 raise
             seat.learned(outcome.seconds)
             return await _checked(outcome)
         finally:
             seat.runs -= 1
             self._serve_waiting()
+
+    async def _agent_for(self, seat: _Seat, task: ShardTask) -> PlainAgent:
+        """An agent of the task's job in the slot. Raises `AgentLost` when there can be none."""
+        cause = "the node is closing"
+        try:
+            await asyncio.shield(self._spawn(self._settle(seat, task)))
+        except OSError as error:
+            cause = str(error)
+        if seat.agent is None:
+            raise AgentLost(cause, started=False, partial=RawOutcome(ok=False))
+        return seat.agent
 
     async def _acquire(self, job: JobId) -> _Seat:
         seat = None if self._waiting else self._pick(job)
