@@ -194,7 +194,7 @@ async def test_a_silent_daemon_costs_a_fifth_of_a_second(tmp_path: Path, monkeyp
         ({"resources": Resources(memory=10 * 1024**4)}, "--memory 10 TB: this node can give a shard at most"),
         ({"resources": Resources(cpu=64)}, "--cpu 64: this node can give a shard at most 2 cores"),
         ({"resources": Resources(gpus=1)}, "--gpu: this node has no GPU"),
-        ({"task": PythonCell(bundle="b", python="3.7")}, "needs Python 3.7; this node has"),
+        ({"task": PythonCell(bundle="b", python="3.7")}, "needs Python 3.7; this node runs"),
         ({"task": PythonCell(bundle="b", versions={"No_Such": "1.0"})}, "needs No_Such 1.0; this node has no No_Such"),
     ],
 )
@@ -402,6 +402,24 @@ if shard.index == 9:
     failed = [outcome.error for outcome in outcomes if not outcome.ok]
     assert [error.kind for error in failed if error] == ["signal"]
     assert outcomes[0].error in failed
+
+
+async def test_runs_queued_behind_a_long_shard_move_to_a_container_that_runs_dry(bench: Bench) -> None:
+    source = """
+import time
+if shard.index == 9:
+    time.sleep(60)
+1
+"""
+    learned = [bench.task(source) for _ in range(8)]  # such short shards are queued ahead from now on
+    await asyncio.gather(*(bench.executor.run(task, bench.events.append) for task in learned))
+    long, *others = [
+        asyncio.create_task(bench.executor.run(bench.task(source), bench.events.append)) for _ in range(12)
+    ]
+    outcomes = await asyncio.wait_for(asyncio.gather(*others), PATIENCE)
+    assert all(outcome.ok for outcome in outcomes)
+    long.cancel()
+    await asyncio.wait({long})
 
 
 async def test_a_stopped_worker_does_not_hold_the_slot_for_ever(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

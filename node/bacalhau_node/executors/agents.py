@@ -164,6 +164,11 @@ class AgentContainer:
             self._imports = imports
             self._agent.prepare(imports)
 
+    def recall(self) -> None:
+        """Ask for the run back that would start last: its `run` then raises `AgentLost` (`RECALLED`)."""
+        if self._agent is not None:
+            self._agent.recall()
+
     async def run(self, task: ShardTask, emit: Callable[[ExecutorEvent], None]) -> RawOutcome:
         """Run one execution. Raises `AgentLost`, `staging.NeedsRoot` and `ContentError`."""
         agent = self._agent

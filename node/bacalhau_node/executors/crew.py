@@ -7,7 +7,8 @@ is idle again. A job's containers go when the job is released; spares take their
 
 Runs without files may ride along: where every share is taken and nobody else waits, they are
 queued in a container of their job that is at work, so that its agent never waits for this
-process. Files have to be put in place between two shards, so runs with files never ride.
+process. Files have to be put in place between two shards, so runs with files never ride. A
+container that runs dry gets a run back that waits in another one.
 """
 
 from __future__ import annotations
@@ -123,6 +124,13 @@ class Crew:
             self.end(post.container)
         else:
             self._idle.append(post)
+            self._recall(post)
+
+    def _recall(self, idle: _Post) -> None:
+        """`idle` has run dry: take a run back that was queued in the busiest other container of its job."""
+        fitting = [post for post in self._busy if _fits(post, idle.need) and post.users > 1]
+        if fitting and not self.turns.crowded:
+            max(fitting, key=lambda post: post.users).container.recall()
 
     async def release(self, job: JobId) -> None:
         """Remove the containers of this job; those at work go when their last run ends."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -22,11 +21,11 @@ from bacalhau_node.errors import ContentError
 from bacalhau_node.executors.attach import DaemonError
 from bacalhau_node.executors.command import run_command
 from bacalhau_node.executors.containers import DEFAULT_HOST
-from bacalhau_node.executors.environment import installed, mismatch
+from bacalhau_node.executors.fit import installed, mismatch, python_version
 from bacalhau_node.executors.layout import NoEnvironment, size_text
 from bacalhau_node.executors.limits import memory_per_slot, usable_cores
 from bacalhau_node.executors.plant import Plant, open_plant
-from bacalhau_node.executors.slot import AgentLost, warm_imports
+from bacalhau_node.executors.slot import RECALLED, AgentLost, warm_imports
 from bacalhau_node.executors.staging import NeedsRoot
 from bacalhau_node.messages import ShardError
 from bacalhau_node.ports import Capabilities, RawOutcome
@@ -86,7 +85,7 @@ class DockerExecutor:
             isolation="container",
             slots=self._slots,
             memory_per_slot=self._memory,
-            python=f"{sys.version_info.major}.{sys.version_info.minor}",
+            python=python_version(),
             versions=self._versions,
             limits_enforced=plant is None or plant.info.limits,
             problem=self._problem,
@@ -164,8 +163,8 @@ class DockerExecutor:
                     try:
                         outcome = await container.run(task, emit)
                     except AgentLost as end:
-                        lost += 1
-                        if end.started or lost == TRIES:
+                        lost += end.cause != RECALLED
+                        if end.started or lost >= TRIES:
                             return await container.explain(end)
                         continue
                     plant.learn(task.execution.job, outcome.seconds)

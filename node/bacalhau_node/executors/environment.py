@@ -20,10 +20,8 @@ link into `/usr` would put that mount below ours.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import io
 import os
-import re
 import sys
 import tarfile
 from dataclasses import dataclass
@@ -32,8 +30,6 @@ from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
-
-    from bacalhau_node.spec import PythonCell
 
 IMAGE_NAME: Final = "bacalhau-jupyter/host"
 USER: Final = "shard"
@@ -145,30 +141,6 @@ def collapse(paths: Iterable[Path]) -> tuple[Path, ...]:
         if not any(path.is_relative_to(above) for above in kept):
             kept.append(path)
     return tuple(kept)
-
-
-def installed() -> dict[str, str]:
-    """The distributions that this interpreter can import: normal name -> version. Reads the disk."""
-    found = ((each.name, each.version) for each in importlib.metadata.distributions())
-    return {_normal(name): version for name, version in found if name}
-
-
-def mismatch(cell: PythonCell, versions: Mapping[str, str]) -> str | None:
-    """What the cell needs and this interpreter, which has `versions`, does not: one clause, or None."""
-    have = f"{sys.version_info.major}.{sys.version_info.minor}"
-    if cell.python and cell.python != have:
-        return f"needs Python {cell.python}; this node has {have}"
-    for name, version in cell.versions.items():
-        found = versions.get(_normal(name))
-        if found is None:
-            return f"needs {name} {version}; this node has no {name}"
-        if found.split(".")[:2] != version.split(".")[:2]:
-            return f"needs {name} {version}; this node has {found}"
-    return None
-
-
-def _normal(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def _problem(interpreter: Interpreter, prefixes: Sequence[Path], home: Path, root: Path) -> str | None:

@@ -1,4 +1,4 @@
-"""Whether plain processes of this machine can run a job at all, and why not."""
+"""Whether this machine can run a job at all without an image, and why not."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _NVIDIA: Final = Path("/proc/driver/nvidia/version")
 
 
 def misfit(spec: JobSpec, versions: Mapping[str, str]) -> str | None:
-    """Why this interpreter, with these distributions (none: not known yet), can never run `spec`; or None."""
+    """Why plain processes of this interpreter, with these distributions (none: unknown), can't run `spec`; or None."""
     problem = _refused(spec) or _too_large(spec.resources)
     if problem is None and isinstance(spec.task, PythonCell):
-        return _mismatch(spec.task, versions)
+        return mismatch(spec.task, versions)
     return problem
 
 
@@ -52,7 +52,7 @@ def _too_large(resources: Resources) -> str | None:
     return None
 
 
-def _mismatch(cell: PythonCell, versions: Mapping[str, str]) -> str | None:
+def mismatch(cell: PythonCell, versions: Mapping[str, str]) -> str | None:
     """What the cell needs and this interpreter has not, in one sentence."""
     if cell.python and cell.python != python_version():
         return f"needs Python {cell.python}; this node runs {python_version()}"
