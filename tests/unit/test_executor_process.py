@@ -144,7 +144,7 @@ async def test_closing_ends_what_runs(executor: ProcessExecutor, bench: ShardBen
     source = f"import subprocess\nsubprocess.run(['sleep', '{marker}'])"
     events: list[ExecutorEvent] = []
     running = asyncio.ensure_future(bench.run(source, on_event=events.append))
-    await until(lambda: processes_with(marker))
+    await until(lambda: processes_with(marker) and events)
     assert isinstance(events[0], ShardStarted)
     await executor.close()
     assert failure(await running)[0] in ("signal", "node")
