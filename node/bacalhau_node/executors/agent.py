@@ -30,7 +30,7 @@ Two big-endian lengths of four bytes (header, body), a JSON object with the type
 
 host to agent
     hello      path, env, imports, oom, watch    first, once; `imports` are preloaded
-    prepare    imports                           preload these in place of the former
+    prepare    imports                           preload these; what was preloaded stays if it has them all
     job        bundle, name, line_offset, imports, env, argv     once; `argv`: a program in place of a cell
     run        key, shard, count, seed, inputs, logical, shared, outputs, work, scratch, env, timeout, memory,
                disk, hold                        queued behind the runs before it
@@ -1363,8 +1363,8 @@ class Agent:
             order()
 
     def preload(self, imports: List[str]) -> None:
-        """Other modules than before, while there is no job."""
-        if self.template is None or self.template.wanted != imports:
+        """Have these modules, while there is no job; more of them do no harm."""
+        if self.template is None or not set(imports) <= set(self.template.wanted):
             self.prepare(imports)
 
     def give_back(self, key: str) -> None:
@@ -1640,7 +1640,7 @@ class Agent:
             send_signal(pid, signal.SIGKILL)
 
     def sweep(self) -> None:
-        """After a shard: kill and reap what it left, until nothing is below us but the warm child."""
+        """After a shard: kill and reap what it left, until nothing is below us but the template."""
         while self.shard_processes():
             self.kill_shard()
             self.reap()

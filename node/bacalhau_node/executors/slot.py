@@ -274,7 +274,7 @@ class AgentSlot:
         return tuple(pending.pid for pending in self._pending.values() if pending.started)
 
     def prepare(self, imports: tuple[str, ...]) -> None:
-        """Have these modules imported ahead of the next job; others that were preloaded are dropped."""
+        """Have these modules imported ahead of the next job, in place of the former ones unless those have them all."""
         self._pipe.write(frame("prepare", {"imports": imports}))
 
     def bind(self, job: AgentJob) -> None:
