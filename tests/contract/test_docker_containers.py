@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
@@ -582,6 +583,55 @@ async def test_containers_of_dead_nodes_are_removed_and_no_others(
         await executor.close()
         for container in kept:
             api.remove_container(container, force=True)
+
+
+_NODE_SCRIPT = """
+import asyncio, sys
+from pathlib import Path
+from bacalhau_node.executors.docker import DockerExecutor
+
+async def main() -> None:
+    executor = DockerExecutor(Path(sys.argv[1]), node=sys.argv[2], slots=1)
+    print((await executor.probe()).problem, flush=True)
+    await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+async def test_containers_end_with_their_node_and_its_next_life_removes_them(
+    tmp_path: Path, docker_host: str, api: docker.APIClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DOCKER_HOST", docker_host)
+    folder = tmp_path / "nodes" / NODE
+    node = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", _NODE_SCRIPT, folder, NODE, stdout=asyncio.subprocess.PIPE
+    )
+    assert node.stdout
+    assert await node.stdout.readline() == b"None\n"
+    left = ours(api, tmp_path)
+    assert left
+    node.kill()
+    await node.wait()
+    await until(lambda: not api.inspect_container(left[0])["State"]["Running"])
+    executor = DockerExecutor(folder, node=NODE, slots=1)
+    try:
+        assert (await executor.probe()).problem is None
+        await until(lambda: not set(left) & set(ours(api, tmp_path)))
+    finally:
+        await executor.close()
+
+
+async def test_closing_while_containers_start_leaves_none(
+    tmp_path: Path, docker_host: str, api: docker.APIClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DOCKER_HOST", docker_host)
+    for pause in (0.0, 0.05, 0.2):
+        executor = DockerExecutor(tmp_path / "node", node=NODE, slots=2)
+        assert (await executor.probe()).problem is None  # from the second time on it does not wait for a container
+        await asyncio.sleep(pause)
+        await executor.close()
+        assert ours(api, tmp_path) == []
 
 
 # --- images ---
