@@ -205,6 +205,12 @@ async def test_what_can_never_run_is_refused_in_a_sentence(bench: Bench, spec: d
     assert words in refusal
 
 
+async def test_a_network_is_promised_only_where_there_is_one(bench: Bench, api: docker.APIClient) -> None:
+    refusal = bench.executor.check(JobSpec(task=Command(argv=("true",)), network="full"))
+    assert (refusal is None) == bool(api.networks(names=["bridge"]))
+    assert refusal is None or "no bridge network" in refusal
+
+
 # --- what a cell finds ---
 
 

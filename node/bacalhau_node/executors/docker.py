@@ -107,7 +107,7 @@ class DockerExecutor:
             )
             opened, self._versions = await asyncio.gather(opening, asyncio.to_thread(installed))
             self._plant = plant = opened
-        plant.spares.warm()
+        plant.warm()
 
     def check(self, spec: JobSpec) -> str | None:
         """Why containers of this node can never run `spec`, or None."""
@@ -194,7 +194,7 @@ class DockerExecutor:
     async def warm(self, imports: tuple[str, ...] = ()) -> None:
         """Have containers ready, with these modules preloaded."""
         if self._plant is not None:
-            self._plant.spares.warm(warm_imports(imports))
+            self._plant.warm(warm_imports(imports))
 
 
 def _no_gpu() -> str:

@@ -151,6 +151,11 @@ class Plant:
         """Remove the job's containers, and have spares ready for the next."""
         self._jobs.pop(job, None)
         await self.crew.release(job)
+        self.warm()
+
+    def warm(self, imports: tuple[str, ...] | None = None) -> None:
+        """Have spares ready, with these modules (None: those that the last cell imported) preloaded."""
+        self._imports = self._imports if imports is None else imports
         self.spares.warm(self._imports)
 
     async def close(self) -> None:
@@ -199,7 +204,7 @@ async def open_plant(
         await daemon.ping()
         plant = await _found(daemon, folder, node=node, slots=slots, memory=memory)
         plant.reap_later(is_alive)
-        plant.spares.warm()
+        plant.warm()
         await _prove(plant)
     except BaseException:
         await (plant.close() if plant is not None else daemon.close())
