@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import tempfile
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -96,9 +96,10 @@ class Client(Protocol):
         ...
 
     def updates(self, job: JobId) -> AsyncIterator[Update]:
-        """The present state, then every change; ends after a `JobChanged` to a final state.
+        """The present state, then what changes, in order; ends after a `JobChanged` to a final state.
 
-        The present state is one `JobChanged`, a `ShardChanged` for each shard that is not waiting, the text so far.
+        The present state is one `JobChanged`, a `ShardChanged` for each shard that was ever offered, the text so
+        far. Who reads slowly gets the latest state of a shard in place of every step on the way.
         """
         ...
 
@@ -148,6 +149,11 @@ class LocalClient:
         self._warned: set[str] = set()
 
     @property
+    def node(self) -> Node:
+        """The node, for whoever serves it to others."""
+        return self._node
+
+    @property
     def interrupted(self) -> tuple[JobId, ...]:
         """Jobs that an earlier process of this node left unfinished: they are stopped, what they finished is kept."""
         return self._node.interrupted
@@ -160,9 +166,9 @@ class LocalClient:
         """See `Client`."""
         return await self._node.plan(spec)
 
-    async def submit(self, spec: JobSpec) -> Submission:
-        """See `Client`."""
-        job, plan = await self._node.submit(spec, created=time.time())
+    async def submit(self, spec: JobSpec, *, job: JobId | None = None) -> Submission:
+        """See `Client`. `job`: an id that the caller made up."""
+        job, plan = await self._node.submit(spec, created=time.time(), job=job)
         self._inputs[job] = tuple(_logical(shard.entries) for shard in plan.shards)
         notes = (*plan.notes, *self._warning())
         return Submission(job, len(plan.shards), self._node.id, self._node.capabilities.executor, notes)
@@ -205,13 +211,7 @@ class LocalClient:
 
     async def find(self, prefix: str) -> JobId:
         """See `Client`."""
-        wanted = prefix if prefix.startswith("j-") else f"j-{prefix}"
-        found = [job for job in self._node.engine.feeds if job.startswith(wanted)]
-        if len(found) != 1:
-            known = ", ".join(short(job) for job in list(self._node.engine.feeds)[-5:]) or "none"
-            what = "no job" if not found else f"{len(found)} jobs"
-            raise SpecError(f"{what} with an id that starts with {prefix!r}; the latest are: {known}")
-        return found[0]
+        return the_one(prefix, self._node.engine.feeds)
 
     async def read(self, cid: str) -> bytes:
         """See `Client`."""
@@ -244,6 +244,18 @@ class LocalClient:
         if row.job not in self._inputs:
             self._inputs[row.job] = await asyncio.to_thread(_planned_inputs, self._node.content, row.plan)
         return self._inputs[row.job]
+
+
+def the_one(prefix: str, jobs: Iterable[JobId]) -> JobId:
+    """The one of `jobs` (the latest last) that starts with `prefix`; raises `SpecError` for none or several."""
+    known = list(jobs)
+    wanted = prefix if prefix.startswith("j-") else f"j-{prefix}"
+    found = [job for job in known if job.startswith(wanted)]
+    if len(found) != 1:
+        latest = ", ".join(short(job) for job in known[-5:]) or "none"
+        what = "no job" if not found else f"{len(found)} jobs"
+        raise SpecError(f"{what} with an id that starts with {prefix!r}; the latest are: {latest}")
+    return found[0]
 
 
 async def open_local(*, folder: Path | None = None) -> LocalClient:

@@ -93,6 +93,16 @@ class Engine:
 
     # --- what the node calls ---
 
+    @property
+    def running(self) -> int:
+        """How many executions are at work here."""
+        return len(self._runs)
+
+    @property
+    def waiting(self) -> int:
+        """How many events wait for the next turn."""
+        return len(self._inbox)
+
     def post(self, event: ev.Event) -> None:
         """Put an event into the inbox; it is handled in a turn of its own soon."""
         self._inbox.append(event)

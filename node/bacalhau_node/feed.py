@@ -1,15 +1,20 @@
-"""What clients may see of one job: its rows, its present state, then every change, in order.
+"""What clients may see of one job: its rows, its present state, then changes, in order.
 
-A feed belongs to the loop of its node. A watcher that comes late gets the latest state of the
-job and of each shard first, and the text that was printed so far (the newest `TEXT_LIMIT`
-characters); from then on it gets what everybody gets. Updates wait in the watcher's own
-queue, so a slow one delays nobody.
+Theory of operation. A feed belongs to the loop of its node. Every update gets the next **number**, and the
+feed remembers the latest update of the job and of each shard, and the newest `TEXT_LIMIT` characters of text,
+in the order of their numbers. A watcher is nothing but a number: it asks for what came after it, and
+waits when there is nothing. So one that comes late, one that was cut off and one that never was read the
+same way, nobody has a queue that could grow, and a slow one delays nobody: it gets the latest
+state of each shard in place of every step on the way there, and all text but what is over the limit.
+
+Numbers mean something only together with the feed's `epoch`: after a restart of the node they begin anew.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+import secrets
+from collections import Counter, deque
 from collections.abc import AsyncIterator
 from typing import Literal
 
@@ -19,7 +24,7 @@ from bacalhau_node.ids import JobId
 from bacalhau_node.protocol.events import FINAL_JOB, JobChanged, JobRow, ShardChanged, ShardRow
 
 TEXT_LIMIT = 4 * 1024 * 1024
-"""Characters of a running job kept for watchers that come late; all of a shard's text is in its record."""
+"""Characters of a job kept for watchers that come late; all of a shard's text is in its record."""
 
 
 class ShardText(msgspec.Struct, frozen=True):
@@ -34,6 +39,9 @@ class ShardText(msgspec.Struct, frozen=True):
 
 Update = JobChanged | ShardChanged | ShardText
 
+Key = tuple[str, int]
+"""What an update is about: ("job", 0), ("shard", index) or ("text", its number). A later one takes its place."""
+
 
 class Feed:
     """One job for its watchers. `row` and `shard_rows` are what the journal holds of it."""
@@ -43,10 +51,16 @@ class Feed:
         self.shard_rows: dict[int, ShardRow] = {}
         self.job: JobChanged = JobChanged(job, "Pending")
         self.shards: dict[int, ShardChanged] = {}
+        self.counts: Counter[str] = Counter()
+        """How many shards are in each state; those that never left "waiting" are not counted."""
         self.ended = False
-        self._texts: deque[ShardText] = deque()
+        self.epoch = secrets.token_hex(4)
+        self._number = 0
+        self._latest: dict[Key, tuple[int, Update]] = {}  # in the order of the numbers
+        self._texts: deque[tuple[Key, int]] = deque()
         self._length = 0
-        self._watchers: list[asyncio.Queue[Update | None]] = []
+        self._changed = asyncio.Event()
+        self._remember(("job", 0), self.job)
 
     def record(self, row: JobRow | ShardRow) -> None:
         """Remember a row that was committed."""
@@ -60,59 +74,71 @@ class Feed:
         assert self.row is not None
         for index, shard in self.shard_rows.items():
             error = shard.outcome.error if shard.outcome else None
-            self.shards[index] = ShardChanged(self.row.job, index, shard.state, shard.node, shard.attempts, error)
+            self.publish(ShardChanged(self.row.job, index, shard.state, shard.node, shard.attempts, error))
         self.publish(JobChanged(self.row.job, self.row.state, self.row.reason, self.row.cid))
 
     def publish(self, update: JobChanged | ShardChanged) -> None:
         """Tell all watchers, and remember it for those to come."""
-        if isinstance(update, ShardChanged):
-            self.shards[update.shard] = update
-        else:
+        if isinstance(update, JobChanged):
             self.job = update
-        self._push(update)
-        if isinstance(update, JobChanged) and update.state in FINAL_JOB:
-            self.end()
+            self._remember(("job", 0), update)
+            if update.state in FINAL_JOB:
+                self.end()
+            return
+        if before := self.shards.get(update.shard):
+            self.counts[before.state] -= 1
+        self.counts[update.state] += 1
+        self.shards[update.shard] = update
+        self._remember(("shard", update.shard), update)
 
     def text(self, text: ShardText) -> None:
         """Pass on what a shard printed."""
-        self._texts.append(text)
+        key = ("text", self._number + 1)
+        self._texts.append((key, len(text.text)))
         self._length += len(text.text)
+        self._remember(key, text)
         while self._length > TEXT_LIMIT:
-            self._length -= len(self._texts.popleft().text)
-        self._push(text)
-
-    def forget_text(self) -> None:
-        """Drop the text: whoever comes now reads it in the shards' records."""
-        self._texts.clear()
-        self._length = 0
+            self._forget_text()
 
     def end(self) -> None:
         """No more updates will come."""
         self.ended = True
-        for queue in self._watchers:
-            queue.put_nowait(None)
+        self._changed.set()
+
+    def after(self, number: int) -> list[tuple[int, Update]]:
+        """What came after `number` (0: the present state) with its numbers, the oldest first."""
+        found = []
+        for entry in reversed(self._latest.values()):
+            if entry[0] <= number:
+                break
+            found.append(entry)
+        found.reverse()
+        return found
+
+    async def wait(self, number: int) -> bool:
+        """Wait until there is something after `number`; False when nothing will come any more."""
+        while self._number <= number:
+            if self.ended:
+                return False
+            await self._changed.wait()
+        return True
 
     async def follow(self) -> AsyncIterator[Update]:
         """All updates for one watcher, to the end."""
-        queue: asyncio.Queue[Update | None] = asyncio.Queue()
-        for update in self._present():
-            queue.put_nowait(update)
-        if self.ended:
-            queue.put_nowait(None)
-        self._watchers.append(queue)
-        try:
-            while (change := await queue.get()) is not None:
-                yield change
-        finally:
-            self._watchers.remove(queue)
+        number = 0
+        while await self.wait(number):
+            for reached, update in self.after(number):
+                yield update
+                number = reached
 
-    def _present(self) -> list[Update]:
-        """What a new watcher needs; a final job state comes last, since it ends the reading."""
-        shards = [shard for shard in self.shards.values() if shard.state != "waiting"]
-        if self.job.state in FINAL_JOB:
-            return [*shards, *self._texts, self.job]
-        return [self.job, *shards, *self._texts]
+    def _remember(self, key: Key, update: Update) -> None:
+        self._number += 1
+        self._latest.pop(key, None)
+        self._latest[key] = (self._number, update)
+        self._changed.set()
+        self._changed = asyncio.Event()
 
-    def _push(self, update: Update) -> None:
-        for queue in self._watchers:
-            queue.put_nowait(update)
+    def _forget_text(self) -> None:
+        key, length = self._texts.popleft()
+        self._length -= length
+        del self._latest[key]

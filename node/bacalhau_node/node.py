@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import shutil
 import tempfile
 import uuid
@@ -19,13 +20,13 @@ import msgspec
 
 from bacalhau_node.content.blocks import BlockStore
 from bacalhau_node.engine import Engine
-from bacalhau_node.errors import BugError
+from bacalhau_node.errors import BugError, ContentError
 from bacalhau_node.executors.docker import DockerExecutor
 from bacalhau_node.executors.process import ProcessExecutor
 from bacalhau_node.folders import NodeFolder, data_folder, take_folder
 from bacalhau_node.ids import JobId
 from bacalhau_node.journal import SqliteJournal
-from bacalhau_node.plan import JobPlan, make_plan, store_plan
+from bacalhau_node.plan import JobPlan, make_plan, read_blocks, store_plan
 from bacalhau_node.ports import Capabilities, ContentStore, Executor, Journal, Source, Transport
 from bacalhau_node.protocol import events as ev
 from bacalhau_node.protocol.compute import Compute
@@ -35,6 +36,8 @@ from bacalhau_node.sources.ipfs import ContentSource
 from bacalhau_node.sources.local import LocalSource
 from bacalhau_node.spec import InputSource, JobSpec
 from bacalhau_node.transports.memory import MemoryHub, MemoryTransport
+
+log = logging.getLogger(__name__)
 
 PROBE_AGAIN = 5.0
 """Seconds after which a submission asks again which executors work (a daemon may have gone or come)."""
@@ -59,6 +62,7 @@ class Node:
         content: ContentStore,
         journal: Journal,
         transport: Transport,
+        resume: bool = False,
     ) -> None:
         self.folder, self.id = folder, folder.node
         self.content = content
@@ -69,21 +73,22 @@ class Node:
         self._runner = Runner(folder.path / "work", content=content, sources=self._sources, choose=self._choose)
         self.slots = max(option.capabilities.slots for option in options)
         self.interrupted: tuple[JobId, ...] = ()
-        self._start()
+        """Jobs that an earlier process of this node left unfinished, and that are stopped now."""
+        self._start(resume=resume)
 
     @property
     def capabilities(self) -> Capabilities:
         """What the best executor that works can do."""
         return self._working()[0].capabilities
 
-    def _start(self) -> None:
+    def _start(self, *, resume: bool) -> None:
         """Recover the machines from the journal and start the engine."""
         now = asyncio.get_running_loop().time()
         rows = self._journal.load()
-        self.interrupted = tuple(
-            row.job for row in rows if isinstance(row, ev.JobRow) and row.state not in ev.FINAL_JOB
-        )
-        requester, effects = Requester.recover(self.id, rows, now, resume=False)
+        unfinished = [row for row in rows if isinstance(row, ev.JobRow) and row.state not in ev.FINAL_JOB]
+        blocks = {row.job: self._blocks(row.plan) for row in unfinished if resume}
+        self.interrupted = () if resume else tuple(row.job for row in unfinished)
+        requester, effects = Requester.recover(self.id, rows, now, resume=resume, blocks=blocks)
         compute, more = Compute.recover(self.id, rows, now, slots=self.slots, refuse=self._refuse)
         self.engine = Engine(
             requester=requester,
@@ -96,20 +101,28 @@ class Node:
         self.engine.recover(rows, [*effects, *more])
         self.engine.post(ev.NodeSeen(self.id, self.slots))
 
+    def _blocks(self, plan: str) -> tuple[str, ...]:
+        """The shards' blocks of a plan; none when it is damaged: then each shard fails, and says so."""
+        try:
+            return read_blocks(self.content, plan)
+        except ContentError as error:
+            log.warning("the plan of an unfinished job can't be read: %s", error)
+            return ()
+
     # --- jobs ---
 
     async def plan(self, spec: JobSpec) -> JobPlan:
         """List and split the inputs of `spec`."""
         return await asyncio.to_thread(make_plan, spec, self._sources, slots=self.slots)
 
-    async def submit(self, spec: JobSpec, *, created: float) -> tuple[JobId, JobPlan]:
-        """Plan, journal and start a job; it exists when this returns."""
+    async def submit(self, spec: JobSpec, *, created: float, job: JobId | None = None) -> tuple[JobId, JobPlan]:
+        """Plan, journal and start a job; it exists when this returns. `job`: an id that its client made up."""
         await self.probe_again()
         if spec.pin:
             spec = await asyncio.to_thread(self._pin, spec)
         plan = await self.plan(spec)
         stored = store_plan(plan, self.content)
-        job = f"j-{uuid.uuid4()}"
+        job = job or f"j-{uuid.uuid4()}"
         self.engine.settle(ev.Submitted(job, spec, stored.root, stored.blocks, created))
         return job, plan
 
@@ -191,9 +204,15 @@ def _replaced(spec: JobSpec, inputs: tuple[InputSource, ...], shared: tuple[Inpu
     return msgspec.structs.replace(spec, inputs=inputs, shared=shared)
 
 
-async def open_node(root: Path | None = None, *, executors: Sequence[Executor] | None = None) -> Node:
-    """A running node below `root` (default: the user's data folder), with these executors or those of this machine."""
-    folder = await asyncio.to_thread(take_folder, root or data_folder())
+async def open_node(
+    root: Path | None = None, *, executors: Sequence[Executor] | None = None, serving: str = ""
+) -> Node:
+    """A running node below `root` (default: the user's data folder), with these executors or those of this machine.
+
+    `serving`: the address (`HOST:PORT`) of a server. It goes on with the jobs that it had when it ended; the
+    node of a notebook stops those.
+    """
+    folder = await asyncio.to_thread(lambda: take_folder(root or data_folder(), serving=serving))
     chosen = list(executors) if executors is not None else _executors(folder)
     await asyncio.to_thread(shutil.rmtree, folder.path / "work", ignore_errors=True)
     capabilities = await asyncio.gather(*(executor.probe() for executor in chosen))
@@ -204,6 +223,7 @@ async def open_node(root: Path | None = None, *, executors: Sequence[Executor] |
         content=BlockStore(folder.store),
         journal=SqliteJournal(folder.path / "journal.sqlite"),
         transport=MemoryTransport(MemoryHub(), folder.node),
+        resume=bool(serving),
     )
 
 

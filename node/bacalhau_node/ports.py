@@ -163,6 +163,10 @@ class ContentStore(Protocol):
         """Store a block that was checked against its CID, and all of whose links are here. Mostly quick."""
         ...
 
+    def file_size(self, cid: Cid) -> int | None:
+        """The size of the file with this root, if it is known without reading it. Quick."""
+        ...
+
     def flush(self) -> None:
         """Make every `put` so far durable (group commit). Quick."""
         ...

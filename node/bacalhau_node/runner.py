@@ -33,7 +33,7 @@ from bacalhau_node.ports import (
     StagedFile,
 )
 from bacalhau_node.protocol.events import Event, ExecutionStarted, Keep, Run, Seal
-from bacalhau_node.sharding import Entry, container_path, mounts, shown
+from bacalhau_node.sharding import Entry, LocalStamp, container_path, mounts, shown
 from bacalhau_node.spec import InputSource, JobSpec, PythonCell
 
 log = logging.getLogger(__name__)
@@ -162,16 +162,13 @@ class Runner:
         *,
         shared: bool = False,
     ) -> list[StagedFile]:
-        return [
-            StagedFile(
-                path=self._source(sources[entry.source]).open(entry.reference, scratch=scratch),
-                mount=container_path(targets[entry.source], sources[entry.source], entry),
-                logical=entry.path,
-                size=entry.size,
-                shared=shared,
-            )
-            for entry in entries
-        ]
+        files = []
+        for entry in entries:
+            source = sources[entry.source]
+            mount = container_path(targets[entry.source], source, entry)
+            path = _named(self._source(source).open(entry.reference, scratch=scratch), entry, scratch / "named", mount)
+            files.append(StagedFile(path=path, mount=mount, logical=entry.path, size=entry.size, shared=shared))
+        return files
 
     def _check(self, entries: Sequence[Entry], sources: Sequence[InputSource]) -> None:
         for entry in entries:
@@ -220,6 +217,22 @@ class Runner:
             return self._content.add_path(path, move=True)
 
         return await asyncio.to_thread(add)
+
+
+def _named(path: Path, entry: Entry, folder: Path, mount: str) -> Path:
+    """`path` itself, or where content lies under its CID: a second name for it below `folder`, that of its mount.
+
+    A shard without a container sees this very path, and what it is called matters: `.csv`, `.gz`.
+    """
+    if isinstance(entry.reference, LocalStamp) or mount.endswith("/"):
+        return path
+    named = folder / mount.lstrip("/")
+    named.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        named.hardlink_to(path)
+    except OSError:  # another disk, or one without hard links
+        named.symlink_to(path)
+    return named
 
 
 def _telling(execution: Execution, progress: Callable[[Event | Lines], None]) -> Callable[[ExecutorEvent], None]:

@@ -30,7 +30,7 @@ from bacalhau_node.cid import DAG_JSON, RAW, Cid
 from bacalhau_node.content.export import export
 from bacalhau_node.content.index import Block, Index, OwnedFile
 from bacalhau_node.content.intake import INLINE, Files, Intake
-from bacalhau_node.content.reader import Reader
+from bacalhau_node.content.reader import MAX_BLOCK, Reader
 from bacalhau_node.content.unixfs import PROFILES, import_bytes, leaf_block
 from bacalhau_node.errors import BugError, ContentError, SpecError
 
@@ -79,8 +79,7 @@ class BlockStore:
 
     def has(self, cid: str) -> bool:
         """Whether the block is here. Quick."""
-        digest = _parsed(cid).digest
-        return digest in self._pending or self._index.has(digest)
+        return self.holds(_parsed(cid))
 
     def flush(self) -> None:
         """Make every `put`, `pin` and `unpin` so far durable, in one transaction. Quick."""
@@ -201,6 +200,19 @@ class BlockStore:
         if block is None:
             raise ContentError(f"the block {cid} is not in the content store {self.folder}: import its data here first")
         return self._checked(block, cid)
+
+    def holds(self, cid: Cid) -> bool:
+        """`has` for those that hold the CID in bytes."""
+        return cid.digest in self._pending or self._index.has(cid.digest)
+
+    def keep(self, cid: Cid, block: bytes) -> None:
+        """Store a block that came with its CID and was checked against it; what it links to must be here already.
+
+        Quick but for every 16 MiB, which are then written; durable after the next `flush`.
+        """
+        if len(block) > MAX_BLOCK:
+            raise ContentError(f"the block {cid} has {len(block)} bytes, over the limit of {MAX_BLOCK}")
+        self._remember(cid.binary, block)
 
     def file_size(self, cid: Cid) -> int | None:
         """The size of a file that the index knows without reading it."""

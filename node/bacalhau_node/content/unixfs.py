@@ -201,7 +201,7 @@ class _Folders:
                 item = self._entry(entry, depth)
                 links.append(PbLink(item.cid, os.fsencode(entry.name), item.tsize))
                 size += item.size
-        root = self._store(links)
+        root = import_links(links, self._sink, profile=self._profile)
         return Imported(root.cid, size, root.tsize)
 
     def _entry(self, entry: os.DirEntry[str], depth: int) -> Imported:
@@ -222,16 +222,18 @@ class _Folders:
         node = _store_node(encode_node((), symlink_node(target)), 0, self._sink, self._profile)
         return Imported(node.cid, 0, node.tsize)
 
-    def _store(self, links: list[PbLink]) -> PbLink:
-        if self._profile.folder_limit == "links":
-            large = sum(len(link.name) + len(link.cid) for link in links) > _FOLDER_LIMIT
-            block = b"" if large else encode_node(links, folder_node())
-        else:
-            block = encode_node(links, folder_node())
-            large = len(block) > _FOLDER_LIMIT
-        if large:
-            return build_hamt(links, lambda node, below: _store_node(node, below, self._sink, self._profile))
-        return _store_node(block, sum(link.tsize for link in links), self._sink, self._profile)
+
+def import_links(links: list[PbLink], sink: Sink, *, profile: Profile) -> PbLink:
+    """Make the folder that holds these links, which are sorted by the bytes of their names."""
+    if profile.folder_limit == "links":
+        large = sum(len(link.name) + len(link.cid) for link in links) > _FOLDER_LIMIT
+        block = b"" if large else encode_node(links, folder_node())
+    else:
+        block = encode_node(links, folder_node())
+        large = len(block) > _FOLDER_LIMIT
+    if large:
+        return build_hamt(links, lambda node, below: _store_node(node, below, sink, profile))
+    return _store_node(block, sum(link.tsize for link in links), sink, profile)
 
 
 def unreadable(path: Path, error: OSError) -> ContentError:

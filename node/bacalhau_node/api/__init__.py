@@ -1,0 +1,21 @@
+"""A node's HTTP API, version 0: our own; `/v0/…`. `shapes` is what both sides know, `server` puts it together.
+
+| request | answer |
+|---|---|
+| `POST /v0/jobs` `{job, spec}` | the `Submission`; asking again with the same id never makes a second job |
+| `GET /v0/jobs`, `GET /v0/jobs/find?prefix=`, `GET /v0/jobs/ID` | `[JobLine]`, `{job}`, `JobView` |
+| `POST /v0/jobs/ID/cancel` | asks for the end |
+| `GET /v0/jobs/ID/updates` | server-sent events `job`, `shard`, `text`; resumed by `Last-Event-ID` or `?since=` |
+| `POST /v0/plan` `{spec}` | `JobPlan`, without a job |
+| `POST /v0/bundle` `{files}` | a cell's small folder as a CID |
+| `POST /v0/blocks/missing` `{cids}` | those that are not here |
+| `POST /v0/car` | takes a CAR archive in; every block is checked |
+| `GET /v0/car/CID` | the archive below a CID, parents first, always the same bytes: resumed by `?from=` |
+| `GET /v0/content/CID` | the bytes of a file, whole or a `Range` |
+| `GET /v0/nodes`, `GET /v0/version` | `[NodeView]`, `Version` |
+| `GET /metrics` | Prometheus text |
+| `GET /health`, `GET /ready` | 200 while it lives, 503 while it takes no jobs; the only ones without a key |
+
+An error is `{"error": "SpecError", "message": "…"}` with the class of `errors.py`, so a client raises what
+the node raised.
+"""

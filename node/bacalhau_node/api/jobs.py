@@ -1,0 +1,215 @@
+"""Jobs over HTTP: submit, list, watch, cancel.
+
+A submission runs in a task of its own, which the end of its connection doesn't stop: the client made up
+the job's id, asks again, and is given the same answer. Watching is reading a feed from a number on (see
+`feed`), so this file holds no queue either: a client that is slow or cut off goes on from the last
+number that it saw, or gets the present state when that number is of another life of this node.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections import OrderedDict
+from collections.abc import Iterator
+
+from aiohttp import web
+
+from bacalhau_node.api import policy, shapes
+from bacalhau_node.api.answers import TRAFFIC, Refused, Stream, answer, read
+from bacalhau_node.api.auth import Caller
+from bacalhau_node.client import JobView, LocalClient, Submission, the_one
+from bacalhau_node.errors import NodeUnreachable, SpecError
+from bacalhau_node.feed import Feed, Update
+from bacalhau_node.ids import JobId
+from bacalhau_node.spec import JobSpec
+
+CALLER = web.RequestKey("caller", Caller)
+
+SUBMISSIONS_KEPT = 1_000
+"""Answers kept for clients that ask again; older ones are made anew, without the plan's notes."""
+
+WHOLE_VIEW = 32
+"""Up to so many shards a job is one JSON text; with more it is made as it is sent."""
+
+PART = 256 * 1024
+"""Bytes of events sent at once."""
+
+_EVENT_ID = re.compile(r"([0-9a-f]+)-([0-9]{1,15})")
+
+
+class Jobs:
+    """The handlers; `draining` refuses new jobs."""
+
+    def __init__(self, client: LocalClient) -> None:
+        self.draining = False
+        self._client = client
+        self._submissions: OrderedDict[JobId, tuple[JobSpec, asyncio.Task[Submission]]] = OrderedDict()
+
+    def routes(self) -> list[web.RouteDef]:
+        """What is answered here."""
+        return [
+            web.post("/v0/jobs", self.submit),
+            web.get("/v0/jobs", self.jobs, allow_head=False),
+            web.get("/v0/jobs/find", self.find, allow_head=False),
+            web.get("/v0/jobs/{job}", self.job, allow_head=False),
+            web.post("/v0/jobs/{job}/cancel", self.cancel),
+            web.get("/v0/jobs/{job}/updates", self.updates, allow_head=False),
+            web.post("/v0/plan", self.plan),
+        ]
+
+    # --- submitting ---
+
+    async def submit(self, request: web.Request) -> web.Response:
+        """Start a job, once however often it is asked for."""
+        asked, data = await read(request, shapes.SubmitRequest)
+        spec = self._admitted(request, asked.spec, data)
+        known = self._submissions.get(asked.job)
+        feed = self._client.node.engine.feeds.get(asked.job)
+        if known is None and feed is None:
+            if self.draining:
+                raise NodeUnreachable("this node is shutting down and takes no more jobs: try again, or ask another")
+            known = self._begin(asked.job, spec)
+        if (known[0] if known else _spec(feed)) != spec:
+            raise Refused(409, SpecError(f"{asked.job} is another job already: choose an id that is new"))
+        return answer(await asyncio.shield(known[1]) if known else self._made_again(asked.job, feed))
+
+    def _begin(self, job: JobId, spec: JobSpec) -> tuple[JobSpec, asyncio.Task[Submission]]:
+        task = asyncio.create_task(self._client.submit(spec, job=job))
+        task.add_done_callback(lambda done: self._forget_failed(job, done))
+        self._submissions[job] = spec, task
+        if len(self._submissions) > SUBMISSIONS_KEPT:
+            self._submissions.popitem(last=False)
+        return spec, task
+
+    def _forget_failed(self, job: JobId, task: asyncio.Task[Submission]) -> None:
+        """A submission that failed made no job: the next one is tried anew."""
+        if task.cancelled() or task.exception() is not None:
+            self._submissions.pop(job, None)
+
+    def _made_again(self, job: JobId, feed: Feed | None) -> Submission:
+        count = feed.row.count if feed and feed.row else 0
+        node = self._client.node
+        return Submission(job, count, node.id, node.capabilities.executor)
+
+    async def plan(self, request: web.Request) -> web.Response:
+        """List and split, no more."""
+        asked, data = await read(request, shapes.PlanRequest)
+        return answer(await self._client.plan(self._admitted(request, asked.spec, data)))
+
+    def _admitted(self, request: web.Request, spec: JobSpec, data: bytes) -> JobSpec:
+        policy.known_fields(shapes.decode(data, dict)["spec"], policy.plain(spec))
+        return policy.admitted(spec, request[CALLER], self._client.node.content)
+
+    # --- looking ---
+
+    async def jobs(self, request: web.Request) -> web.Response:
+        """All jobs that the caller may see."""
+        seen = set(self._seen(request[CALLER]))
+        return answer([line for line in await self._client.jobs() if line.job in seen])
+
+    async def find(self, request: web.Request) -> web.Response:
+        """The one job that was meant."""
+        prefix = request.query.get("prefix", "")
+        return answer(shapes.FoundAnswer(the_one(prefix, self._seen(request[CALLER]))))
+
+    async def job(self, request: web.Request) -> web.StreamResponse:
+        """One job with all its shards."""
+        view = await self._client.job(self._known(request)[0])
+        if len(view.shards) <= WHOLE_VIEW:
+            return answer(view)
+        async with Stream(request, headers={"Content-Type": "application/json"}) as stream:
+            for part in _in_parts(_view_parts(view)):
+                await stream.send(part)
+        return stream.response
+
+    async def cancel(self, request: web.Request) -> web.Response:
+        """Ask for the end."""
+        await self._client.cancel(self._known(request)[0])
+        return answer({})
+
+    # --- watching ---
+
+    async def updates(self, request: web.Request) -> web.StreamResponse:
+        """The updates of a job after the one that the client saw last, to the end."""
+        feed = self._known(request)[1]
+        number = _since(request, feed)
+        traffic = request.app[TRAFFIC]
+        traffic.watchers += 1
+        try:
+            headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-store"}
+            async with Stream(request, headers=headers) as stream:
+                await _follow(feed, number, stream)
+        finally:
+            traffic.watchers -= 1
+        return stream.response
+
+    # --- whose ---
+
+    def _seen(self, caller: Caller) -> Iterator[JobId]:
+        for job, feed in self._client.node.engine.feeds.items():
+            if caller.sees(policy.owner(_spec(feed))):
+                yield job
+
+    def _known(self, request: web.Request) -> tuple[JobId, Feed]:
+        """The job of the path; one of somebody else is as unknown as one that never was."""
+        job = request.match_info["job"]
+        feed = self._client.node.engine.feeds.get(job)
+        if feed is None or not request[CALLER].sees(policy.owner(_spec(feed))):
+            raise Refused(404, SpecError(f"this node knows no job {job[:100]}"))
+        return job, feed
+
+
+def _spec(feed: Feed | None) -> JobSpec:
+    assert feed is not None
+    assert feed.row is not None  # a feed is made by its first row
+    return feed.row.spec
+
+
+def _since(request: web.Request, feed: Feed) -> int:
+    """The number to go on from; 0 (the present state) when the client's is of another epoch."""
+    text = request.headers.get("Last-Event-ID") or request.query.get("since", "")
+    if not text:
+        return 0
+    match = _EVENT_ID.fullmatch(text)
+    if match is None:
+        raise SpecError(f"since={text[:80]!r}: not the id of an event")
+    return int(match[2]) if match[1] == feed.epoch else 0
+
+
+async def _follow(feed: Feed, number: int, stream: Stream) -> None:
+    while True:
+        try:
+            async with asyncio.timeout(shapes.HEARTBEAT):
+                more = await feed.wait(number)
+        except TimeoutError:
+            await stream.send(b":\n\n")
+            continue
+        if not more:
+            return
+        news: list[tuple[int, Update]] = feed.after(number)
+        number = news[-1][0]
+        for part in _in_parts(shapes.event(feed.epoch, at, update) for at, update in news):
+            await stream.send(part)
+
+
+def _view_parts(view: JobView) -> Iterator[bytes]:
+    """The JSON of a `JobView`, shard by shard."""
+    yield shapes.encode(JobView(view.job, view.state, view.reason, view.cid, view.created, view.spec, ()))[:-2]
+    for index, shard in enumerate(view.shards):
+        yield (b"," if index else b"") + shapes.encode(shard)
+    yield b"]}"
+
+
+def _in_parts(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """Pieces joined to parts of about `PART` bytes."""
+    part: list[bytes] = []
+    size = 0
+    for piece in pieces:
+        part.append(piece)
+        size += len(piece)
+        if size >= PART:
+            yield b"".join(part)
+            part, size = [], 0
+    if part:
+        yield b"".join(part)

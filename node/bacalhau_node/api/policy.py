@@ -1,0 +1,114 @@
+"""What a spec that comes from outside may hold: bounds for everybody, and limits for others than the owner.
+
+The magic and the command line check what people type; here nothing was checked by anybody. Local paths
+name files of the client's machine, never of the node's: clients upload what they name. A job of somebody
+else is isolated at least by a sandbox, has no network, and ends after an hour a shard.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from bacalhau_node.api.auth import Caller
+from bacalhau_node.cid import Cid
+from bacalhau_node.errors import ContentError, SpecError
+from bacalhau_node.ports import ContentStore
+from bacalhau_node.sharding import mounts
+from bacalhau_node.spec import ISOLATION_RANK, InputSource, JobSpec, PythonCell
+
+OWNER_LABEL = "bacalhau.owner"
+"""The label that holds whose job it is: the name of its key, nothing for the node's owner."""
+
+OTHERS_TIMEOUT = 3600.0
+
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
+_LONGEST = 366 * 86_400.0
+
+
+def owner(spec: JobSpec) -> str:
+    """Whose job this is; "" for the node's owner."""
+    return spec.labels.get(OWNER_LABEL, "")
+
+
+def admitted(spec: JobSpec, caller: Caller, content: ContentStore) -> JobSpec:
+    """The spec as it will run; raises `SpecError` for what no spec may say, `ContentError` for a bundle not sent."""
+    _check_numbers(spec)
+    _check_names(spec)
+    for source in (*spec.inputs, *spec.shared):
+        _check_source(source)
+    mounts(spec)
+    if isinstance(spec.task, PythonCell) and not content.has(spec.task.bundle):
+        raise ContentError(f"the cell's folder {spec.task.bundle} is not on this node: send it first")
+    return spec if caller.role == "admin" else _for_others(spec, caller)
+
+
+def known_fields(given: object, read: object, where: str = "spec") -> None:
+    """Raise `SpecError` for a field of `given` that nobody read: what it asks for would silently not be done."""
+    if isinstance(given, Mapping) and isinstance(read, Mapping):
+        for name, value in given.items():
+            if name not in read:
+                raise SpecError(f"{where}.{name} is not known to this node: a newer version may know it")
+            known_fields(value, read[name], f"{where}.{name}")
+    elif isinstance(given, list) and isinstance(read, list | tuple):
+        for index, value in enumerate(given):
+            known_fields(value, read[index], f"{where}[{index}]")
+
+
+def plain(spec: JobSpec) -> Any:
+    """The spec as maps and lists."""
+    return msgspec.to_builtins(spec)
+
+
+def _for_others(spec: JobSpec, caller: Caller) -> JobSpec:
+    if spec.network != "none":
+        raise SpecError(f"--network {spec.network}: the owner of this node gives jobs of others no network")
+    isolation = spec.isolation or "none"
+    return msgspec.structs.replace(
+        spec,
+        isolation=isolation if ISOLATION_RANK[isolation] >= ISOLATION_RANK["sandbox"] else "sandbox",
+        timeout=min(spec.timeout or OTHERS_TIMEOUT, OTHERS_TIMEOUT),
+        labels={**spec.labels, OWNER_LABEL: caller.name},
+    )
+
+
+def _check_numbers(spec: JobSpec) -> None:
+    take = spec.resources
+    bounds: tuple[tuple[str, float | None, float, float], ...] = (
+        ("parallel", spec.parallel, 1, 1_000_000),
+        ("retries", spec.retries, 0, 100),
+        ("replicas", spec.replicas, 1, 1),
+        ("agree", spec.agree, 1, 1),
+        ("timeout", spec.timeout, 0.001, _LONGEST),
+        ("job_timeout", spec.job_timeout, 0.001, _LONGEST),
+        ("resources.cpu", take.cpu, 0.01, 4096),
+        ("resources.memory", take.memory, 1, 10**18),
+        ("resources.disk", take.disk, 1, 10**18),
+        ("resources.gpus", take.gpus, 0, 1024),
+        ("resources.gpu_share", take.gpu_share, 1, 1),
+    )
+    for name, value, low, high in bounds:
+        if value is not None and not (math.isfinite(value) and low <= value <= high):
+            raise SpecError(f"{name} is {value}: from {low:g} to {high:g} is possible")
+
+
+def _check_names(spec: JobSpec) -> None:
+    for what, pairs in (("env", spec.env), ("labels", spec.labels)):
+        for name, value in pairs.items():
+            if not _NAME.fullmatch(name) or "\0" in value:
+                raise SpecError(f"{what} {name!r}: names are of letters, digits and '_', and no value holds a null")
+    if OWNER_LABEL in spec.labels:
+        raise SpecError(f"the label {OWNER_LABEL} is set by the node: leave it out")
+
+
+def _check_source(source: InputSource) -> None:
+    text = source.source
+    if not text.startswith("ipfs://"):
+        raise SpecError(f"--input {text[:200]}: a node takes only ipfs://CID; its client uploads local files")
+    Cid.parse(text.removeprefix("ipfs://").partition("/")[0])
+    if "\0" in text:
+        raise SpecError("an input holds a null character")

@@ -1,0 +1,298 @@
+"""CAR archives (version 1): a header with roots, then blocks, each behind its length and its CID.
+
+Theory of operation. An archive is a stream, and what comes in may be hostile: so `CarReader` is fed with
+whatever arrives, holds at most one unfinished section, checks every length before it waits for so many
+bytes, and every block against its CID before anybody sees it. `CarImport` puts such blocks into a store in an
+order that keeps the store's promise: *whoever has a block has all that is below it*. A block without links goes in
+at once; one whose links are not all there waits, in memory and bounded, for those. So the
+order of the archive doesn't matter, one that is cut off leaves no root without its leaves, and a
+root in the store means that nothing below it has to be asked for again. With `wanted` only the root and what is linked
+from blocks that came before it is taken: a sender can't fill a disk with blocks that nobody asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from bacalhau_node import dagjson
+from bacalhau_node.cid import DAG_JSON, RAW, Cid
+from bacalhau_node.content.dagpb import decode_node, varint
+from bacalhau_node.content.reader import MAX_BLOCK
+from bacalhau_node.errors import ContentError, SpecError
+
+MAX_HEADER: Final = 32 * 1024
+MAX_ROOTS: Final = 256
+MAX_WAITING: Final = 16 * 1024 * 1024
+"""Bytes of blocks that wait for what they link to: the inner nodes of some 75 GB of files."""
+
+_LONGEST_CID: Final = 37
+_LONGEST_VARINT: Final = 5
+_TAG_CID = 42
+
+
+# --- writing ---
+
+
+def header(roots: Sequence[Cid]) -> bytes:
+    """What an archive of these roots begins with: their list in DAG-CBOR."""
+    links = b"".join(b"\xd8\x2a" + _cbor_head(2, len(root.binary) + 1) + b"\0" + root.binary for root in roots)
+    body = b"\xa2\x65roots" + _cbor_head(4, len(roots)) + links + b"\x67version\x01"
+    return varint(len(body)) + body
+
+
+def section(cid: Cid, block: bytes) -> bytes:
+    """One block as it stands in an archive."""
+    return b"".join((varint(len(cid.binary) + len(block)), cid.binary, block))
+
+
+def links(cid: Cid, block: bytes) -> list[Cid]:
+    """What a block links to, in order; raises `ContentError` for one that is malformed."""
+    if cid.codec == RAW:
+        return []
+    try:
+        if cid.codec == DAG_JSON:
+            return [Cid.parse(link.cid) for link in _json_links(dagjson.decode(block))]
+        return [Cid.decode(link.cid) for link in decode_node(block).links]
+    except SpecError as error:
+        raise ContentError(f"the block {cid} has a link that can't be followed: {error}") from error
+
+
+def below(get: Callable[[Cid], bytes], root: Cid) -> Iterator[tuple[Cid, bytes]]:
+    """`root` and every block below it, each once, parents first: always in the same order."""
+    waiting, seen = [root], set()
+    while waiting:
+        cid = waiting.pop()
+        if (key := (cid.codec, cid.digest)) in seen:
+            continue
+        seen.add(key)
+        block = get(cid)
+        yield cid, block
+        waiting += reversed(links(cid, block))
+
+
+def _json_links(value: object) -> Iterator[dagjson.Link]:
+    if isinstance(value, dagjson.Link):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _json_links(item)
+
+
+# --- reading ---
+
+
+class CarReader:
+    """An archive that comes in parts. `roots` is None until the header is there."""
+
+    def __init__(self) -> None:
+        self.roots: tuple[Cid, ...] | None = None
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[tuple[Cid, bytes]]:
+        """The blocks that are whole with `data`, each checked; raises `ContentError` for what is no archive."""
+        self._buffer += data
+        found, at = [], 0
+        while (span := self._span(at)) is not None:
+            start, at = span
+            with memoryview(self._buffer) as view:
+                body = bytes(view[start:at])
+            if self.roots is None:
+                self.roots = _read_header(body)
+            else:
+                found.append(_read_section(body))
+        del self._buffer[:at]
+        return found
+
+    def end(self) -> None:
+        """No more will come: raises `ContentError` when something is unfinished."""
+        if self.roots is None or self._buffer:
+            raise ContentError("the archive is cut off: send it again")
+
+    def _span(self, at: int) -> tuple[int, int] | None:
+        """Where the body of the next section begins and ends; None while it is not all there."""
+        limit = MAX_HEADER if self.roots is None else MAX_BLOCK + _LONGEST_CID
+        head = bytes(self._buffer[at : at + _LONGEST_VARINT])
+        length = shift = 0
+        for count, byte in enumerate(head, 1):
+            length |= (byte & 0x7F) << shift
+            shift += 7
+            if length > limit or (count == _LONGEST_VARINT and byte >= 0x80):
+                raise ContentError(f"not a CAR archive, or one with a part of over {limit} bytes")
+            if byte < 0x80:
+                start = at + count
+                return (start, start + length) if start + length <= len(self._buffer) else None
+        return None
+
+
+def _read_section(body: bytes) -> tuple[Cid, bytes]:
+    length = 34 if body[:2] == b"\x12\x20" else 37 if body[:3] == b"\x01\xa9\x02" else 36
+    try:
+        cid = Cid.decode(body[:length])
+    except SpecError as error:
+        raise ContentError(f"a block of the archive has no usable name: {error}") from error
+    block = body[length:]
+    if not cid.matches(block):
+        raise ContentError(f"the block that was sent as {cid} is another one: it is damaged, or its sender lies")
+    return cid, block
+
+
+# --- the header's DAG-CBOR: a map of two keys, nothing else is read ---
+
+
+def _cbor_head(major: int, value: int) -> bytes:
+    if value < 24:
+        return bytes((major << 5 | value,))
+    size = 1 if value < 1 << 8 else 2
+    return bytes((major << 5 | 23 + size,)) + value.to_bytes(size, "big")
+
+
+def _read_header(body: bytes) -> tuple[Cid, ...]:
+    cursor = _Cursor(body)
+    cursor.expect(5, 2)
+    roots: tuple[Cid, ...] | None = None
+    version = None
+    for _ in range(2):
+        key = cursor.take(cursor.value(3))
+        if key == b"roots" and roots is None:
+            roots = _read_roots(cursor)
+        elif key == b"version" and version is None:
+            version = cursor.value(0)
+        else:
+            raise _no_header()
+    if roots is None or version != 1 or not cursor.done:
+        raise _no_header()
+    return roots
+
+
+def _read_roots(cursor: _Cursor) -> tuple[Cid, ...]:
+    count = cursor.value(4)
+    if count > MAX_ROOTS:
+        raise ContentError(f"an archive with {count} roots: at most {MAX_ROOTS} are read")
+    found = []
+    for _ in range(count):
+        cursor.expect(6, _TAG_CID)
+        link = cursor.take(cursor.value(2))
+        if link[:1] != b"\0":
+            raise _no_header()
+        try:
+            found.append(Cid.decode(link[1:]))
+        except SpecError as error:
+            raise ContentError(f"a root of the archive has no usable name: {error}") from error
+    return tuple(found)
+
+
+class _Cursor:
+    """Reads the few sorts of CBOR that a header is made of."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data, self._at = data, 0
+
+    @property
+    def done(self) -> bool:
+        return self._at == len(self._data)
+
+    def take(self, length: int) -> bytes:
+        part = self._data[self._at : self._at + length]
+        if len(part) != length:
+            raise _no_header()
+        self._at += length
+        return part
+
+    def value(self, major: int) -> int:
+        """The number in the next head, which must be of this major type."""
+        first = self.take(1)[0]
+        low = first & 0x1F
+        if first >> 5 != major or low > 26:
+            raise _no_header()
+        return low if low < 24 else int.from_bytes(self.take(1 << (low - 24)), "big")
+
+    def expect(self, major: int, value: int) -> None:
+        if self.value(major) != value:
+            raise _no_header()
+
+
+def _no_header() -> ContentError:
+    return ContentError("not a CAR archive of version 1: its header is another one")
+
+
+# --- taking in ---
+
+
+class Shelf(Protocol):
+    """Where an import puts blocks."""
+
+    def holds(self, cid: Cid) -> bool:
+        """Whether the block is here, and so all below it."""
+        ...
+
+    def keep(self, cid: Cid, block: bytes) -> None:
+        """Store a block that was checked."""
+        ...
+
+
+@dataclass(eq=False)
+class _Waiting:
+    cid: Cid
+    block: bytes
+    missing: int
+
+
+class CarImport:
+    """Puts the blocks of an archive on a shelf, see above. `wanted`: the one root that was asked for."""
+
+    def __init__(self, shelf: Shelf, *, wanted: Cid | None = None) -> None:
+        self.bytes = 0
+        """What was stored so far."""
+        self._shelf = shelf
+        self._wanted = None if wanted is None else {wanted.digest}
+        self._waiting: dict[bytes, _Waiting] = {}
+        self._waiters: dict[bytes, list[_Waiting]] = {}
+        self._waiting_bytes = 0
+
+    def take(self, cid: Cid, block: bytes) -> None:
+        """Take one checked block; raises `ContentError` for one that nobody asked for, or when too many wait."""
+        children = links(cid, block)
+        if self._wanted is not None:
+            if cid.digest not in self._wanted:
+                raise ContentError(
+                    f"the block {cid} was sent, and nobody asked for it: its sender is not to be trusted"
+                )
+            self._wanted.update(child.digest for child in children)
+        if cid.digest in self._waiting:
+            return
+        missing = {child.digest for child in children if not self._shelf.holds(child)}
+        if missing:
+            self._hold(_Waiting(cid, block, len(missing)), missing)
+        else:
+            self._keep(cid, block)
+
+    def end(self) -> None:
+        """No more will come: raises `ContentError` when something that was sent links to what is nowhere."""
+        if self._waiting:
+            parent = next(iter(self._waiting.values()))
+            lacking = next(child for child in links(parent.cid, parent.block) if not self._shelf.holds(child))
+            raise ContentError(f"the archive has {parent.cid} but not {lacking}, which belongs to it: send both")
+
+    def _hold(self, waiting: _Waiting, missing: set[bytes]) -> None:
+        self._waiting_bytes += len(waiting.block)
+        if self._waiting_bytes > MAX_WAITING:
+            raise ContentError(f"over {MAX_WAITING} bytes wait for blocks they link to: send those first")
+        self._waiting[waiting.cid.digest] = waiting
+        for digest in missing:
+            self._waiters.setdefault(digest, []).append(waiting)
+
+    def _keep(self, cid: Cid, block: bytes) -> None:
+        """Store a block, and all that waited for nothing else."""
+        ready = [(cid, block)]
+        while ready:
+            cid, block = ready.pop()
+            self._shelf.keep(cid, block)
+            self.bytes += len(block)
+            for waiting in self._waiters.pop(cid.digest, ()):
+                waiting.missing -= 1
+                if not waiting.missing:
+                    del self._waiting[waiting.cid.digest]
+                    self._waiting_bytes -= len(waiting.block)
+                    ready.append((waiting.cid, waiting.block))

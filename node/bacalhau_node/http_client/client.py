@@ -1,0 +1,233 @@
+"""`HttpClient`: everything that a node in this process gives, from one elsewhere.
+
+Local inputs are sent along (`upload`), results are fetched and checked (`fetch`), and what breaks in
+between is mended (`connection`). Content that lies in this user's own store is taken from there: a
+node on the same machine and data folder sends nothing twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import tempfile
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from msgspec import structs
+
+from bacalhau_node.api import shapes
+from bacalhau_node.api.auth import is_loopback
+from bacalhau_node.cid import Cid
+from bacalhau_node.client import JobLine, JobPlan, JobView, NodeView, Submission, Update
+from bacalhau_node.content.blocks import BlockStore
+from bacalhau_node.content.reader import Reader
+from bacalhau_node.content.unixfs import Imported
+from bacalhau_node.errors import ContentError, SpecError
+from bacalhau_node.folders import data_folder, servers
+from bacalhau_node.http_client import upload
+from bacalhau_node.http_client.connection import BROKEN, LONG, PATIENCE, Connection, node_url, part
+from bacalhau_node.http_client.fetch import Memory, fetch
+from bacalhau_node.ids import JobId
+from bacalhau_node.plan import make_plan
+from bacalhau_node.protocol.events import FINAL_JOB, JobChanged
+from bacalhau_node.sharding import LocalStamp
+from bacalhau_node.sources.local import LocalSource
+from bacalhau_node.spec import InputSource, JobSpec
+
+LONGEST_EVENT = 64 * 1024 * 1024
+"""Bytes of one event; a shard's text comes in much smaller ones."""
+
+
+class HttpClient:
+    """A `client.Client` of the node at `url`.
+
+    `token`: its key; default: `BACALHAU_API_KEY`, else the token file of a node of this user on this machine.
+    `folder`: where content is cached, default this user's data folder. `patience`: seconds until a node that
+    doesn't answer any more raises `NodeUnreachable`. `progress` is told (bytes sent, bytes to send) of inputs.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        token: str | None = None,
+        folder: Path | None = None,
+        patience: float = PATIENCE,
+        progress: upload.Progress | None = None,
+    ) -> None:
+        self.url = node_url(url)
+        self._folder = folder or data_folder()
+        key = find_key(self.url, self._folder) if token is None else token
+        self._connection = Connection(self.url, key, patience=patience)
+        self._progress = progress
+        self._hashed: dict[LocalStamp, Imported] = {}
+        self._store: BlockStore | None = None
+        self._opening = asyncio.Lock()
+
+    # --- jobs ---
+
+    async def put_bundle(self, files: Mapping[str, bytes]) -> str:
+        """See `client.Client`."""
+        if sum(map(len, files.values())) <= shapes.MAX_BUNDLE:
+            body = shapes.BundleRequest(dict(files))
+            return (await self._connection.ask("POST", "/v0/bundle", shapes.BundleAnswer, body=body)).cid
+        with tempfile.TemporaryDirectory(prefix="bacalhau-") as name:
+            return await self._send_folder(Path(name), files)
+
+    async def _send_folder(self, folder: Path, files: Mapping[str, bytes]) -> str:
+        def build(tree: upload.Tree) -> str:
+            for path, data in files.items():
+                (folder / path).parent.mkdir(parents=True, exist_ok=True)
+                (folder / path).write_bytes(data)
+            return tree.add(LocalSource().list(InputSource(source=str(folder)), index=0))
+
+        tree = upload.Tree({}, reuse=False)
+        root = await asyncio.to_thread(build, tree)
+        await upload.send(self._connection, tree, self._progress)
+        return root
+
+    async def plan(self, spec: JobSpec) -> JobPlan:
+        """See `client.Client`. Local inputs alone are planned here: nothing is sent for it."""
+        sources = (*spec.inputs, *spec.shared)
+        if sources and all(map(upload.is_local, sources)):
+            slots = (await self.nodes())[0].room
+            return await asyncio.to_thread(make_plan, spec, (LocalSource(),), slots=slots)
+        spec, _ = await self._uploaded(spec)
+        return await self._connection.ask("POST", "/v0/plan", JobPlan, body=shapes.PlanRequest(spec), seconds=LONG)
+
+    async def submit(self, spec: JobSpec) -> Submission:
+        """See `client.Client`. Asked again under the same id when the connection breaks, so there is one job."""
+        spec, notes = await self._uploaded(spec)
+        body = shapes.SubmitRequest(f"j-{uuid.uuid4()}", spec)
+        submission = await self._connection.ask("POST", "/v0/jobs", Submission, body=body, seconds=LONG)
+        return structs.replace(submission, notes=(*notes, *submission.notes))
+
+    async def _uploaded(self, spec: JobSpec) -> tuple[JobSpec, tuple[str, ...]]:
+        return await upload.upload(self._connection, spec, self._hashed, self._progress)
+
+    async def updates(self, job: JobId) -> AsyncIterator[Update]:
+        """See `client.Client`. Goes on where it was when the connection breaks."""
+        last, retry = "", self._connection.retry()
+        while True:
+            try:
+                async with contextlib.aclosing(self._events(job, last)) as events:
+                    async for number, update in events:
+                        last = number
+                        retry.progress()
+                        yield update
+                        if isinstance(update, JobChanged) and update.state in FINAL_JOB:
+                            return
+                await retry.again(ConnectionError("it closed the connection"))
+            except BROKEN as error:
+                await retry.again(error)
+
+    async def _events(self, job: JobId, last: str) -> AsyncGenerator[tuple[str, Update], None]:
+        """(id, update) as they come over one connection."""
+        headers = {"Last-Event-ID": last} if last else {}
+        path = f"/v0/jobs/{part(job)}/updates"
+        async with self._connection.stream("GET", path, headers=headers, silence=3 * shapes.HEARTBEAT) as response:
+            buffer = bytearray()
+            async for data in response.content.iter_any():
+                buffer += data
+                *events, rest = buffer.split(b"\n\n")
+                buffer = rest
+                if len(buffer) > LONGEST_EVENT:
+                    raise ContentError(f"the node sent an event of over {LONGEST_EVENT} bytes")
+                for event in events:
+                    if (found := shapes.read_event(bytes(event).split(b"\n"))) is not None:
+                        yield found
+
+    async def cancel(self, job: JobId) -> None:
+        """See `client.Client`."""
+        await self._connection.ask("POST", f"/v0/jobs/{part(job)}/cancel", dict[str, str])
+
+    async def job(self, job: JobId) -> JobView:
+        """See `client.Client`."""
+        return await self._connection.ask("GET", f"/v0/jobs/{part(job)}", JobView)
+
+    async def jobs(self) -> Sequence[JobLine]:
+        """See `client.Client`."""
+        return await self._connection.ask("GET", "/v0/jobs", list[JobLine])
+
+    async def find(self, prefix: str) -> JobId:
+        """See `client.Client`."""
+        answer = await self._connection.ask("GET", "/v0/jobs/find", shapes.FoundAnswer, query={"prefix": prefix})
+        return answer.job
+
+    async def nodes(self) -> Sequence[NodeView]:
+        """See `client.Client`."""
+        return await self._connection.ask("GET", "/v0/nodes", list[NodeView])
+
+    # --- content ---
+
+    async def read(self, cid: str) -> bytes:
+        """See `client.Client`."""
+        store = await self._opened()
+        if await asyncio.to_thread(store.has, cid):
+            return await asyncio.to_thread(store.read, cid)
+        root, memory = _parsed(cid), Memory()
+        await fetch(self._connection, root, memory)
+        return await asyncio.to_thread(lambda: b"".join(Reader(memory, root).chunks(root)))
+
+    async def file(self, cid: str) -> Path | None:
+        """See `client.Client`. What is not on this machine yet is fetched, and kept in the store."""
+        store = await self._opened()
+        if not await asyncio.to_thread(store.has, cid):
+            with tempfile.TemporaryDirectory(prefix="bacalhau-", dir=store.folder / "tmp") as name:
+                target = Path(name) / "content"
+                await self._fetch_to(cid, target, Path(name) / "blocks")
+                await asyncio.to_thread(lambda: store.add_path(target, move=True))
+        return await asyncio.to_thread(store.file, cid)
+
+    async def download(self, cid: str, target: Path) -> None:
+        """See `client.Client`."""
+        store = await self._opened()
+        if await asyncio.to_thread(store.has, cid):
+            await asyncio.to_thread(store.export, cid, target)
+            return
+        if await asyncio.to_thread(os.path.lexists, target):
+            raise ContentError(f"{target} exists already: choose another name or remove it")
+        with tempfile.TemporaryDirectory(prefix="bacalhau-", dir=store.folder / "tmp") as name:
+            await self._fetch_to(cid, target, Path(name))
+
+    async def _fetch_to(self, cid: str, target: Path, blocks: Path) -> None:
+        """Fetch a file or folder and write it to `target`; `blocks`: room for what it is made from."""
+        store = await asyncio.to_thread(BlockStore, blocks)
+        try:
+            await fetch(self._connection, _parsed(cid), store)
+            await asyncio.to_thread(store.export, cid, target)
+        finally:
+            await asyncio.to_thread(store.close)
+
+    async def _opened(self) -> BlockStore:
+        """This user's own store, opened at first use."""
+        async with self._opening:
+            if self._store is None:
+                self._store = await asyncio.to_thread(BlockStore, self._folder / "store")
+        return self._store
+
+    async def close(self) -> None:
+        """Let go of the node: its jobs go on."""
+        await self._connection.close()
+        if self._store is not None:
+            await asyncio.to_thread(self._store.close)
+
+
+def find_key(url: str, folder: Path) -> str:
+    """The key for the node at `url`, as far as this user's environment and files tell; "" for none."""
+    if key := os.environ.get("BACALHAU_API_KEY"):
+        return key
+    parts = urlsplit(url)
+    if not is_loopback(parts.hostname or ""):
+        return ""
+    return next((token for own, token in servers(folder) if urlsplit(own).port == parts.port), "")
+
+
+def _parsed(cid: str) -> Cid:
+    try:
+        return Cid.parse(cid)
+    except SpecError as error:
+        raise ContentError(str(error)) from error
