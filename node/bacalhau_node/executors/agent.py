@@ -1156,6 +1156,14 @@ def descendants(roots: List[int]) -> Set[int]:
     return found
 
 
+def group_of(pid: int) -> int:
+    """The process group of a process; 0 when it has ended."""
+    try:
+        return os.getpgid(pid)
+    except ProcessLookupError:
+        return 0
+
+
 def send_signal(pid: int, number: int) -> None:
     """Signal a process that may have ended."""
     with contextlib.suppress(
@@ -1627,12 +1635,20 @@ class Agent:
         return descendants(roots) if roots else set()
 
     def kill_shard(self) -> None:
-        """Kill all of the shard's processes: first stop them, so that none can start another, then kill."""
+        """Kill all of the shard's processes, however fast they start others.
+
+        A process group dies as a whole: the kernel lets no member fork while it is being killed. What
+        left its group is stopped first, so that none can start another, and killed when no new ones appear.
+        """
         stopped: Set[int] = set()
+        own = os.getpgrp()
         while True:
             new = self.shard_processes() - stopped
             if not new:
                 break
+            for group in set(map(group_of, new)) - {own, 0}:
+                with contextlib.suppress(ProcessLookupError, PermissionError):  # ended, or it changed its user
+                    os.killpg(group, signal.SIGKILL)
             for pid in new:
                 send_signal(pid, signal.SIGSTOP)
             stopped |= new
