@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 import time
+import venv
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ from tests.services import private_docker
 
 pytestmark = pytest.mark.docker
 
+root_only = pytest.mark.skipif(os.geteuid() != 0, reason="only root can hide files from a daemon or from a user")
 NODE = "n-docker-tests"
 MB = 1024 * 1024
 PATIENCE = 20.0
@@ -591,6 +593,45 @@ async def test_containers_of_dead_nodes_are_removed_and_no_others(
             api.remove_container(container, force=True)
 
 
+async def probed_by(python: Path | str, folder: Path, *, inside: tuple[str, ...] = ()) -> str:
+    """What another process that runs `python` says after its probe."""
+    script = _NODE_SCRIPT.replace("await asyncio.Event().wait()", "await executor.close()")
+    node = await asyncio.create_subprocess_exec(
+        *inside, python, "-c", script, folder, NODE, stdout=asyncio.subprocess.PIPE, env=search_path()
+    )
+    told, _ = await node.communicate()
+    return told.decode()
+
+
+def search_path() -> dict[str, str]:
+    """Our environment, with all that we can import on the path."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+
+
+@root_only
+async def test_a_daemon_that_does_not_see_our_files_is_told(
+    tmp_path: Path, docker_host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DOCKER_HOST", docker_host)
+    hide = 'mount -t tmpfs none "$0" && exec "$@"'
+    own_mounts = ("unshare", "-m", "sh", "-c", hide, str(tmp_path))
+    told = await probed_by(sys.executable, tmp_path / "node", inside=own_mounts)
+    assert "does not see this machine's files" in told
+    assert docker_host in told
+
+
+@root_only
+async def test_a_python_that_shards_may_not_read_is_told(
+    tmp_path: Path, docker_host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DOCKER_HOST", docker_host)
+    await asyncio.to_thread(venv.create, tmp_path / "venv", symlinks=True)
+    (tmp_path / "venv/bin").chmod(0o700)
+    told = await probed_by(tmp_path / "venv/bin/python", tmp_path / "node")
+    assert "user 1000, as whom shards run, may not read the notebook's Python" in told
+    assert f"chmod -R a+rX {tmp_path}/venv" in told
+
+
 _NODE_SCRIPT = """
 import asyncio, sys
 from pathlib import Path
@@ -611,7 +652,7 @@ async def test_containers_end_with_their_node_and_its_next_life_removes_them(
     monkeypatch.setenv("DOCKER_HOST", docker_host)
     folder = tmp_path / "nodes" / NODE
     node = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", _NODE_SCRIPT, folder, NODE, stdout=asyncio.subprocess.PIPE
+        sys.executable, "-c", _NODE_SCRIPT, folder, NODE, stdout=asyncio.subprocess.PIPE, env=search_path()
     )
     assert node.stdout
     assert await node.stdout.readline() == b"None\n"

@@ -267,10 +267,23 @@ async def _prove(plant: Plant) -> None:
     try:
         await plant.spares.ready()
     except DaemonError as error:
-        if _NOT_SEEN in str(error):
-            raise NoEnvironment(
-                f"the Docker daemon at {site.daemon.host} does not see this machine's files "
-                f"(does it run elsewhere?): {error}"
-            ) from error
-        raise
+        if _NOT_SEEN not in str(error):
+            raise
+        raise NoEnvironment(
+            f"the Docker daemon at {site.daemon.host} does not see this machine's files "
+            f"(does it run elsewhere?): {error}"
+        ) from error
+    except NoEnvironment as error:
+        raise NoEnvironment(_unusable(site, error)) from error
     note.write_text(facts)
+
+
+def _unusable(site: Site, error: NoEnvironment) -> str:
+    """Why this machine's Python does not run in a container, and what to do."""
+    executable = site.host.executable
+    if "Permission denied" in str(error):
+        return (
+            f"user {site.user.uid}, as whom shards run, may not read the notebook's Python: "
+            f"`chmod -R a+rX {executable.parent.parent}` ({error})"
+        )
+    return f"the notebook's Python {executable} does not run in a container: {error}"
