@@ -481,6 +481,42 @@ async def test_a_link_out_of_the_outputs_is_refused(bench: Bench) -> None:
     assert "/etc/passwd" in outcome.error.message
 
 
+async def test_cancelling_at_any_moment_leaves_a_container_that_serves_its_job(bench: Bench, tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).write_text(name)
+    source = "(outputs / 'x').write_text('x')\n[path.name for path in inputs], len(list(outputs.iterdir()))"
+    spec = {"inputs": (InputSource(source=str(tmp_path)),)}
+    assert (await bench.executor.run(bench.task(source), bench.events.append)).ok
+    for step in range(40):
+        task = bench.task(source, files=(staged(tmp_path / "a", "/inputs/a"),), **spec)
+        running = asyncio.create_task(bench.executor.run(task, bench.events.append))
+        await asyncio.sleep(step / 2000)
+        running.cancel()
+        await asyncio.wait({running})
+        task = bench.task(source, files=(staged(tmp_path / "b", "/inputs/b"),), **spec)
+        outcome = await asyncio.wait_for(bench.executor.run(task, bench.events.append), PATIENCE)
+        assert outcome.value.data == b'[["b"], 1]', outcome
+
+
+async def test_a_value_that_is_no_file_is_refused(bench: Bench) -> None:
+    source = """
+import os, pathlib, threading, time
+def swap():
+    found = []
+    while not found:
+        found = list(pathlib.Path("/slot/work").glob("*.value/*"))
+    for path in found:
+        path.unlink()
+        path.symlink_to("/etc/passwd")
+threading.Thread(target=swap).start()
+b"x" * 1_000_000
+"""
+    outcome = await bench.cell(source)
+    assert outcome.error
+    assert (outcome.error.kind, outcome.value.kind) == ("output", "none")
+    assert await bench.value("1") == 1
+
+
 # --- ends from outside ---
 
 

@@ -1,8 +1,9 @@
 """A container with an agent in it: how it is made, what it sees, how its end is explained.
 
-Theory of operation (DESIGN section 6). The attach stream is opened before
-the container starts and carries the agent's frames; files come and go through the slot's folder
-(`layout.py`). A container serves one job.
+Theory of operation (DESIGN section 6). The attach stream is opened before the container starts
+and carries the agent's frames; files come and go through the slot's folder (`layout.py`). A
+container serves one job. Where its folder can't be brought back to how a shard must find it, the
+container is killed: an agent that nobody trusts gets no further run.
 
 The shard's user is also the agent's: a hostile cell can kill the agent, and so only itself. What
 a shard left is taken out of its reach before anyone looks at it.
@@ -15,11 +16,10 @@ import contextlib
 import stat
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import msgspec
 
-from bacalhau_node.errors import ContentError
 from bacalhau_node.executors import staging
 from bacalhau_node.executors.attach import DaemonError
 from bacalhau_node.executors.containers import Recipe
@@ -41,6 +41,8 @@ CANCEL_SECONDS: Final = 0.5
 """How long an agent may take to kill its shard before the whole container is killed."""
 OVERTIME: Final = 5.0
 """Seconds after `--timeout` at which an agent that should have ended its shard is taken for stopped."""
+T = TypeVar("T")
+
 _ERRORS_KEPT: Final = 4096
 _OVERTIME_CAUSE: Final = "it ran over its time and its worker did not end it: its container was killed"
 
@@ -176,7 +178,7 @@ class AgentContainer:
         await self._show_cell(task)
         agent.bind(agent_job(task, bundle="/slot/bundle/cell"))
         if task.files:
-            await asyncio.to_thread(self.folder.stage, task.files, self._site.user)
+            await _to_the_end(self.folder.stage, task.files, self._site.user)
         name = f"{task.execution.shard}.{task.execution.attempt}"
         run = shard_run(
             task,
@@ -194,9 +196,11 @@ class AgentContainer:
             outcome = await self._await(
                 agent.run(run, host_scratch=values, host_outputs=self.folder.outputs, emit=emit)
             )
+            if outcome.outputs is not None or isinstance(outcome.value.data, Path):
+                outcome = await self._taken_out(outcome, task.scratch)
         except asyncio.CancelledError:
             if agent.holding == run.key:  # what it left would be the next shard's
-                staging.clear(self.folder.outputs)
+                await self._forget_outputs()
                 agent.collected(run)
             raise
         except AgentLost as lost:
@@ -205,8 +209,6 @@ class AgentContainer:
             raise
         finally:
             watch.stop()
-        if outcome.outputs is not None or isinstance(outcome.value.data, Path):
-            outcome = await asyncio.to_thread(self._take_out, outcome, task.scratch)
         if agent.holding == run.key:
             agent.collected(run)
         with contextlib.suppress(OSError):  # never made by most shards
@@ -238,6 +240,20 @@ class AgentContainer:
                 running.exception()  # seen: nobody else will ask
             raise
 
+    async def _forget_outputs(self) -> None:
+        try:
+            await asyncio.to_thread(staging.clear, self.folder.outputs)
+        except OSError:
+            await self.kill()
+
+    async def _taken_out(self, outcome: RawOutcome, scratch: Path) -> RawOutcome:
+        try:
+            return await _to_the_end(self._take_out, outcome, scratch)
+        except OSError as error:
+            await self.kill()
+            problem = ShardError("output", message=f"what the shard left can't be taken: {error}")
+            return msgspec.structs.replace(outcome, ok=False, outputs=None, value=RawValue(), error=problem)
+
     def _take_out(self, outcome: RawOutcome, scratch: Path) -> RawOutcome:
         """Move what the shard left out of reach of anything that may still run in its container."""
         outputs = None if outcome.outputs is None else staging.take_out(self.folder.outputs, scratch / "outputs")
@@ -250,7 +266,7 @@ class AgentContainer:
             scratch.mkdir(parents=True, exist_ok=True)
             moved = value.data.rename(scratch / "value")
             if not stat.S_ISREG(moved.lstat().st_mode):
-                raise ContentError("the shard left something else than a file as its value")
+                raise OSError("its value is no file")
             value = RawValue(value.kind, value.type, moved)
         return msgspec.structs.replace(outcome, outputs=outputs, value=value)
 
@@ -292,6 +308,17 @@ class AgentContainer:
             with contextlib.suppress(DaemonError):  # then the daemon is gone; `reap` finds what it left
                 await self._site.daemon.remove(self._id)
         await asyncio.to_thread(staging.destroy, self.folder.path)
+
+
+async def _to_the_end(work: Callable[..., T], *arguments: object) -> T:
+    """Run `work` in a thread; when cancelled, only go once it is done: nobody else may touch the folder before."""
+    running = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait({running})
+        running.exception()  # seen: nobody else will ask
+        raise
 
 
 class _Overtime:

@@ -147,7 +147,7 @@ class DockerExecutor:
             return _failed("environment", error)
         except ContentError as error:
             return _failed("input", error)
-        except DaemonError as error:
+        except (DaemonError, OSError) as error:
             return _failed("node", error)
         finally:
             self._runs.discard(current)
