@@ -1392,6 +1392,7 @@ class Agent:
         os.environ.update(header.get("env", {}))
         for name in ("OMP", "OPENBLAS", "MKL", "NUMEXPR"):
             os.environ.setdefault(name + "_NUM_THREADS", "1")
+        os.environ.setdefault("JE_ARROW_MALLOC_CONF", "background_thread:false")  # a second thread forbids the fork
         os.environ.setdefault("MPLBACKEND", "agg")
         known = set(sys.path)
         sys.path[:0] = [path for path in header.get("path", ()) if path not in known]
