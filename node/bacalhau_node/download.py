@@ -2,7 +2,7 @@
 
 `combined/` holds the text of all shards in order and the files that they wrote, merged: a name
 that several shards wrote keeps its first owner, the others get `.shard-INDEX` before the suffix.
-So nothing is ever overwritten.
+So nothing is ever overwritten. Raw, there is no `combined/`.
 """
 
 from __future__ import annotations
@@ -19,21 +19,22 @@ from bacalhau_node.messages import Blob, Outcome
 SUFFIXES = {"json": ".json", "arrow": ".arrow", "npy": ".npy", "bytes": ".bin", "mime": ".mime.json", "repr": ".txt"}
 
 
-async def download(client: Client, view: JobView, target: Path) -> None:
+async def download(client: Client, view: JobView, target: Path, *, raw: bool = False) -> None:
     """Write every shard that has ended to `target`, which must not exist or be empty."""
     combined = target / "combined"
-    await asyncio.to_thread(_make, target, combined)
+    await asyncio.to_thread(_make, target)
     for shard in view.shards:
         if shard.outcome is not None:
             folder = target / "shards" / str(shard.index)
             await _shard(client, shard.outcome, folder)
-            await asyncio.to_thread(_combine, folder, combined, shard)
+            if not raw:
+                await asyncio.to_thread(_combine, folder, combined, shard)
 
 
-def _make(target: Path, combined: Path) -> None:
+def _make(target: Path) -> None:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ContentError(f"{target} is there already and not an empty folder: name another one")
-    combined.mkdir(parents=True, exist_ok=True)
+    target.mkdir(parents=True, exist_ok=True)
 
 
 def _begin(folder: Path, exit_code: int) -> None:
@@ -59,6 +60,7 @@ async def _blob(client: Client, blob: Blob, target: Path) -> None:
 
 
 def _combine(folder: Path, combined: Path, shard: ShardView) -> None:
+    combined.mkdir(exist_ok=True)
     for stream in ("stdout", "stderr"):
         with (combined / stream).open("ab") as merged, (folder / stream).open("rb") as part:
             shutil.copyfileobj(part, merged)

@@ -11,7 +11,7 @@ import pytest
 from msgspec import structs
 
 from bacalhau_node.api.auth import own_key
-from bacalhau_node.api.server import ApiServer
+from bacalhau_node.api.server import ApiServer, bind
 from bacalhau_node.client import Client, JobView, LocalClient, ShardText, Update
 from bacalhau_node.errors import BacalhauError, ContentError, SpecError
 from bacalhau_node.executors.process import ProcessExecutor
@@ -42,7 +42,7 @@ async def side(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[
         await local.close()
         return
     server = ApiServer(local, [own_key("secret")])
-    await server.start("127.0.0.1", 0)
+    await server.start(bind("127.0.0.1", 0))
     client = HttpClient(server.url, token="secret", folder=tmp_path / "client", patience=10)
     yield Side(client, local)
     await client.close()

@@ -9,6 +9,7 @@ compressed are refused: how large they get would be up to their sender.
 from __future__ import annotations
 
 import errno
+import socket
 import ssl
 from collections.abc import Iterable
 from typing import Final
@@ -26,6 +27,8 @@ from bacalhau_node.errors import NodeUnreachable, SpecError
 
 KEEPALIVE: Final = 30.0
 """Seconds that a connection may be idle, or take to send its first request's head."""
+
+BACKLOG: Final = 128
 
 OPEN_PATHS: Final = frozenset(("/health", "/ready"))
 
@@ -55,17 +58,12 @@ class ApiServer:
             shutdown_timeout=_CLOSE_SECONDS,
         )
 
-    async def start(self, host: str, port: int) -> None:
-        """Listen; raises `SpecError` when the address can't be had. Port 0: any free one."""
+    async def start(self, bound: socket.socket) -> None:
+        """Answer at an address that `bind` got."""
+        host, port = bound.getsockname()[:2]
         self._loopback = is_loopback(host)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, host, port, ssl_context=self._tls)
-        try:
-            await site.start()
-        except OSError as error:
-            await self._runner.cleanup()
-            raise SpecError(_not_had(host, port, error)) from error
-        port = self._runner.addresses[0][1]
+        await web.SockSite(self._runner, bound, ssl_context=self._tls).start()
         name = f"[{host}]" if ":" in host else host
         self.url = f"{'https' if self._tls else 'http'}://{name}:{port}"
 
@@ -136,6 +134,23 @@ async def _counted(request: web.Request, handler: Handler) -> web.StreamResponse
     finally:
         request.app[TRAFFIC].requests[name, status] += 1
     return response
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket at this address, port 0 for any free one; raises `SpecError` when it can't be had."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, protocol)
+        try:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address)
+            bound.listen(BACKLOG)
+        except OSError:
+            bound.close()
+            raise
+    except OSError as error:
+        raise SpecError(_not_had(host, port, error)) from error
+    return bound
 
 
 def _not_had(host: str, port: int, error: OSError) -> str:
