@@ -211,7 +211,9 @@ class Job:
         return self._session.begin(ask)
 
     def _repr_mimebundle_(self, **_options: object) -> dict[str, str]:
-        return self.record().bundle()
+        record = self.record()
+        # An output does not change: a picture of a job that goes on would soon be wrong.
+        return record.bundle() if record.state in FINAL_JOB else {"text/plain": record.plain()}
 
     def __repr__(self) -> str:
         return self.record().plain()
