@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from tests.bench import harness
@@ -37,11 +39,20 @@ def run_case(name: str, executor: str) -> bool:
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         command = [sys.executable, "-m", "tests.bench.child", name, executor]
         env = environment(executor, Path(folder))
-        try:
-            return subprocess.run(command, env=env, check=False, timeout=CASE_SECONDS).returncode == 0
-        except subprocess.TimeoutExpired:
-            print(f"{name} ({executor}) did not end within {CASE_SECONDS} s", flush=True)
-            return False
+        with subprocess.Popen(command, env=env, start_new_session=True) as child:
+            try:
+                return child.wait(CASE_SECONDS) == 0
+            except subprocess.TimeoutExpired:
+                print(f"{name} ({executor}) did not end within {CASE_SECONDS} s", flush=True)
+                return False
+            finally:
+                end_session(child.pid)
+
+
+def end_session(session: int) -> None:
+    """Kill what a case has left running: pools of peers often outlive their caller."""
+    with suppress(ProcessLookupError):
+        os.killpg(session, signal.SIGKILL)
 
 
 def write_table() -> None:
