@@ -1,5 +1,7 @@
 """The agent: runs the shards of one job inside a slot. One file, standard library only, Python 3.8 or later.
 
+Longer than 400 lines because it goes into containers and to other interpreters as one file.
+
 Theory of operation
 ===================
 The host starts `python -s -u agent.py` (or `-I -u`) with two byte streams, file descriptors 0 and 1,

@@ -2,6 +2,7 @@
 
 A test module makes a fixture `bench` (a `ShardBench` over its executor, closed afterwards) and a
 subclass of `ExecutorContract`; pytest collects the rest from here. Each method is one rule.
+Longer than 400 lines because it is one suite: a list of short rules over the same bench.
 """
 
 from __future__ import annotations
