@@ -143,6 +143,7 @@ def main(command: list[str]) -> int:
     """Run `command` with the services; its exit status."""
     if not command:
         raise SystemExit(__doc__)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in the background
     with docker_daemon() as host:
         environment = os.environ | ({"DOCKER_HOST": host} if host else {})
         with subprocess.Popen(command, env=environment) as child:
