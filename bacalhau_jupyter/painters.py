@@ -8,6 +8,7 @@ within half a second shows no picture at all where somebody is watching.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import shutil
 import sys
@@ -39,6 +40,7 @@ HTML_PERIOD = 1.0
 TERMINAL_PERIOD = 0.25
 RESEND_AFTER = 3.5
 FAILURES_TOLD = 4
+VIEW = "bacalhau_jupyter.view"
 
 Progress = Literal["auto", "widget", "html", "text", "none"]
 
@@ -90,8 +92,10 @@ class Shown(ABC):
 
     def paint(self) -> None:
         """Show the view once the job has lasted half a second; after that, keep it at the job's state."""
+        if not self._shown and (self.monitor.ended or not self.ready()):
+            return
         now = time.monotonic()
-        if now < self._due or (not self._shown and self.monitor.ended):
+        if now < self._due:
             return
         self._due = now + self.period
         self.put(self.redraw() if self._shown else self.show())
@@ -118,6 +122,10 @@ class Shown(ABC):
             put(content, display_id=self.display_id, update=self._placed)
             self._placed = True
 
+    def ready(self) -> bool:
+        """Whether `show` would answer at once."""
+        return True
+
     @abstractmethod
     def show(self) -> object:
         """What to show first."""
@@ -141,11 +149,19 @@ class Widget(Shown):
         super().__init__(monitor, place)
         self._ask_inputs, self._cancel = inputs, cancel
         self._view: LiveView | None = None
+        self._loading: threading.Thread | None = None
         self._inputs: Future[Sequence[tuple[str, ...]]] | None = None
+
+    def ready(self) -> bool:
+        """Loading ipywidgets takes a good part of a second, in which lines must not wait and short jobs end."""
+        if self._loading is None:
+            self._loading = threading.Thread(target=importlib.import_module, args=(VIEW,), daemon=True)
+            self._loading.start()
+        return not self._loading.is_alive()
 
     def show(self) -> object:
         """The widget."""
-        from bacalhau_jupyter.view import LiveView  # noqa: PLC0415  brings ipywidgets, which short jobs never need
+        from bacalhau_jupyter.view import LiveView  # noqa: PLC0415  see `ready`
 
         self._inputs = self._ask_inputs()
         self._view = LiveView(self.monitor, self.place, cancel=self._cancel)

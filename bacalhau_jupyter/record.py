@@ -166,36 +166,47 @@ class Record:
     def _table(self) -> str:
         order = {FAILED: 0, STOPPED: 1}
         shards = sorted(self.shards, key=lambda shard: (order.get(CODES[shard.state], 2), shard.index))
-        rows = "".join(_row(shard) for shard in shards[:MAX_ROWS])
+        rows = [_row(shard) for shard in shards[:MAX_ROWS]]
+        told = [column for column in range(len(_HEADS)) if _tells(_HEADS[column], [row[column] for row in rows])]
+        heads = "".join(f'<th scope="col">{_HEADS[column]}</th>' for column in told)
+        body = "".join(_cells([row[column] for column in told]) for row in rows)
         hidden = len(shards) - MAX_ROWS
         note = (
             f"<p>{hidden:,} more shards are not shown here: <code>job.shards</code> has all.</p>" if hidden > 0 else ""
         )
-        heads = "".join(f'<th scope="col">{head}</th>' for head in _HEADS)
         return (
             "<details><summary>Shards</summary><table><thead>"
-            f"<tr>{heads}</tr></thead><tbody>{rows}</tbody></table>{note}</details>"
+            f"<tr>{heads}</tr></thead><tbody>{body}</tbody></table>{note}</details>"
         )
 
 
 _HEADS = ("shard", "state", "seconds", "memory", "attempts", "node", "inputs", "why")
 
 
-def _row(shard: ShardView) -> str:
+def _row(shard: ShardView) -> tuple[str, ...]:
+    """What the table says of a shard, in the order of `_HEADS`."""
     outcome = shard.outcome
-    why = headline(outcome.error) if outcome and outcome.error else ""
     more = f" and {len(shard.inputs) - 1:,} more" if len(shard.inputs) > 1 else ""
-    cells = (
+    return (
+        str(shard.index),
         LABELS[CODES[shard.state]],
         f"{outcome.seconds:.2f}" if outcome else "",
         size(outcome.max_rss) if outcome and outcome.max_rss else "",
         str(shard.attempts or ""),
         (shard.node or "")[:16],
         f"{shard.inputs[0]}{more}" if shard.inputs else "",
-        why,
+        headline(outcome.error) if outcome and outcome.error else "",
     )
-    data = "".join(f"<td>{escape(_printable(cell))}</td>" for cell in cells)
-    return f'<tr><th scope="row">{shard.index}</th>{data}</tr>'
+
+
+def _tells(head: str, column: Sequence[str]) -> bool:
+    """Whether a column is worth its place: the node is one for all in most jobs, and so are the attempts."""
+    return len(set(column)) > 1 if head in {"node", "attempts"} else any(column)
+
+
+def _cells(row: Sequence[str]) -> str:
+    first, *rest = (escape(_printable(cell)) for cell in row)
+    return f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in rest)}</tr>'
 
 
 def _printable(text: str) -> str:
