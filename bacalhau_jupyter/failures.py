@@ -46,7 +46,7 @@ class FailureGroup:
     shards: tuple[int, ...]
 
     def __str__(self) -> str:
-        return f"{headline(self.error)} in {named(self.shards)}"
+        return told(self.error, self.shards)
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,13 @@ def headline(error: ShardError) -> str:
     return text.partition("\n")[0]
 
 
+def told(error: ShardError, shards: Sequence[int]) -> str:
+    """The same with the shards: `KeyError: 'x' in shard 3`, `shard 3: killed for memory: give it more`."""
+    if error.kind == "exception":
+        return f"{headline(error)} in {named(shards)}"
+    return f"{named(shards)}: {headline(error)}"
+
+
 def named(shards: Sequence[int]) -> str:
     """`shard 7`, or how many and which: `37 shards (3, 7, 12, …)`."""
     if len(shards) == 1:
@@ -131,7 +138,7 @@ def explain(
     for group in groups[:MAX_GROUPS]:
         shard = shards.get(group.shards[0], FailedShard(group.shards[0]))
         which = f"shard {shard.index}: " if len(group.shards) > 1 else ""
-        lines += [f"{RED}{headline(group.error)}{RESET} in {named(group.shards)}", f"  {which}{shard}"]
+        lines += [str(group).replace(headline(group.error), f"{RED}{headline(group.error)}{RESET}", 1), f"  {which}{shard}"]
         lines += group.error.message.split("\n")[1:]
         lines += [line for frame in _worth_showing(group.error.frames) for line in _drawn(frame, cell)]
         lines += group.error.notes

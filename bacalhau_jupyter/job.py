@@ -76,6 +76,8 @@ class Job:
         """The live state, for whoever shows it."""
         self.place = place
         self._cell = cell
+        self.name = ""
+        """What the notebook calls it (`--out`); empty if nothing does."""
         self._final: JobView | None = None
         self.follower: threading.Thread | None = None
         """Shows the job in the background and binds what its line asked for when it has ended."""
@@ -85,6 +87,11 @@ class Job:
     def id(self) -> JobId:
         """`j-` and a UUID; the first characters are enough for `attach`."""
         return self.monitor.submission.job
+
+    @property
+    def handle(self) -> str:
+        """What to type to have it: its name, or the call that finds it."""
+        return self.name or f"bacalhau_jupyter.attach({short(self.id)!r})"
 
     @property
     def state(self) -> JobState:
@@ -195,7 +202,7 @@ class Job:
         record = Record.of_view(view, self.place, None)
         failed = {shard.index: self._failed_shard(shard) for shard in view.shards if shard.state == "failed"}
         lines = explain(record.failures, failed, self._cell, printed=printed)
-        return brief(JobFailed(_why(record)), lines)
+        return brief(JobFailed(_why(record, self.handle)), lines)
 
     def returned(self) -> bool:
         """Whether any shard has left a value or files, once the job has ended."""
@@ -232,8 +239,9 @@ class Job:
         lines = self.monitor.tail(shard.index) or _last_lines(shard.outcome)
         node = self.place.name if shard.node == self.monitor.submission.node else shard.node or ""
         outcome = shard.outcome
-        raised = outcome is not None and outcome.error is not None and outcome.error.kind == "exception"
-        code = 0 if outcome is None or raised else outcome.exit_code  # an exception says more than its exit code
+        error = outcome.error if outcome else None
+        # Any other failure says more than the exit code that it comes with.
+        code = outcome.exit_code if outcome and error and error.kind in {"signal", "memory"} else 0
         return FailedShard(shard.index, node, shard.inputs, code, lines)
 
     def _reader(self) -> Reader:
@@ -371,8 +379,8 @@ def _shard_result(shard: ShardView) -> ShardResult:
     return ShardResult(index=shard.index, inputs=shard.inputs, error=error)
 
 
-def _why(record: Record) -> str:
-    """The one sentence of a job that did not complete."""
+def _why(record: Record, handle: str) -> str:
+    """The one sentence of a job that did not complete; `handle` is what to type to have the job."""
     count, failed, done = len(record.states), record.states.count(FAILED), record.states.count(DONE)
     job = f"job {short(record.job)}"
     if failed:
@@ -381,4 +389,4 @@ def _why(record: Record) -> str:
         what = f"{job} was stopped after {done:,} of {count:,} shards"
     else:
         what = f"{job}: {record.reason or record.state.lower()}"
-    return f"{what}; {done:,} finished: result(partial=True)" if done else what
+    return f"{what}; {done:,} finished: {handle}.result(partial=True)" if done else what

@@ -93,7 +93,11 @@ class Running:
         result = self.job.result(partial=True)
         if self.request.df is None:
             return result if self.job.returned() else None
-        frame = self._reduced(result.df())
+        handle = f"{self.job.handle}.result({'partial=True' * (failure is not None)})"
+        try:
+            frame = self._reduced(result.df())
+        except SpecError as error:
+            raise SpecError(f"{error} (result = {handle})") from error
         self.shell.user_ns[self.request.df] = frame
         return frame
 
@@ -120,9 +124,8 @@ class Running:
         except KeyboardInterrupt:
             return JobInterrupted(f"left while it stops: %bacalhau attach {name}", job=job.id)
         what = "stopped" if ended else "is stopping"
-        handle = self.request.out or f"bacalhau_jupyter.attach({name!r})"
         done, count = record.states.count(DONE), len(record.states)
-        kept = f"; {done:,} of {count:,} shards finished: {handle}.result(partial=True)" if done else ""
+        kept = f"; {done:,} of {count:,} shards finished: {job.handle}.result(partial=True)" if done else ""
         return JobInterrupted(f"job {name} {what}{kept}", job=job.id)
 
 
@@ -145,6 +148,7 @@ def run(shell: Any, request: CellRequest, body: str) -> object:
         raise JobInterrupted("stopped before the job had started") from None
     if request.out:
         shell.user_ns[request.out] = job
+        job.name = request.out
     for note in notes:
         print(note)  # noqa: T201  a cell's output
     running = Running(job, request, shell)
