@@ -119,7 +119,9 @@ def _magic_text(mark: str, word: str) -> str:
     if mark == "%%":
         return f"`%%{word}` can't stand inside a cell; put it on a line above %%bacalhau"
     if word in ("pip", "conda", "mamba", "uv"):
-        return "packages can't be installed in a shard; install them in the notebook, jobs on this machine share them"
+        return (
+            "packages are installed before the shards start: write `# requires: NAME` in its place, or --require NAME"
+        )
     if mark.startswith("!"):
         return "`!` is IPython's; in a job use subprocess.run([...]), or --raw to run the whole cell as a shell script"
     return f"`%{word}` is a command of the notebook and can't run in a shard; remove the line"

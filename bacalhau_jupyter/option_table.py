@@ -7,7 +7,7 @@ import keyword
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING
 
-from bacalhau_node import literals
+from bacalhau_node import literals, requirements
 from bacalhau_node.errors import SpecError
 from bacalhau_node.spec import MAX_SHARDS, Sharding
 
@@ -198,6 +198,7 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         _choice("isolation", "the least isolation that will do", ("container", "sandbox", "none")),
         _choice("container-per", "one container per slot of the job, or per shard", ("job", "shard")),
         _choice("network", "what the shard can reach", ("none", "full")),
+        Option("require", "packages to install: 'tabulate>=0.9'", metavar="PKG", read=requirements.split, repeats=True),
         Option("raw", "the cell is a shell script, not Python"),
         Option("env", "an environment variable", metavar="K=V", short="e", read=_environment, repeats=True),
         Option("label", "a label of the job", metavar="K=V", short="l", read=literals.pair, repeats=True),
@@ -215,7 +216,6 @@ GROUPS: dict[str, tuple[Option, ...]] = {
     ),
     "Not in this version": (
         _later("gpu-share", "N"),
-        _later("require", "PKG"),
         _later("secret", "NAME"),
         _later("constraint", "EXPR"),
         _later("node", "URL"),

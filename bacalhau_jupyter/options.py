@@ -54,6 +54,7 @@ class CellRequest:
     isolation: Isolation | None = None
     container_per: Literal["job", "shard"] = "job"
     network: Literal["none", "full"] = "none"
+    requires: tuple[str, ...] = ()
     raw: bool = False
     env: dict[str, str] = field(default_factory=dict)
     labels: dict[str, str] = field(default_factory=dict)
@@ -181,7 +182,14 @@ def _as_texts(option: Option, value: object, label: str) -> list[str]:
 
 # --- texts to a request ---
 
-_FIELDS = {"--input": "inputs", "--with": "shared", "--glob": "globs", "--module": "modules", "--label": "labels"}
+_FIELDS = {
+    "--input": "inputs",
+    "--with": "shared",
+    "--glob": "globs",
+    "--module": "modules",
+    "--label": "labels",
+    "--require": "requires",
+}
 _SPLITS = ("--shards", "--batch-size", "--shard-size")
 _RESOURCES = {"--cpu": "cpu", "--memory": "memory", "--disk": "disk", "--gpu": "gpus"}
 _NO_FIELD = frozenset((*_SPLITS, *_RESOURCES, "--publish", "--replicas", "--agree"))
@@ -211,7 +219,7 @@ def _value(option: Option, text: str, notebook: Notebook) -> Any:
 
 
 def _joined(flag: str, each: list[Any]) -> object:
-    if flag == "--vars":
+    if flag in ("--vars", "--require"):
         return tuple(dict.fromkeys(name for names in each for name in names))
     if flag in ("--env", "--label"):
         pairs = dict(each)
@@ -229,7 +237,7 @@ def _check_together(texts: Mapping[str, list[str]]) -> None:
         raise SpecError("--reduce works on the joined frame; add --df NAME to say where the outcome goes")
     if "--df" in texts and texts["--df"] == texts.get("--out"):
         raise SpecError(f"--df {texts['--df'][0]} and --out {texts['--df'][0]}: two different names are needed")
-    for flag in ("--vars", "--module", "--df"):
+    for flag in ("--vars", "--module", "--require", "--df"):
         if "--raw" in texts and flag in texts:
             raise SpecError(f"--raw makes the cell a shell script; {flag} is for Python cells")
     for flag in _SPLITS[1:]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import msgspec
 from bacalhau_jupyter import cell as cells
 from bacalhau_jupyter import options
 from bacalhau_jupyter.record import Place
+from bacalhau_node import requirements
 from bacalhau_node.errors import SpecError
 from bacalhau_node.spec import Command, PythonCell
 
@@ -49,6 +51,7 @@ def prepare(request: options.CellRequest, body: str, *, name: str, first: int, a
     if request.raw:
         return Prepared(spec=options.to_spec(request, Command(shell=body)), files={})
     cell = cells.read(body, name=name, first=first)
+    requires = _requires(request, cell)
     bundle = cells.bundle(cell, around, variables=request.vars, extra=request.modules, check=not request.no_check)
     task = PythonCell(
         bundle="",
@@ -56,9 +59,18 @@ def prepare(request: options.CellRequest, body: str, *, name: str, first: int, a
         line_offset=first,
         imports=bundle.imports,
         python=f"{sys.version_info.major}.{sys.version_info.minor}",
-        versions=bundle.versions,
+        versions=requirements.beyond(bundle.versions, requires),
+        requires=requires,
     )
     return Prepared(spec=options.to_spec(request, task), files=bundle.files, notes=bundle.notes)
+
+
+def _requires(request: options.CellRequest, cell: cells.Cell) -> tuple[str, ...]:
+    """The packages that line and text of the cell ask for; its `requires-python` is checked on the way."""
+    said = requirements.declared(cell.source, first=cell.first)
+    if request.image is None:  # an image has a Python of its own
+        requirements.check_python(said.python, platform.python_version())
+    return requirements.merged(request.requires, said.requires)
 
 
 def from_python(source: str, words: Mapping[str, object], namespace: Mapping[str, Any]) -> Prepared:
@@ -115,6 +127,7 @@ def described(prepared: Prepared, plan: JobPlan) -> str:
     if isinstance(task, PythonCell):
         packages = ", ".join(f"{name} {version}" for name, version in sorted(task.versions.items()))
         lines.append(f"needs: Python {task.python}{f', {packages}' if packages else ''}")
+        lines += [f"to install: {', '.join(task.requires)}"] if task.requires else []
     return "\n".join([*lines, *prepared.notes, *plan.notes])
 
 

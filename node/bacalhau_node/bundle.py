@@ -7,7 +7,7 @@ import asyncio
 import platform
 from pathlib import Path
 
-from bacalhau_node import modules
+from bacalhau_node import modules, requirements
 from bacalhau_node.client import Client
 from bacalhau_node.errors import SpecError
 from bacalhau_node.spec import PythonCell
@@ -24,6 +24,9 @@ async def script_task(client: Client, source: str, path: Path) -> PythonCell:
         compile(source, str(path), "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
     except (SyntaxError, ValueError) as error:
         raise SpecError(f"{path} is not a Python program: {error}") from error
+    said = requirements.declared(source)
+    requirements.check_python(said.python, platform.python_version())
+    requires = requirements.merged((), said.requires)
     sent, everything = await asyncio.to_thread(_local, modules.imports(tree), path)
     files = {"cell.py": source.encode(), **{f"modules/{name}": data for name, data in sent.items()}}
     local = {name.partition("/")[0].removesuffix(".py") for name in sent}
@@ -33,5 +36,6 @@ async def script_task(client: Client, source: str, path: Path) -> PythonCell:
         name=str(path),
         imports=modules.preload(outside),
         python=".".join(platform.python_version_tuple()[:2]),
-        versions=modules.versions(outside),
+        versions=requirements.beyond(modules.versions(outside), requires),
+        requires=requires,
     )

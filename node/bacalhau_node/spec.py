@@ -63,7 +63,8 @@ class PythonCell(msgspec.Struct, frozen=True, kw_only=True, tag="cell"):
     `modules/` (source of local modules, put on the path). `name` is the file name that
     tracebacks show and `line_offset` what to add to a line of the body to get the line of the
     cell. `imports` are the top-level modules that the cell imports, for preloading; `python`
-    ("3.11") and `versions` (distribution -> version) are what the notebook runs.
+    ("3.11") and `versions` (distribution -> version) are what the notebook runs. `requires` are
+    packages to install on top of that, as `requirements.normal` writes them.
     """
 
     bundle: str
@@ -72,6 +73,7 @@ class PythonCell(msgspec.Struct, frozen=True, kw_only=True, tag="cell"):
     imports: tuple[str, ...] = ()
     python: str = ""
     versions: dict[str, str] = {}
+    requires: tuple[str, ...] = ()
 
 
 class Command(msgspec.Struct, frozen=True, kw_only=True, tag="command"):

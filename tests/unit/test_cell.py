@@ -66,7 +66,7 @@ def test_harmless_notebook_commands_are_left_out_and_lines_keep_their_numbers(bo
         ("%%time\nx", "line 2: `%%time` can't stand inside a cell; put it on a line above %%bacalhau"),
         ("%time x", "line 2: `%time` is a command of the notebook"),
         ("y = %who_ls", "line 2: `%who_ls` is a command of the notebook"),
-        ("%pip install x", "line 2: packages can't be installed in a shard"),
+        ("%pip install x", "line 2: packages are installed before the shards start"),
         ("%matplotlib inline\n\n!echo '", "line 4: `!`"),
     ],
 )

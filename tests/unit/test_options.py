@@ -147,6 +147,7 @@ def test_gpu_takes_a_number_and_never_the_next_option():
         ("--no-check", "no_check", True),
         ("-h --input nope", "help", True),
         ("--on-interrupt detach", "on_interrupt", "detach"),
+        ("--require b>=2,<3,a --require A[x]", "requires", ("b<3,>=2", "a", "a[x]")),
     ],
 )
 def test_an_option_sets_its_field(line, field, value):
@@ -212,6 +213,9 @@ def test_what_a_request_says_is_in_its_spec():
         ("--df a --reduce 'df +'", "--reduce df +: not a Python expression"),
         ("--reduce df", "add --df NAME"),
         ("--df a --out a", "two different names"),
+        ("--raw --require a", "--raw makes the cell a shell script; --require is for Python cells"),
+        ("--require 'a b'", "--require a b: 'a b' is not a package with versions"),
+        ("--require a@file:///x", "names an address"),
         ("--raw --vars a", "--raw makes the cell a shell script"),
         ("-e A=1 -e A=2", "--env: a key is given twice"),
         ("-e A", "--env A: write"),
