@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from bacalhau_jupyter import words
 from bacalhau_jupyter.option_table import ELSEWHERE, GROUPS, OPTIONS, SHORT, Option
-from bacalhau_node import __version__, literals
+from bacalhau_node import __version__, filesystem, literals
 from bacalhau_node.errors import SpecError
 from bacalhau_node.spec import Command, InputSource, Isolation, JobSpec, PythonCell, Resources, Sharding
 
@@ -74,7 +74,12 @@ def notebook(namespace: Mapping[str, Any]) -> Notebook:
     def lookup(expression: str) -> object:
         return eval(expression, dict(namespace))  # noqa: S307  the user's own expression, in the user's own kernel
 
-    place = literals.Place(exists=os.path.lexists, cwd=os.getcwd(), home=os.path.expanduser("~"))  # noqa: PTH109, PTH111  text in, text out
+    place = literals.Place(
+        exists=os.path.lexists,
+        cwd=os.getcwd(),  # noqa: PTH109  text in, text out
+        home=os.path.expanduser("~"),  # noqa: PTH111  text in, text out
+        names=filesystem.names_in,
+    )
     return Notebook(lookup=lookup, place=place)
 
 

@@ -42,6 +42,16 @@ def size(text: str) -> int:
     return round(value)
 
 
+def size_text(count: int) -> str:
+    """Bytes for people, decimal as they are typed: 300_000_000 is `300 MB`."""
+    value, unit = float(count), "bytes"
+    for larger in ("kB", "MB", "GB", "TB", "PB"):
+        if value < 999.5:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.3g} {unit}"
+
+
 def seconds(text: str) -> float:
     """Seconds: `90`, `10m`, `1h30m`, `500ms`."""
     match = _TIME.fullmatch(text) if text else None
@@ -100,6 +110,8 @@ class Place:
     exists: Callable[[str], bool]
     cwd: str
     home: str
+    names: Callable[[str], Iterable[str]]
+    """What a folder holds; nothing where that can't be told."""
 
 
 def source(text: str, place: Place) -> InputSource:
@@ -144,7 +156,8 @@ def _where(text: str, place: Place) -> str:
         return f"ipfs://{path.rstrip('/')}"
     if not text or "\0" in text:
         raise SpecError("not a path")
-    raise SpecError(f"no such file or folder: {_absolute(text, place)}")
+    path = PurePosixPath(_absolute(text, place))
+    raise SpecError(f"no such file or folder: {path}{nearest(path.name, place.names(str(path.parent)))}")
 
 
 def _mount(text: str) -> str:

@@ -168,7 +168,8 @@ class Node:
         if None in reasons:
             return None
         best = [reason for reason in reasons[:1] if reason]  # those that isolate less can't do more
-        return "; ".join([*best, *self.problems()]) or "no executor works on this node"
+        better = self.problems() if _asks_for_a_container(spec) or not best else ()
+        return "; ".join([*best, *better]) or "no executor works on this node"
 
     def _choose(self, spec: JobSpec) -> tuple[Executor, str]:
         for option in self._working():
@@ -187,6 +188,11 @@ class Node:
         self.content.close()
         await asyncio.to_thread(shutil.rmtree, self.folder.path / "work", ignore_errors=True)
         self.folder.close()
+
+
+def _asks_for_a_container(spec: JobSpec) -> bool:
+    """Whether what refuses `spec` may be that a better executor does not work here."""
+    return bool(spec.image or spec.isolation or spec.container_per == "shard")
 
 
 @contextlib.contextmanager

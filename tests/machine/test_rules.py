@@ -419,7 +419,7 @@ def test_a_job_that_runs_out_of_its_time_has_failed() -> None:
     assert sent(effects, Cancel, to="n-1")
     end = job_end(effects)
     assert end is not None
-    assert (end.state, end.reason) == ("Failed", "the job ran longer than its 60 seconds")
+    assert (end.state, end.reason) == ("Failed", "it ran longer than its --job-timeout of 60 s")
 
 
 def test_a_job_needs_shards_and_an_id_of_its_own() -> None:

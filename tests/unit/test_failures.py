@@ -65,7 +65,7 @@ def test_the_last_lines_of_a_shard_are_shown_unless_they_were_printed():
     shards = {1: FailedShard(1, "n-1", (), 137, ("reading", "adding"))}
     silent = plain(explain(failures.groups(), shards, CELL, printed=False))
     assert silent[:5] == [
-        "over its limit of 512 MB in shard 1",
+        "shard 1: over its limit of 512 MB",
         "  on n-1, exit code 137",
         "last lines of shard 1:",
         "    reading",

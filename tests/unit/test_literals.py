@@ -18,7 +18,7 @@ FILES = {
     "/here/with space",
     "/here/ipfs",
 }
-PLACE = literals.Place(exists=FILES.__contains__, cwd="/here", home="/home/ann")
+PLACE = literals.Place(exists=FILES.__contains__, cwd="/here", home="/home/ann", names=lambda _: ("data", "codes.csv"))
 
 
 @pytest.mark.parametrize(
@@ -119,10 +119,16 @@ def test_inputs_are_paths_or_cids_with_an_optional_mount(text, source, mount):
     assert literals.source(text, PLACE) == InputSource(source=source, mount=mount)
 
 
+@pytest.mark.parametrize("text", ["1 bytes", "300 MB", "1.5 GB", "10 TB", "999 kB", "1 PB", "37 bytes"])
+def test_a_size_is_told_as_it_was_typed(text):
+    assert literals.size_text(literals.size(text.replace(" bytes", ""))) == text
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
         ("nope", "no such file or folder: /here/nope"),
+        ("dta", "no such file or folder: /here/dta; did you mean data?"),
         ("nope:/m", "no such file or folder: /here/nope:/m"),
         ("", "not a path"),
         ("a\0b", "not a path"),

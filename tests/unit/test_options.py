@@ -32,7 +32,7 @@ def lookup(expression):
 
 
 NOTEBOOK = options.Notebook(
-    lookup=lookup, place=literals.Place(exists=FILES.__contains__, cwd="/here", home="/home/ann")
+    lookup=lookup, place=literals.Place(exists=FILES.__contains__, cwd="/here", home="/home/ann", names=lambda _: ())
 )
 DATA = InputSource(source="/here/data")
 MORE = InputSource(source="/here/more")

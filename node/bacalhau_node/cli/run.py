@@ -12,7 +12,7 @@ from typing import Any
 import click
 import msgspec
 
-from bacalhau_node import literals
+from bacalhau_node import filesystem, literals
 from bacalhau_node.bundle import script_task
 from bacalhau_node.cli.common import FAILED, NODE, Literal, finish, options, reach
 from bacalhau_node.cli.printing import closing_line, follow, summary
@@ -107,7 +107,9 @@ async def _task(
 
 
 def _spec(task: PythonCell | Command, given: dict[str, Any]) -> JobSpec:
-    place = literals.Place(exists=os.path.exists, cwd=str(Path.cwd()), home=str(Path.home()))
+    place = literals.Place(
+        exists=os.path.exists, cwd=str(Path.cwd()), home=str(Path.home()), names=filesystem.names_in
+    )
     take = given.pop
     return JobSpec(
         task=task,

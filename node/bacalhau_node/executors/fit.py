@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from bacalhau_node.executors.limits import usable_cores, usable_memory
+from bacalhau_node.literals import size_text
 from bacalhau_node.spec import ISOLATION_RANK, JobSpec, PythonCell, Resources
 
 if TYPE_CHECKING:
@@ -31,26 +32,24 @@ def _refused(spec: JobSpec) -> str | None:
     """What only containers can do."""
     here = "this node runs shards as plain processes"
     if spec.image is not None:
-        return f"needs the image {spec.image}; {here}"
+        return f"--image {spec.image}: {here}"
     if spec.isolation is not None and ISOLATION_RANK[spec.isolation] > ISOLATION_RANK["none"]:
-        return f"asks for --isolation {spec.isolation}; {here}"
+        return f"--isolation {spec.isolation}: {here}"
     if spec.container_per == "shard":
-        return f"asks for --container-per shard; {here}"
+        return f"--container-per shard: {here}"
     return None
 
 
 def _too_large(resources: Resources) -> str | None:
     """What this machine has not."""
     if resources.gpus and not _NVIDIA.exists():
-        return "needs a GPU; this node has none (no NVIDIA driver found)"
+        return "--gpu: this node has no GPU (no NVIDIA driver found)"
     if resources.gpus:
-        return "needs a GPU; this node runs shards as plain processes, which are given none"
+        return "--gpu: this node runs shards as plain processes, which are given none"
     if resources.memory is not None and resources.memory > usable_memory():
-        return (
-            f"needs {_gigabytes(resources.memory)} of memory for a shard; this node has {_gigabytes(usable_memory())}"
-        )
+        return f"--memory {size_text(resources.memory)}: this node can give a shard at most {size_text(usable_memory())}"
     if resources.cpu > usable_cores():
-        return f"needs {resources.cpu:g} cores for a shard; this node has {usable_cores()}"
+        return f"--cpu {resources.cpu:g}: this node can give a shard at most {usable_cores()} cores"
     return None
 
 
@@ -93,7 +92,3 @@ def _minor(version: str) -> list[str]:
 def python_version() -> str:
     """This interpreter, as a `PythonCell` names one: "3.11"."""
     return f"{sys.version_info.major}.{sys.version_info.minor}"
-
-
-def _gigabytes(size: int) -> str:
-    return f"{size / 1024**3:.3g} GB"

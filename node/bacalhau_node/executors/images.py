@@ -41,7 +41,7 @@ class Images:
         try:
             await asyncio.shield(pull)
         except DaemonError as error:
-            raise NoEnvironment(f"the image {name} is not here and could not be pulled: {error}") from error
+            raise NoEnvironment(f"the image {name} is not here and could not be pulled ({error}): check its name, or pull it yourself") from error
 
     async def close(self) -> None:
         """End the pulls under way."""

@@ -26,6 +26,7 @@ from bacalhau_node.errors import SpecError
 from bacalhau_node.executors import staging
 from bacalhau_node.executors.containers import Daemon, Label, Mount
 from bacalhau_node.executors.environment import HostEnvironment, collapse, user_variables
+from bacalhau_node.literals import size_text as size_text
 from bacalhau_node.sharding import mounts
 
 if TYPE_CHECKING:
@@ -160,14 +161,6 @@ class SlotFolder:
             staging.clear(folder)
         own = [file for file in files if file.mount not in dict(self.shape.files)]
         staging.stage(own, self.places, reader, roots=self.shape.root_places())
-
-
-def size_text(size: int) -> str:
-    """Bytes for people: `512 MB`, `9.6 GB`."""
-    for power, unit in ((40, "TB"), (30, "GB"), (20, "MB"), (10, "kB")):
-        if size >= 1 << power:
-            return f"{size / (1 << power):.3g} {unit}"
-    return f"{size} bytes"
 
 
 def memory_text(limit: int) -> str:

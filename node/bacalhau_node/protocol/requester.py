@@ -332,7 +332,7 @@ class Requester:
                 job.patience = min(2 * (job.patience or FIRST_PATIENCE), LONGEST_PATIENCE)
                 self.book.placement.probe(job)
             case JobDeadline():
-                self.book.close(job, "Failed", f"the job ran longer than its {job.spec.job_timeout:g} seconds")
+                self.book.close(job, "Failed", f"it ran longer than its --job-timeout of {job.spec.job_timeout:g} s")
 
     def _check_leases(self, job: Job) -> None:
         now = self.book.now
@@ -373,8 +373,9 @@ class Requester:
         """Shards wait and none is at work: say why, or give up when no node can ever run them."""
         nodes = self.book.placement.nodes
         if self.book.placement.hopeless(job):
-            reasons = "; ".join(f"{node}: {job.never[node]}" for node in nodes)
-            self.book.close(job, "Failed", f"NoCapacity: no known node can run this job ({reasons})")
+            # One node needs no name: mostly it is that of the notebook.
+            why = [f"{node}: {job.never[node]}" if len(nodes) > 1 else job.never[node] for node in nodes]
+            self.book.close(job, "Failed", f"no node can run it: {'; '.join(why)}")
         elif not nodes:
             self.book.become(job, "Queued", "no node is known yet")
         else:
