@@ -36,10 +36,10 @@ CELL = PythonCell(bundle="cid")
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        (JobSpec(task=CELL, resources=Resources(gpus=1)), "needs a GPU; this node "),
-        (JobSpec(task=CELL, image="python:3.12"), "needs the image python:3.12"),
-        (JobSpec(task=CELL, isolation="container"), "asks for --isolation container"),
-        (JobSpec(task=CELL, container_per="shard"), "asks for --container-per shard"),
+        (JobSpec(task=CELL, resources=Resources(gpus=1)), "--gpu; this node "),
+        (JobSpec(task=CELL, image="python:3.12"), "--image python:3.12"),
+        (JobSpec(task=CELL, isolation="container"), "--isolation container"),
+        (JobSpec(task=CELL, container_per="shard"), "--container-per shard"),
         (JobSpec(task=CELL, resources=Resources(memory=2**60)), "needs 1.07e+09 GB of memory"),
         (JobSpec(task=CELL, resources=Resources(cpu=10_000)), "needs 10000 cores"),
         (JobSpec(task=PythonCell(bundle="cid", python="2.7")), "needs Python 2.7; this node runs 3."),

@@ -107,9 +107,7 @@ async def _task(
 
 
 def _spec(task: PythonCell | Command, given: dict[str, Any]) -> JobSpec:
-    place = literals.Place(
-        exists=os.path.exists, cwd=str(Path.cwd()), home=str(Path.home()), names=filesystem.names_in
-    )
+    place = literals.Place(exists=os.path.exists, cwd=str(Path.cwd()), home=str(Path.home()), names=filesystem.names_in)
     take = given.pop
     return JobSpec(
         task=task,
