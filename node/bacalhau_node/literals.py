@@ -45,7 +45,7 @@ def size(text: str) -> int:
 def size_text(count: int) -> str:
     """Bytes for people, decimal as they are typed: 300_000_000 is `300 MB`."""
     value, unit = float(count), "bytes"
-    for larger in ("kB", "MB", "GB", "TB", "PB"):
+    for larger in ("kB", "MB", "GB", "TB", "PB", "EB"):
         if value < 999.5:
             break
         value, unit = value / 1000, larger

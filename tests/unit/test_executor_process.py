@@ -36,12 +36,12 @@ CELL = PythonCell(bundle="cid")
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        (JobSpec(task=CELL, resources=Resources(gpus=1)), "--gpu; this node "),
+        (JobSpec(task=CELL, resources=Resources(gpus=1)), "--gpu: this node "),
         (JobSpec(task=CELL, image="python:3.12"), "--image python:3.12"),
         (JobSpec(task=CELL, isolation="container"), "--isolation container"),
         (JobSpec(task=CELL, container_per="shard"), "--container-per shard"),
-        (JobSpec(task=CELL, resources=Resources(memory=2**60)), "needs 1.07e+09 GB of memory"),
-        (JobSpec(task=CELL, resources=Resources(cpu=10_000)), "needs 10000 cores"),
+        (JobSpec(task=CELL, resources=Resources(memory=2**60)), "--memory 1.15 EB: this node can give a shard at most "),
+        (JobSpec(task=CELL, resources=Resources(cpu=10_000)), "--cpu 10000: this node can give a shard at most "),
         (JobSpec(task=PythonCell(bundle="cid", python="2.7")), "needs Python 2.7; this node runs 3."),
     ],
 )
