@@ -1,24 +1,22 @@
-"""Fork, answer through a pipe, reap: `python fork_loop.py COUNT AGENT.py` prints the seconds.
+"""Fork, answer through a pipe, reap: `python fork_loop.py COUNT AGENT` prints the seconds.
 
-The process is as large as the one that the node forks shards from: it has loaded the same file.
+The process is as large as the one that the node forks shards from: it has loaded the same modules.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 import sys
 import time
+from pathlib import Path
 
 
 def load(path: str) -> None:
-    """Import the file at `path`, without running it as a program."""
-    spec = importlib.util.spec_from_file_location("agent", path)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["agent"] = module
-    spec.loader.exec_module(module)
+    """Import the agent in the folder `path`, without running it as a program."""
+    folder = Path(path)
+    sys.path.append(str(folder.parent))
+    importlib.import_module(f"{folder.name}.supervise")
 
 
 def start(index: int) -> tuple[int, int]:

@@ -17,7 +17,7 @@ async def bench(tmp_path: Path) -> AsyncIterator[ShardBench]:
     yield ShardBench(executor, tmp_path)
     await executor.close()
     assert list((tmp_path / "executor").iterdir()) == []
-    assert _children() & set(processes_with("executors/agent.py")) == set()
+    assert _children() & set(processes_with("executors/agent/")) == set()
 
 
 def _children() -> set[int]:

@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 
 from bacalhau_node.executors.plain import SocketPipe
-from bacalhau_node.executors.slot import AGENT_FILE, AgentJob, AgentLost, AgentSetup, AgentSlot, ShardRun
+from bacalhau_node.executors.program import AGENT, AGENT_FILE, copy_agent
+from bacalhau_node.executors.slot import AgentJob, AgentLost, AgentSetup, AgentSlot, ShardRun
 from bacalhau_node.ports import ExecutorEvent, RawOutcome, ShardLines
 from bacalhau_node.testing.executor_suite import until
 
@@ -108,6 +109,43 @@ async def test_errors_are_described_under_every_python(python: str, tmp_path: Pa
     assert (outcome.error.name, outcome.error.message) == ("ZeroDivisionError", "division by zero")
     assert [(frame.line, frame.in_cell) for frame in outcome.error.frames] == [(17, True)]
     assert outcome.error.notes == ("while handling ValueError: no (line 12)",)
+
+
+@pytest.mark.parametrize("options", [("-s", "-u"), ("-I", "-u")])
+async def test_a_cell_finds_its_own_modules_where_the_agent_has_some_of_the_same_name(
+    options: tuple[str, ...], tmp_path: Path
+) -> None:
+    names = sorted(file.stem for file in AGENT.glob("*.py") if not file.stem.startswith("_"))
+    (tmp_path / "modules").mkdir()
+    for name in names:
+        (tmp_path / "modules" / f"{name}.py").write_text("mine = True")
+    (tmp_path / "cell.py").write_text(
+        f"import importlib, os, sys\n"
+        f"mine = all(importlib.import_module(name).mine for name in {names})\n"
+        f"mine, [path for path in sys.path if os.path.exists(os.path.join(path, '__main__.py'))]"
+    )
+    with started(sys.executable, *options) as (_, ours):
+        slot = AgentSlot(await SocketPipe.over(ours), AgentSetup(oom=()))
+        slot.bind(AgentJob(bundle=str(tmp_path)))
+        outcome = await outcome_of(slot, tmp_path, "0#1", [])
+        await slot.close()
+    assert outcome.value.data == b"[true, []]", outcome
+
+
+@pytest.mark.parametrize("python", interpreters())
+def test_an_agent_that_was_copied_runs_without_anything_else_of_ours(python: str, tmp_path: Path) -> None:
+    copy = copy_agent(tmp_path)
+    compiled = {file.name for file in copy.glob("__pycache__/*")}
+    assert {f"{file.stem}.{sys.implementation.cache_tag}.pyc" for file in copy.glob("*.py")} <= compiled
+    assert all(file.stat().st_mode & 0o444 == 0o444 for file in copy.rglob("*"))
+    command = [python, "-I", "-u", "-X", "importtime", str(copy / "__main__.py")]
+    ended = subprocess.run(command, input=b"", capture_output=True, check=False, timeout=60)
+    assert ended.returncode == 0
+    loaded = [
+        line.rpartition(b"|")[2].strip() for line in ended.stderr.splitlines() if line.startswith(b"import time:")
+    ]
+    assert b"_bacalhau_agent.supervise" in loaded
+    assert [name for name in loaded if name.startswith(b"bacalhau_node")] == []
 
 
 async def test_a_fault_of_the_host_is_answered_and_ends_the_slot(tmp_path: Path) -> None:

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bacalhau_node.executors import agent
+from bacalhau_node.executors.agent import cell, failures, frames, tables, text, travel, values, words
 
 
 def value_of(source: str) -> Any:
-    return agent.evaluate(agent.compile_cell(source, "<rules>"), {})
+    return cell.evaluate(cell.compile_cell(source, "<rules>"), {})
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_the_last_expression_is_the_value(source: str, value: object) -> None:
     ["1;", "1 ; # comment", "x = 1\nx;\n\n", "(\n1\n);", "for x in (1,): x", "x = 1", "x: int = 1", "import os", ""],
 )
 def test_a_semicolon_or_a_statement_leaves_none(source: str) -> None:
-    assert value_of(source) is agent.Muted
+    assert value_of(source) is travel.Muted
 
 
 def test_a_body_that_awaits_and_an_expression_that_does_not_share_a_loop() -> None:
@@ -70,39 +70,39 @@ plain = st.recursive(
 
 @given(plain)
 def test_every_plain_value_travels_and_comes_back(value: object) -> None:
-    encoded = agent.encode_value(value)
+    encoded = values.encode_value(value)
     assert encoded.kind == ("none" if value is None else "json")
     if value is not None:
-        assert agent.same(value, json.loads(encoded.data))
+        assert values.same(value, json.loads(encoded.data))
 
 
 @pytest.mark.parametrize("value", [{1: 2}, {None: 1}, [{(1, 2): 3}], {1, 2}, 1j, range(3), object, [object()]])
 def test_what_json_would_change_is_shown_as_repr(value: object) -> None:
-    assert agent.encode_value(value).kind == "repr"
+    assert values.encode_value(value).kind == "repr"
 
 
 def test_a_value_that_holds_itself_is_shown_as_repr() -> None:
     value: list[object] = []
     value.append(value)
-    assert agent.encode_value(value).data == b"[[...]]"
+    assert values.encode_value(value).data == b"[[...]]"
 
 
 @pytest.mark.parametrize(("value", "back"), [(True, 1), (0, None), ("1", 1), ([1], [2]), ({"a": 1}, {"b": 1})])
 def test_a_value_is_not_the_same_as_another(value: object, back: object) -> None:
-    assert not agent.same(value, back)
+    assert not values.same(value, back)
 
 
 def test_arrays_of_objects_are_shown_as_repr() -> None:
     numpy = pytest.importorskip("numpy")
-    assert agent.encode_value(numpy.array([object()])).kind == "repr"
-    assert agent.encode_value(numpy.datetime64("2020-01-01")).kind == "repr"
-    assert agent.encode_value(numpy.zeros(3)).kind == "npy"
+    assert values.encode_value(numpy.array([object()])).kind == "repr"
+    assert values.encode_value(numpy.datetime64("2020-01-01")).kind == "repr"
+    assert values.encode_value(numpy.zeros(3)).kind == "npy"
 
 
 def test_two_columns_of_one_name_are_an_error_that_names_them() -> None:
     pandas = pytest.importorskip("pandas")
-    with pytest.raises(agent.CannotTravel, match="two columns are called 'a'"):
-        agent.encode_value(pandas.DataFrame([[1, 2]], columns=["a", "a"]))
+    with pytest.raises(travel.CannotTravel, match="two columns are called 'a'"):
+        values.encode_value(pandas.DataFrame([[1, 2]], columns=["a", "a"]))
 
 
 @pytest.mark.parametrize("name", [None, "n"])
@@ -124,8 +124,8 @@ def test_an_index_of_levels_comes_back_with_all_levels_named(tmp_path: Path) -> 
 
 
 def round_trip(value: Any, path: Path) -> Any:
-    path.write_bytes(agent.encode_value(value).data)
-    return agent.read_arrow(str(path))
+    path.write_bytes(values.encode_value(value).data)
+    return tables.read_arrow(str(path))
 
 
 class Log:
@@ -133,7 +133,7 @@ class Log:
 
     def __init__(self) -> None:
         self.sent: list[bytes] = []
-        self.text = agent.Text(self.sent.append)
+        self.text = text.Text(self.sent.append)
 
     def pass_time(self, until: float) -> None:
         while self.text.due and self.text.due <= until:
@@ -162,7 +162,7 @@ def test_a_stream_that_prints_without_pause_is_paced() -> None:
         log.pass_time(now)
     assert log.text.finish(10.1) == 0
     assert b"".join(log.sent) == b"line\n" * 1000
-    assert len(log.sent) <= 0.1 / agent.PACE + 2
+    assert len(log.sent) <= 0.1 / text.PACE + 2
 
 
 @given(st.lists(st.integers(1, 300_000), max_size=30), st.integers(0, 2_000_000))
@@ -182,34 +182,34 @@ def test_head_and_tail_are_kept_and_the_middle_is_counted(sizes: list[int], room
     assert head == whole[:room]
     assert whole.endswith(tail)
     assert len(head) + len(tail) + cut == len(whole)
-    assert len(tail) >= min(agent.TAIL, len(whole) - room)
+    assert len(tail) >= min(text.TAIL, len(whole) - room)
 
 
 def test_frames_are_read_from_any_cuts() -> None:
-    data = agent.pack({"t": "run"}, b"body") + agent.pack({"t": "bye"})
+    data = frames.pack({"t": "run"}, b"body") + frames.pack({"t": "bye"})
     buffer = bytearray()
     found = []
     for byte in data:
         buffer.append(byte)
-        frame = agent.unpack(buffer)
+        frame = frames.unpack(buffer)
         if frame is not None:
             found.append(frame)
     assert found == [({"t": "run"}, b"body"), ({"t": "bye"}, b"")]
 
 
 def test_a_message_of_lone_surrogates_can_be_sent() -> None:
-    assert agent.describe(ValueError("\udc80"), "<rules>")["message"] == "?"
+    assert failures.describe(ValueError("\udc80"), "<rules>")["message"] == "?"
 
 
 def test_sizes_are_written_for_people() -> None:
-    assert [agent.size_text(size) for size in (12, 2048, 256 << 20, 3 << 29)] == [
+    assert [words.size_text(size) for size in (12, 2048, 256 << 20, 3 << 29)] == [
         "12 bytes",
         "2 kB",
         "256 MB",
         "1.5 GB",
     ]
-    assert math.isclose(float(agent.size_text(10**10).split()[0]), 9.313, rel_tol=1e-3)
+    assert math.isclose(float(words.size_text(10**10).split()[0]), 9.313, rel_tol=1e-3)
 
 
 def test_a_number_too_long_for_text_says_so() -> None:
-    assert agent.encode_value(10**5000).data == b"<int object whose repr failed with ValueError>"
+    assert values.encode_value(10**5000).data == b"<int object whose repr failed with ValueError>"

@@ -1,6 +1,5 @@
 import ast
 import contextlib
-import importlib
 import importlib.metadata
 import json
 import linecache
@@ -14,6 +13,7 @@ from hypothesis import strategies as st
 from bacalhau_jupyter import cell, names
 from bacalhau_node import modules
 from bacalhau_node.errors import SpecError
+from bacalhau_node.executors.agent.variables import define as define_in
 
 
 def refused(call, *args, **more):
@@ -248,21 +248,14 @@ def test_a_variable_that_is_not_there_is_refused(notebook):
 
 
 @pytest.fixture
-def agent(monkeypatch):
-    """The agent's own code; it takes its folder off the path when it is run, which must not last here."""
-    monkeypatch.setattr(sys, "path", ["", *sys.path])
-    return importlib.import_module("bacalhau_node.executors.agent")
-
-
-@pytest.fixture
-def defined(agent, tmp_path):
+def defined(tmp_path):
     """The names that the agent makes of a bundle's definitions."""
 
     def define(made, **names_before):
         path = tmp_path / "definitions.py"
         path.write_bytes(made.files["definitions.py"])
         space = {"__name__": "job", **names_before}
-        agent.define(str(path), space)
+        define_in(str(path), space)
         return space
 
     return define

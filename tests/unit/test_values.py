@@ -1,5 +1,4 @@
 import datetime as dt
-import importlib
 import json
 import subprocess
 import sys
@@ -13,6 +12,8 @@ from hypothesis import strategies as st
 
 from bacalhau_jupyter import values
 from bacalhau_node.errors import ContentError, SpecError
+from bacalhau_node.executors.agent import values as agent_values
+from bacalhau_node.executors.agent.variables import load_variables
 
 FRAME = pd.DataFrame(
     {
@@ -76,24 +77,17 @@ def test_a_round_trip_gives_an_equal_value(tmp_path):
         assert same(value, values.decode(extension, type(value).__name__, file))
 
 
-@pytest.fixture
-def agent(monkeypatch):
-    """The agent's own code; it takes its folder off the path when it is run, which must not last here."""
-    monkeypatch.setattr(sys, "path", ["", *sys.path])
-    return importlib.import_module("bacalhau_node.executors.agent")
-
-
-def test_the_agent_reads_variables_as_they_were(agent, tmp_path):
+def test_the_agent_reads_variables_as_they_were(tmp_path):
     for number, (value, _) in enumerate(CASES):
         extension, data = values.encode("x", value)
         (tmp_path / f"v{number}.{extension}").write_bytes(data)
-    found = agent.load_variables(str(tmp_path))
+    found = load_variables(str(tmp_path))
     assert all(same(value, found[f"v{number}"]) for number, (value, _) in enumerate(CASES))
 
 
-def test_what_the_agent_writes_reads_back(agent, tmp_path):
+def test_what_the_agent_writes_reads_back(tmp_path):
     for value, kind in CASES[1:]:
-        sent = agent.encode_value(value)
+        sent = agent_values.encode_value(value)
         data = sent.data
         if sent.write is not None:
             sent.write(str(tmp_path / "file"))

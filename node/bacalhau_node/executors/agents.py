@@ -125,7 +125,7 @@ class AgentContainer:
     def _recipe(self, python: str) -> Recipe:
         return Recipe(
             image=self._site.image(self.shape),
-            command=(python, "-s", "-u", "/slot/agent.py"),
+            command=(python, "-s", "-u", "/slot/agent/__main__.py"),
             entrypoint=(),
             environment=self._site.variables(self.shape),
             mounts=self.folder.mounts(self._site),

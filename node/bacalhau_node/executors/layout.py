@@ -96,7 +96,7 @@ class Site:
     life: str
     """A random name of this run of the node's process."""
     agent: Path
-    """A copy of the agent's file that `user` may read."""
+    """A copy of the agent's folder that `user` may read."""
 
     def labels(self, **more: str) -> dict[str, str]:
         """Labels of a new container: `job="j-…"` and the like beside whose it is."""
@@ -143,7 +143,7 @@ class SlotFolder:
 
     def mounts(self, site: Site) -> tuple[Mount, ...]:
         """Everything that is bound into the container."""
-        read_only = {**self.places, "/slot/bundle": self.bundle, "/slot/agent.py": site.agent}
+        read_only = {**self.places, "/slot/bundle": self.bundle, "/slot/agent": site.agent}
         read_only |= {inside: root for root, inside in self.shape.root_places().items()}
         read_only |= dict(self.shape.files)
         if self.shape.image is None:

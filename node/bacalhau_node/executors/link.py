@@ -1,7 +1,7 @@
 """Frames between a host and its agent, over any pair of byte streams.
 
 A frame is two big-endian lengths of four bytes (header, body), a JSON header with the frame's type
-in "t", and the body. The table of all frames stands at the head of `agent.py`. What comes from an
+in "t", and the body. The table of all frames stands at the head of `agent/frames.py`. What comes from an
 agent may come from a hostile cell in the same container: every frame is checked as it is decoded.
 """
 

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Final
 
 from bacalhau_node.executors.limits import ControlGroup
-from bacalhau_node.executors.slot import AGENT_FILE, AgentSetup, AgentSlot
+from bacalhau_node.executors.program import AGENT_FILE
+from bacalhau_node.executors.slot import AgentSetup, AgentSlot
 
 AGENT_MEMORY: Final = 160 * 1024**2
 """Bytes of an agent that has imported pandas and pyarrow; a job's limit is for its shards."""

@@ -15,7 +15,6 @@ import itertools
 import math
 import os
 import secrets
-import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +27,8 @@ from bacalhau_node.executors.crew import Crew, Need
 from bacalhau_node.executors.environment import Interpreter, collapse, describe
 from bacalhau_node.executors.images import Images
 from bacalhau_node.executors.layout import Image, NoEnvironment, NoProgram, Shape, Site, roots_of, shape_of
-from bacalhau_node.executors.slot import AGENT_FILE, warm_imports
+from bacalhau_node.executors.program import copy_agent
+from bacalhau_node.executors.slot import warm_imports
 from bacalhau_node.executors.spares import Spares
 from bacalhau_node.executors.staging import Reader, destroy
 from bacalhau_node.spec import PythonCell
@@ -251,10 +251,7 @@ def _new_slots(folder: Path) -> Path:
     slots = folder / "slots"
     destroy(slots)
     slots.mkdir(parents=True)
-    copy = slots / AGENT_FILE.name
-    shutil.copyfile(AGENT_FILE, copy)
-    copy.chmod(0o644)
-    return copy
+    return copy_agent(slots)
 
 
 async def _prove(plant: Plant) -> None:

@@ -1,6 +1,6 @@
 """The host's side of one agent: frames over a byte pipe, several shards in flight, outcomes back.
 
-Theory of operation. An agent (`agent.py`) runs inside a slot: a plain process, a sandbox or a
+Theory of operation. An agent (`agent/`) runs inside a slot: a plain process, a sandbox or a
 container. Whoever starts one hands its two byte streams over as a `Pipe`; `AgentSlot` does the
 rest. One slot serves one job (`bind`) and runs one shard at a time, but `run` may be called ahead:
 the agent keeps a queue, so a busy host never lets a slot wait. Lines are handed on as they come and
@@ -25,9 +25,6 @@ from bacalhau_node.executors.link import AgentLink, Pipe, Reply, ValueHead, fram
 from bacalhau_node.ids import Execution
 from bacalhau_node.ports import ExecutorEvent, RawOutcome, RawValue, ShardLines, ShardStarted, ShardTask
 from bacalhau_node.spec import PythonCell
-
-AGENT_FILE = Path(__file__).with_name("agent.py")
-"""What to start, or to bind into a container: one file, standard library only."""
 
 WARM_MODULES = ("numpy", "pandas", "polars", "pyarrow")
 """Modules that may be imported before a fork: their import alone starts no thread and opens no device."""

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
-import bacalhau_node.executors
+from bacalhau_node.executors.program import AGENT
 from tests.bench import fork_loop, ours
 from tests.bench.harness import Figure, at_most, in_turn
 from tests.bench.peers import started
@@ -20,8 +19,7 @@ TIMES = 3
 
 def forks() -> None:
     """The bare loop, in a process of the size of the node's agent."""
-    agent = Path(bacalhau_node.executors.__file__).parent / "agent.py"
-    command = [sys.executable, fork_loop.__file__, str(COUNT), str(agent)]
+    command = [sys.executable, fork_loop.__file__, str(COUNT), str(AGENT)]
     subprocess.run(command, check=True, capture_output=True)
 
 

@@ -1,0 +1,91 @@
+"""The process of one shard: forked from the template, it runs the cell, sends the result, and exits."""
+
+from __future__ import annotations
+
+import atexit
+import errno
+import os
+import resource
+import signal
+import sys
+import threading
+
+from .failures import blame, describe, exit_result
+from .frames import pack
+from .travel import CannotTravel
+from .values import travelling
+from .words import safe_message
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
+
+    from .cell import Cell
+    from .frames import Header
+
+
+def shard_process(cell: Cell, run: Header, result: int) -> NoReturn:
+    """The whole life of a shard's process after the fork; never returns."""
+    code = 1
+    try:
+        os.setsid()
+        if run.get("disk"):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (run["disk"], run["disk"]))
+        os.chdir(run["work"])
+        if cell.argv:
+            send_result(result, pack({"exit_code": 127, "error": run_program(cell.argv)}))
+            code = 127
+            return  # type: ignore[misc]  # `finally` ends the process
+        pid = os.getpid()
+        header, body = run_cell(cell, run)
+        code = header["exit_code"]
+        if os.getpid() == pid:  # a child that the cell forked, and that came back here, has no say
+            send_result(result, pack(header, body))
+            finish_threads()
+    except BaseException as error:
+        os.write(2, ("the agent's own error: %s: %s\n" % (type(error).__name__, safe_message(error))).encode())
+    finally:
+        os._exit(code)
+
+
+def run_program(argv: list[str]) -> Header:
+    """Become a program; returns only the error when there is none of that name."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores both, and a program would inherit that
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    try:
+        os.execvp(argv[0], argv)
+    except OSError as error:
+        text = "%s can't be started: %s" % (argv[0], error.strerror)
+        return blame("environment", text, name=type(error).__name__)
+
+
+def run_cell(cell: Cell, run: Header) -> tuple[Header, bytes]:
+    """Run the cell: header and body of the result."""
+    try:
+        return travelling(cell.value(), run["scratch"])
+    except SystemExit as error:
+        return exit_result(error), b""
+    except CannotTravel as error:
+        return {"exit_code": 1, "error": blame("output", str(error))}, b""
+    except BaseException as error:
+        what = describe(error, cell.name)
+        if isinstance(error, OSError) and error.errno in (errno.EFBIG, errno.ENOSPC, errno.EDQUOT):
+            what["kind"] = "disk"
+        return {"exit_code": 1, "error": what}, b""
+
+
+def send_result(fd: int, data: bytes) -> None:
+    """Write all of it; a parent that is gone ends this process soon anyway."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def finish_threads() -> None:
+    """What an interpreter does at its end, but for taking itself apart: join threads, run exit handlers."""
+    try:
+        threading._shutdown()  # type: ignore[attr-defined]  # noqa: SLF001 - joining all threads has no public name
+        atexit._run_exitfuncs()  # noqa: SLF001 - nor has this
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()

@@ -1,0 +1,27 @@
+"""The agent's files: what to start, and a copy of them that any user may read."""
+
+from __future__ import annotations
+
+import compileall
+import shutil
+from pathlib import Path
+from typing import Final
+
+AGENT: Final = Path(__file__).with_name("agent")
+"""The agent's folder: standard library only, so it runs wherever there is a Python."""
+AGENT_FILE: Final = AGENT / "__main__.py"
+"""What to start."""
+
+
+def copy_agent(folder: Path) -> Path:
+    """Copy the agent's folder into `folder`; returns the copy, to be bound into a container.
+
+    It is compiled here, because a shard's user can't write there: each agent would compile itself
+    again, which takes longer than all the rest of its start.
+    """
+    copy = folder / AGENT.name
+    shutil.copytree(AGENT, copy)  # with the times of the files, which what is compiled already goes by
+    compileall.compile_dir(copy, quiet=2)
+    for path in (copy, *copy.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    return copy
