@@ -9,6 +9,7 @@ compressed are refused: how large they get would be up to their sender.
 from __future__ import annotations
 
 import errno
+import ipaddress
 import socket
 import ssl
 from collections.abc import Iterable
@@ -64,6 +65,7 @@ class ApiServer:
         self._loopback = is_loopback(host)
         await self._runner.setup()
         await web.SockSite(self._runner, bound, ssl_context=self._tls).start()
+        host = socket.gethostname() if ipaddress.ip_address(host).is_unspecified else host
         name = f"[{host}]" if ":" in host else host
         self.url = f"{'https' if self._tls else 'http'}://{name}:{port}"
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import random
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -34,6 +35,7 @@ FIRST_PATIENCE: Final = 3.0
 LONG: Final = 600.0
 """Seconds for an answer that takes work: a plan over a million files."""
 
+_SMALL_BODY = 256 * 1024
 _USUAL = 120.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0
 
@@ -146,7 +148,13 @@ class Connection:
         url = URL(f"{self.url}{path}", encoded=True)
         try:
             async with self._opened().request(
-                method, url, data=data, params=query, headers=headers, timeout=timeout, allow_redirects=False
+                method,
+                url,
+                data=data and io.BytesIO(data),
+                params=query,
+                headers=headers,
+                timeout=timeout,
+                allow_redirects=False,
             ) as response:
                 await self._checked(response)
                 yield response
@@ -188,6 +196,11 @@ class Connection:
         """Close all connections."""
         if self._session is not None:
             await self._session.close()
+
+
+def _body(data: bytes | None) -> bytes | io.BytesIO | None:
+    """Large bodies are read in parts by a thread; for small ones that would be slower."""
+    return data if data is None or len(data) <= _SMALL_BODY else io.BytesIO(data)
 
 
 def part(text: str) -> str:
