@@ -26,6 +26,7 @@ from bacalhau_node.executors.process import ProcessExecutor
 from bacalhau_node.folders import NodeFolder, data_folder, take_folder
 from bacalhau_node.ids import JobId
 from bacalhau_node.journal import SqliteJournal
+from bacalhau_node.layers.store import Layers
 from bacalhau_node.plan import JobPlan, make_plan, read_blocks, store_plan
 from bacalhau_node.ports import Capabilities, ContentStore, Executor, Journal, Source, Transport
 from bacalhau_node.protocol import events as ev
@@ -70,7 +71,10 @@ class Node:
         self._probed = asyncio.get_running_loop().time()
         self._journal, self._transport = journal, transport
         self._sources: tuple[Source, ...] = (LocalSource(), ContentSource(content))
-        self._runner = Runner(folder.path / "work", content=content, sources=self._sources, choose=self._choose)
+        self._layers = Layers(folder.root / "layers")
+        self._runner = Runner(
+            folder.path / "work", content=content, sources=self._sources, choose=self._choose, layers=self._layers
+        )
         self.slots = max(option.capabilities.slots for option in options)
         self.interrupted: tuple[JobId, ...] = ()
         """Jobs that an earlier process of this node left unfinished, and that are stopped now."""

@@ -35,6 +35,22 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     problem: str | None = None
 
 
+class Target(msgspec.Struct, frozen=True, kw_only=True):
+    """A Python that runs cells, as far as packages for it depend on it.
+
+    `python` is its full version ("3.11.4"), `versions` what is installed there: normal name -> version.
+    `executable` is set where it lies on this machine, so that it can be asked itself; `system` ("linux"), `machine`
+    ("x86_64") and `libc` ("glibc 2.36", "" where it has none of its own) say which wheels fit.
+    """
+
+    python: str
+    system: str
+    machine: str
+    libc: str = ""
+    versions: Mapping[str, str] = {}
+    executable: Path | None = None
+
+
 class StagedFile(msgspec.Struct, frozen=True):
     """A file of a shard that lies on this machine now. `mount` is where the shard must find it.
 
@@ -52,7 +68,8 @@ class StagedFile(msgspec.Struct, frozen=True):
 class ShardTask(msgspec.Struct, frozen=True, kw_only=True):
     """Everything an executor needs to run one execution.
 
-    `bundle` is the unpacked folder of a `PythonCell` (None for a `Command`). `files` come in
+    `bundle` is the unpacked folder of a `PythonCell` (None for a `Command`); `layer` is a folder of
+    packages that goes in front of those of its environment (None: it needs no others). `files` come in
     plan order. `scratch` is a folder of this execution on the store's file system, which does not
     exist yet: the executor makes it when it has something to return by path, and leaves that there.
     """
@@ -63,6 +80,7 @@ class ShardTask(msgspec.Struct, frozen=True, kw_only=True):
     files: tuple[StagedFile, ...]
     scratch: Path
     bundle: Path | None = None
+    layer: Path | None = None
 
 
 class RawValue(msgspec.Struct, frozen=True):
@@ -114,6 +132,10 @@ class Executor(Protocol):
 
     def check(self, spec: JobSpec) -> str | None:
         """Why this node can never run `spec` (a sentence for its user), or None. Cheap; no I/O."""
+        ...
+
+    async def target(self, spec: JobSpec) -> Target:
+        """The Python that runs the cell of `spec`, for installing what it requires; raises `SpecError` if none can."""
         ...
 
     async def run(self, task: ShardTask, emit: Callable[[ExecutorEvent], None]) -> RawOutcome:

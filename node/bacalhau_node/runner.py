@@ -18,8 +18,9 @@ from typing import TypeVar
 import msgspec
 
 from bacalhau_node.content.records import encode_outcome, seal
-from bacalhau_node.errors import BacalhauError, ContentError
+from bacalhau_node.errors import BacalhauError, ContentError, SpecError
 from bacalhau_node.ids import Execution, JobId
+from bacalhau_node.layers.store import Layer, Layers
 from bacalhau_node.messages import INLINE_LIMIT, Blob, ErrorKind, Lines, Outcome, ShardError, Value
 from bacalhau_node.plan import read_shard
 from bacalhau_node.ports import (
@@ -52,6 +53,9 @@ class _Job:
     name: str
     folder: Path
     bundle: Path | None = None
+    layer: Layer | None = None
+    problem: SpecError | None = None
+    """Why none of its shards can run here."""
     ready: bool = False
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -66,8 +70,10 @@ class Runner:
         content: ContentStore,
         sources: Sequence[Source],
         choose: Callable[[JobSpec], tuple[Executor, str]],
+        layers: Layers,
     ) -> None:
         self._folder, self._content, self._sources, self._choose = folder, content, sources, choose
+        self._layers = layers
         self._jobs: dict[JobId, _Job] = {}
 
     async def execute(self, run: Run, progress: Callable[[Event | Lines], None]) -> Outcome:
@@ -92,6 +98,8 @@ class Runner:
         """No more executions of `job` will come: free its executor's slots and its folder."""
         if held := self._jobs.pop(job, None):
             await held.executor.release(job)
+            if held.layer is not None:
+                held.layer.close()
             await asyncio.to_thread(shutil.rmtree, held.folder, ignore_errors=True)
 
     async def keep(self, order: Keep) -> None:
@@ -116,6 +124,8 @@ class Runner:
         if not job.ready:
             async with job.lock:
                 await self._prepare(job, run.spec)
+        if job.problem is not None:
+            return self._failed("environment", job.problem)
         entries, shared = read_shard(self._content, run.block)
         heavy = len(entries) + len(shared) > INLINE_FILES
 
@@ -135,20 +145,27 @@ class Runner:
             files=tuple(files),
             scratch=scratch,
             bundle=job.bundle,
+            layer=job.layer.path if job.layer is not None else None,
         )
         raw = await job.executor.run(task, _telling(run.execution, progress))
         await _in_thread_if(heavy, check)
         return await self._name(raw, job.name)
 
     async def _prepare(self, job: _Job, spec: JobSpec) -> None:
-        """Unpack the cell's folder, once for the job."""
+        """Unpack the cell's folder and install what it requires, once for the job."""
         if job.ready:
             return
         job.folder.mkdir(parents=True, exist_ok=True)
         if isinstance(spec.task, PythonCell):
-            bundle = job.folder / "bundle"
-            await asyncio.to_thread(self._content.export, spec.task.bundle, bundle)
-            job.bundle = bundle
+            if job.bundle is None:
+                bundle = job.folder / "bundle"
+                await asyncio.to_thread(self._content.export, spec.task.bundle, bundle)
+                job.bundle = bundle
+            if spec.task.requires:
+                try:
+                    job.layer = await self._layers.open(spec.task.requires, await job.executor.target(spec))
+                except SpecError as error:
+                    job.problem = error
         job.ready = True
 
     # --- inputs ---

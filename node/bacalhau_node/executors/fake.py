@@ -8,7 +8,7 @@ import json
 from typing import TYPE_CHECKING, Any, Final
 
 from bacalhau_node.messages import ShardError
-from bacalhau_node.ports import Capabilities, ExecutorEvent, RawOutcome, RawValue, ShardStarted, ShardTask
+from bacalhau_node.ports import Capabilities, ExecutorEvent, RawOutcome, RawValue, ShardStarted, ShardTask, Target
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -55,6 +55,11 @@ class FakeExecutor:
         """The refusal that it was made with."""
         del spec  # takes every job or none
         return self._refusal
+
+    async def target(self, spec: JobSpec) -> Target:
+        """A Python with nothing installed."""
+        del spec  # the same for all
+        return Target(python="3.11.0", system="linux", machine="x86_64", libc="glibc 2.36")
 
     async def run(self, task: ShardTask, emit: Callable[[ExecutorEvent], None]) -> RawOutcome:
         """Call `behave` when a slot is free."""

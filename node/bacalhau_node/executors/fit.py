@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import re
 import sys
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from bacalhau_node.executors.limits import usable_cores, usable_memory
 from bacalhau_node.literals import size_text
+from bacalhau_node.ports import Target
 from bacalhau_node.spec import ISOLATION_RANK, JobSpec, PythonCell, Resources
 
 if TYPE_CHECKING:
@@ -47,7 +50,9 @@ def _too_large(resources: Resources) -> str | None:
     if resources.gpus:
         return "--gpu: this node runs shards as plain processes, which are given none"
     if resources.memory is not None and resources.memory > usable_memory():
-        return f"--memory {size_text(resources.memory)}: this node can give a shard at most {size_text(usable_memory())}"
+        return (
+            f"--memory {size_text(resources.memory)}: this node can give a shard at most {size_text(usable_memory())}"
+        )
     if resources.cpu > usable_cores():
         return f"--cpu {resources.cpu:g}: this node can give a shard at most {usable_cores()} cores"
     return None
@@ -79,6 +84,18 @@ def installed() -> dict[str, str]:
             matches = (_DISTRIBUTION.fullmatch(path.name) for path in folder.iterdir())
             found |= {_normal(match[1]): match[2] for match in matches if match}
     return found
+
+
+def own_target(versions: Mapping[str, str]) -> Target:
+    """This interpreter, with these distributions, as something that packages are installed for."""
+    return Target(
+        python=platform.python_version(),
+        system=sys.platform,
+        machine=os.uname().machine,
+        libc=" ".join(platform.libc_ver()).strip(),
+        versions=versions,
+        executable=Path(sys.executable),
+    )
 
 
 def _normal(name: str) -> str:

@@ -83,8 +83,11 @@ class PlainAgent:
         self._ended = False
 
     @classmethod
-    async def start(cls, folder: Path, imports: tuple[str, ...]) -> PlainAgent:
-        """Start one; it answers when it is ready, and queues what it is sent before."""
+    async def start(cls, folder: Path, imports: tuple[str, ...], *, layer: Path | None = None) -> PlainAgent:
+        """Start one; it answers when it is ready, and queues what it is sent before.
+
+        `layer`: a folder of packages that counts before all others.
+        """
         mark = secrets.token_hex(8)
         log = folder / f"agent-{mark}.log"
         group = ControlGroup.make(GROUP_PREFIX + mark)
@@ -107,7 +110,8 @@ class PlainAgent:
             group = None
         agent = cls(process, group, log, mark)
         setup = AgentSetup(
-            path=search_path(),
+            path=(*((str(layer),) if layer else ()), *search_path()),
+            env={"PYTHONPATH": str(layer)} if layer else {},
             imports=imports,
             oom=(group.oom_file,) if group is not None else (),
             watch=group is None,

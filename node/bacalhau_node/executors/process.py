@@ -25,12 +25,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from bacalhau_node.executors.fit import installed, misfit, python_version
+from bacalhau_node.executors.fit import installed, misfit, own_target, python_version
 from bacalhau_node.executors.limits import DEFAULT_DISK, ControlGroup, memory_per_slot, usable_cores, usable_memory
 from bacalhau_node.executors.plain import GROUP_PREFIX, PlainAgent
 from bacalhau_node.executors.slot import RECALLED, AgentLost, ShardRun, agent_job, shard_run, warm_imports
 from bacalhau_node.messages import ShardError
-from bacalhau_node.ports import Capabilities, ExecutorEvent, RawOutcome, ShardTask
+from bacalhau_node.ports import Capabilities, ExecutorEvent, RawOutcome, ShardTask, Target
 from bacalhau_node.spec import Command, JobSpec
 
 if TYPE_CHECKING:
@@ -127,6 +127,11 @@ class ProcessExecutor:
         """Why plain processes can never run `spec`, or None."""
         return misfit(spec, self._versions)
 
+    async def target(self, spec: JobSpec) -> Target:
+        """The interpreter of this process, whatever the job."""
+        del spec  # the same for all
+        return await asyncio.to_thread(own_target, self._versions)
+
     async def run(self, task: ShardTask, emit: Callable[[ExecutorEvent], None]) -> RawOutcome:
         """Run one execution; see `ports.Executor`."""
         cause, left = "", RESTARTS
@@ -190,9 +195,9 @@ class ProcessExecutor:
         spares, self._spares = self._spares, []
         await asyncio.gather(*(spare.end() for spare in spares))
 
-    async def _start(self, imports: tuple[str, ...]) -> PlainAgent:
+    async def _start(self, imports: tuple[str, ...], layer: Path | None = None) -> PlainAgent:
         await asyncio.to_thread(self._folder.mkdir, parents=True, exist_ok=True)
-        return await PlainAgent.start(self._folder, imports)
+        return await PlainAgent.start(self._folder, imports, layer=layer)
 
     def _spawn(self, work: Coroutine[object, object, None]) -> asyncio.Task[None]:
         """Go on with `work` whatever happens to the caller; `close` waits for it."""
@@ -294,17 +299,18 @@ class ProcessExecutor:
                 return
             work = agent_job(task, bundle=str(task.bundle))
             self._imports = work.imports
-            seat.agent = await self._take_agent(work.imports)
+            seat.agent = await self._take_agent(work.imports, task.layer)
             seat.agent.limit(task.spec.resources.memory or self._memory)
             seat.agent.slot.bind(work)
 
-    async def _take_agent(self, imports: tuple[str, ...]) -> PlainAgent:
-        while self._spares:
+    async def _take_agent(self, imports: tuple[str, ...], layer: Path | None) -> PlainAgent:
+        """An agent for a job; a job with a layer gets a new one: a spare may have loaded what the layer brings."""
+        while self._spares and layer is None:
             spare = self._spares.pop()
             if spare.alive:
                 return spare
             await spare.end()
-        return await self._start(imports)
+        return await self._start(imports, layer)
 
     @staticmethod
     async def _vacate(seat: _Seat) -> None:

@@ -1,0 +1,1 @@
+"""Packages that a job asks for, installed beside its environment and kept for the next job."""
