@@ -40,7 +40,10 @@ class Submission(msgspec.Struct, frozen=True):
 
 
 class ShardView(msgspec.Struct, frozen=True):
-    """One shard as it stands. `inputs`: logical paths. `outcome`: once it has ended."""
+    """One shard as it stands. `inputs`: logical paths. `outcome`: once it has ended.
+
+    `disagreed`: nodes that gave another answer than the one that counts (`--agree`).
+    """
 
     index: int
     state: ShardState
@@ -48,6 +51,7 @@ class ShardView(msgspec.Struct, frozen=True):
     node: NodeId | None
     inputs: tuple[str, ...]
     outcome: Outcome | None
+    disagreed: tuple[NodeId, ...] = ()
 
 
 class JobView(msgspec.Struct, frozen=True):
@@ -164,13 +168,14 @@ class LocalClient:
 
     async def plan(self, spec: JobSpec) -> JobPlan:
         """See `Client`."""
-        return await self._node.plan(spec)
+        plan = await self._node.plan(spec)
+        return msgspec.structs.replace(plan, notes=(*plan.notes, *await self._node.environment(spec)))
 
     async def submit(self, spec: JobSpec, *, job: JobId | None = None) -> Submission:
         """See `Client`. `job`: an id that the caller made up."""
         job, plan = await self._node.submit(spec, created=time.time(), job=job)
         self._inputs[job] = tuple(_logical(shard.entries) for shard in plan.shards)
-        notes = (*plan.notes, *self._warning())
+        notes = (*plan.notes, *self._warning(), *await self._node.preparations(spec))
         return Submission(job, len(plan.shards), self._node.id, self._node.capabilities.executor, notes)
 
     def _warning(self) -> tuple[str, ...]:
@@ -276,7 +281,7 @@ def _shard_view(feed: Feed, index: int, inputs: tuple[str, ...]) -> ShardView:
     outcome = row.outcome if row else None
     if live is None:
         return ShardView(index, "waiting", row.attempts if row else 0, None, inputs, outcome)
-    return ShardView(index, live.state, live.attempt, live.node, inputs, outcome)
+    return ShardView(index, live.state, live.attempt, live.node, inputs, outcome, row.disagreed if row else ())
 
 
 def _import_files(content: ContentStore, files: Mapping[str, bytes]) -> str:

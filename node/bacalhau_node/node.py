@@ -35,7 +35,7 @@ from bacalhau_node.protocol.requester import Requester
 from bacalhau_node.runner import Runner
 from bacalhau_node.sources.ipfs import ContentSource
 from bacalhau_node.sources.local import LocalSource
-from bacalhau_node.spec import InputSource, JobSpec
+from bacalhau_node.spec import InputSource, JobSpec, PythonCell
 from bacalhau_node.transports.memory import MemoryHub, MemoryTransport
 
 log = logging.getLogger(__name__)
@@ -143,6 +143,31 @@ class Node:
             return InputSource(source=f"ipfs://{cid}{below}", mount=source.mount)
 
         return _replaced(spec, tuple(map(pinned, spec.inputs)), tuple(map(pinned, spec.shared)))
+
+    # --- environments ---
+
+    async def environment(self, spec: JobSpec) -> tuple[str, ...]:
+        """Where `spec` would run and what would be installed for it, in sentences for `--dry-run`."""
+        if (refusal := self._refuse(spec)) is not None:
+            return (f"environment: none on this node: {refusal}",)
+        executor, name = self._choose(spec)
+        requires = spec.task.requires if isinstance(spec.task, PythonCell) else ()
+        if spec.image is not None:
+            where = (f"environment: {name}, the image {spec.image}",)
+            return (*where, f"packages: {', '.join(requires)}, for the Python of the image") if requires else where
+        target = await executor.target(spec)
+        where = (f"environment: {name}, this machine's Python {target.python}",)
+        return (*where, self._layers.describe(requires, target)) if requires else where
+
+    async def preparations(self, spec: JobSpec) -> tuple[str, ...]:
+        """What has to be done before the first shard of `spec` can start, in sentences for its user."""
+        requires = spec.task.requires if isinstance(spec.task, PythonCell) else ()
+        if not requires or spec.image is not None or self._refuse(spec) is not None:
+            return ()
+        executor, _ = self._choose(spec)
+        if not self._layers.missing(requires, await executor.target(spec)):
+            return ()
+        return (f"installing {', '.join(requires)} before the first shard; later jobs find it installed",)
 
     # --- executors ---
 

@@ -101,6 +101,29 @@ def beyond(versions: Mapping[str, str], requires: Iterable[str]) -> dict[str, st
     return {name: version for name, version in versions.items() if canonicalize_name(name) not in names}
 
 
+def unmet(requires: Iterable[str], *, python: str, versions: Mapping[str, str]) -> list[str]:
+    """Which of `requires` a Python of this version with these distributions (by normal name) lacks.
+
+    Raises `SpecError` for a distribution that it has in a version that won't do. What a requirement's
+    extras bring is not looked for: one with extras counts as lacking.
+    """
+    lacking = []
+    marks = {"python_full_version": python, "python_version": ".".join(python.split(".")[:2])}
+    for text in requires:
+        wanted = parse(text)
+        if wanted.marker is not None and not wanted.marker.evaluate(marks):
+            continue
+        have = versions.get(name_of(text))
+        if have is not None and not wanted.specifier.contains(have, prereleases=True):
+            raise SpecError(
+                f"the cell requires {text}, and its environment has {wanted.name} {have}, which stays as it is: "
+                "packages are added to it, never changed. Change it where the notebook runs, or name an --image"
+            )
+        if have is None or wanted.extras:
+            lacking.append(text)
+    return lacking
+
+
 def check_python(wanted: str, version: str) -> None:
     """Raise `SpecError` if a Python of this version ("3.11.4") is not among those that `requires-python` allows."""
     from packaging.specifiers import SpecifierSet  # noqa: PLC0415 - few cells ask for a Python

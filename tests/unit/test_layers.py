@@ -7,10 +7,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from bacalhau_node import requirements
 from bacalhau_node.errors import SpecError
 from bacalhau_node.layers import installer
 from bacalhau_node.layers.indexes import pip_files, settings
-from bacalhau_node.layers.store import Layers, key, satisfied
+from bacalhau_node.layers.store import Layers, key
 from bacalhau_node.ports import Target
 
 TARGET = Target(
@@ -62,7 +63,8 @@ def test_other_requirements_have_another_layer() -> None:
     ],
 )
 def test_what_the_environment_has_needs_no_layer(requires: tuple[str, ...], there: bool) -> None:
-    assert satisfied(requires, TARGET) is there
+    unmet = requirements.unmet(requires, python=TARGET.python, versions=TARGET.versions)
+    assert (unmet == []) is there
 
 
 async def test_without_a_need_nothing_is_made(tmp_path: Path) -> None:

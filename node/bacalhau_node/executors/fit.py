@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from bacalhau_node import requirements
+from bacalhau_node.errors import SpecError
 from bacalhau_node.executors.limits import usable_cores, usable_memory
 from bacalhau_node.literals import size_text
 from bacalhau_node.ports import Target
@@ -70,6 +72,10 @@ def mismatch(cell: PythonCell, versions: Mapping[str, str]) -> str | None:
             return f"needs {name} {version}; this node has no {name}"
         if _minor(have) != _minor(version):
             return f"needs {name} {version}; this node has {have}"
+    try:
+        requirements.unmet(cell.requires, python=platform.python_version(), versions=versions)
+    except SpecError as error:
+        return str(error)
     return None
 
 

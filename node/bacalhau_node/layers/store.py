@@ -74,7 +74,7 @@ class Layers:
 
     async def open(self, requires: Sequence[str], target: Target) -> Layer:
         """A layer with what `requires` needs beyond `target`, built if there is none. Raises `SpecError`."""
-        if satisfied(requires, target):
+        if _satisfied(requires, target):
             return Layer(None, Contents(()), None)
         folder = self._folder / key(requires, target)
         while True:
@@ -95,7 +95,7 @@ class Layers:
 
     def describe(self, requires: Sequence[str], target: Target) -> str:
         """What `open` would find, in one sentence."""
-        if satisfied(requires, target):
+        if _satisfied(requires, target):
             return "packages: all that is required is there already"
         name = key(requires, target)
         contents = _contents(self._folder / name)
@@ -105,7 +105,7 @@ class Layers:
 
     def missing(self, requires: Sequence[str], target: Target) -> bool:
         """Whether `open` has to build."""
-        return not satisfied(requires, target) and _contents(self._folder / key(requires, target)) is None
+        return not _satisfied(requires, target) and _contents(self._folder / key(requires, target)) is None
 
     async def _build(self, folder: Path, requires: Sequence[str], target: Target) -> None:
         """Make the layer whole. Its folder is locked; whatever lies in it is from someone who was killed."""
@@ -157,24 +157,9 @@ def key(requires: Sequence[str], target: Target) -> str:
     return hashlib.sha256(msgspec.json.encode(facts)).hexdigest()[:24]
 
 
-def satisfied(requires: Sequence[str], target: Target) -> bool:
+def _satisfied(requires: Sequence[str], target: Target) -> bool:
     """Whether the target has all that is required. Raises `SpecError` for what it has in a version that won't do."""
-    from packaging.utils import canonicalize_name  # noqa: PLC0415 - few cells ask for packages
-
-    there = True
-    marks = {"python_full_version": target.python, "python_version": ".".join(target.python.split(".")[:2])}
-    for text in requires:
-        wanted = requirements.parse(text)
-        if wanted.marker is not None and not wanted.marker.evaluate(marks):
-            continue
-        have = target.versions.get(canonicalize_name(wanted.name))
-        if have is not None and not wanted.specifier.contains(have, prereleases=True):
-            raise SpecError(
-                f"the cell requires {text}, and its environment has {wanted.name} {have}, which stays as it is: "
-                "packages are added to it, never changed. Change it where the notebook runs, or name an --image"
-            )
-        there = there and have is not None and not wanted.extras
-    return there
+    return not requirements.unmet(requires, python=target.python, versions=target.versions)
 
 
 def _constraints(target: Target) -> tuple[list[str], dict[str, str]]:
