@@ -12,11 +12,12 @@ import time
 from pathlib import Path
 
 
-def load(path: str) -> None:
-    """Import the agent in the folder `path`, without running it as a program."""
-    folder = Path(path)
-    sys.path.append(str(folder.parent))
-    importlib.import_module(f"{folder.name}.supervise")
+def load(folder: str) -> None:
+    """Import what the agent imports, by the name that it gives itself."""
+    package = type(sys)("_bacalhau_agent")
+    package.__path__ = [folder]
+    sys.modules["_bacalhau_agent"] = package
+    importlib.import_module("_bacalhau_agent.supervise")
 
 
 def start(index: int) -> tuple[int, int]:
