@@ -9,7 +9,6 @@ import importlib
 import os
 import sys
 import time
-from pathlib import Path
 
 
 def load(folder: str) -> None:
