@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -198,17 +197,28 @@ def test_frames_are_read_from_any_cuts() -> None:
 
 
 def test_a_message_of_lone_surrogates_can_be_sent() -> None:
-    assert failures.describe(ValueError("\udc80"), "<rules>")["message"] == "?"
+    assert failures.describe(ValueError("\udc80"), "<rules>")["message"] == "\\udc80"
 
 
 def test_sizes_are_written_for_people() -> None:
-    assert [words.size_text(size) for size in (12, 2048, 256 << 20, 3 << 29)] == [
+    assert [words.size_text(size) for size in (12, 2000, 300 * 10**6, 15 * 10**8, 2**40)] == [
         "12 bytes",
         "2 kB",
-        "256 MB",
+        "300 MB",
         "1.5 GB",
+        "1.1 TB",
     ]
-    assert math.isclose(float(words.size_text(10**10).split()[0]), 9.313, rel_tol=1e-3)
+
+
+def test_a_crash_is_read_from_the_line_of_the_cell_that_led_to_it_inwards() -> None:
+    own = failures.OWN_FOLDER
+    text = (
+        "Fatal Python error: Segmentation fault\n\nStack (most recent call first):\n"
+        '  File "/lib/ctypes.py", line 5 in string_at\n  File "<cell>", line 4 in f\n  File "<cell>", line 9 in <module>\n'
+        f'  File "{own}/shard.py", line 70 in run_cell\n\nExtension modules: numpy (total: 1)\n'
+    )
+    found = [(frame["file"], frame["line"], frame["function"]) for frame in failures.crash_frames(text, "<cell>")]
+    assert found == [("<cell>", 9, "<module>"), ("<cell>", 4, "f"), ("/lib/ctypes.py", 5, "string_at")]
 
 
 def test_a_number_too_long_for_text_says_so() -> None:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from bacalhau_node.executors.attach import Stream
     from bacalhau_node.ports import ExecutorEvent
 
+TOO_LONG: Final = "the shard ran longer than its --timeout of {:g} s: give it more, or use smaller shards"
 HEAD: Final = 8 * 1024 * 1024
 """Text that is sent as it comes, both streams together; with the tails 10 MB in all (DESIGN section 6)."""
 TAIL: Final = 1024 * 1024
@@ -157,7 +158,7 @@ class _Program:
     async def _over(self, began: float) -> ShardError | None:
         timeout = self._task.spec.timeout
         if timeout is not None and time.monotonic() - began >= timeout:
-            return ShardError("timeout", message=f"the shard ran longer than its --timeout of {timeout:g} s")
+            return ShardError("timeout", message=TOO_LONG.format(timeout))
         written = await asyncio.to_thread(lambda: sum(map(staging.used, (self._folder.outputs, self._folder.work))))
         if written > self._disk:
             limit = size_text(self._disk)

@@ -386,6 +386,8 @@ class EndContract:
             outcome = await bench.run(source)
             assert outcome.error is not None
             assert (outcome.error.kind, outcome.error.name) == ("signal", name)
+            assert [frame.in_cell for frame in outcome.error.frames] == ([True, False] if name == "SIGSEGV" else [])
+            assert outcome.stderr == b""
         assert (await bench.run("1")).ok
 
     async def test_an_exception_comes_with_the_lines_of_the_cell(self, bench: ShardBench) -> None:
@@ -508,7 +510,7 @@ class LimitContract:
 
     async def test_a_shard_over_its_memory_is_killed(self, bench: ShardBench) -> None:
         """The error tells the limit, and the next shard is fine."""
-        limit = Resources(memory=256 * MB)
+        limit = Resources(memory=256_000_000)
         source = "data = []\nwhile shard.index == 0: data.append(b'x' * 10_000_000)\n1"
         outcome = await bench.run(source, resources=limit)
         kind, message = failure(outcome)

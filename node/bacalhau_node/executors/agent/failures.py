@@ -85,11 +85,27 @@ def traceback_frames(error: BaseException, name: str) -> tuple[list[Header], int
         trace = trace.tb_next
     if isinstance(error, SyntaxError) and error.filename and error.lineno:
         found.append(frame_of(error.filename, error.lineno, "", name))
-    first = next((at for at, frame in enumerate(found) if frame["in_cell"]), 0)
-    found = found[first:]
+    found = from_the_cell(found)
     if len(found) <= 2 * MAX_FRAMES:
         return found, 0
     return found[:MAX_FRAMES] + found[-MAX_FRAMES:], len(found) - 2 * MAX_FRAMES
+
+
+def from_the_cell(frames: list[Header]) -> list[Header]:
+    """The frames without those before the cell's own first one."""
+    return frames[next((at for at, frame in enumerate(frames) if frame["in_cell"]), 0) :]
+
+
+def crash_frames(text: str, name: str) -> list[Header]:
+    """The same of what `faulthandler` wrote, which begins with the innermost: `  File "cell", line 3 in f`."""
+    found: list[Header] = []
+    for line in text.splitlines():
+        place, _, rest = line.partition('", line ')
+        number, _, function = rest.partition(" in ")
+        file = place[len('  File "') :]
+        if number.isdigit() and os.path.dirname(file) != OWN_FOLDER:
+            found.append(frame_of(file, int(number), function, name))
+    return from_the_cell(found[::-1])
 
 
 def frame_of(file: str, line: int, function: str, name: str) -> Header:

@@ -7,7 +7,7 @@ import os
 import signal
 import time
 
-from .failures import blame
+from .failures import blame, crash_frames
 from .frames import unpack
 from .text import HEAD, Text
 from .watch import DISK_WATCH, out_of_disk, out_of_memory
@@ -36,6 +36,7 @@ class Running:
             for name in ("stdout", "stderr")
         }
         self.result = bytearray()
+        self.crash = bytearray()
         self.why: Header | None = None
         self.deadline = self.began + run["timeout"] if run.get("timeout") else 0.0
         self.linger = 0.0
@@ -52,6 +53,8 @@ class Running:
         if name == "result":
             self.result += data
             self.linger = self.linger or now + LINGER
+        elif name == "crash":
+            self.crash += data
         else:
             self.room -= self.streams[name].feed(data, self.room, now)
 
@@ -66,8 +69,11 @@ class Running:
         return sum(text.finish(now) for text in self.streams.values())
 
 
-def outcome(running: Running, status: int, ooms: int) -> tuple[Header, bytes]:
-    """How the shard ended: the fields `ok`, `exit_code`, `error` and `value` of its `done`, and the body."""
+def outcome(running: Running, status: int, ooms: int, *, name: str) -> tuple[Header, bytes]:
+    """How the shard ended: the fields `ok`, `exit_code`, `error` and `value` of its `done`, and the body.
+
+    `name` is the cell's file name.
+    """
     result = unpack(running.result)
     header, body = result if result is not None else ({}, b"")
     killed = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
@@ -77,7 +83,8 @@ def outcome(running: Running, status: int, ooms: int) -> tuple[Header, bytes]:
     if header.get("error"):
         return {"ok": False, "exit_code": header.get("exit_code", 127), "error": header["error"]}, b""
     if killed and result is None:
-        return {"ok": False, "exit_code": code, "error": killed_by(running.run, killed, ooms)}, b""
+        frames = crash_frames(running.crash.decode("utf-8", "replace"), name)
+        return {"ok": False, "exit_code": code, "error": {**killed_by(running.run, killed, ooms), "frames": frames}}, b""
     if result is None and code:
         text = "the process ended with exit code %d" % code
         return {"ok": False, "exit_code": code, "error": blame("exit", text)}, b""

@@ -14,6 +14,7 @@ from .failures import blame, describe, exit_result
 from .frames import pack
 from .travel import CannotTravel
 from .values import travelling
+from .watch import MAX_PROCESSES, out_of_disk
 from .words import safe_message
 
 TYPE_CHECKING = False
@@ -68,10 +69,19 @@ def run_cell(cell: Cell, run: Header) -> tuple[Header, bytes]:
     except CannotTravel as error:
         return {"exit_code": 1, "error": blame("output", str(error))}, b""
     except BaseException as error:
-        what = describe(error, cell.name)
-        if isinstance(error, OSError) and error.errno in (errno.EFBIG, errno.ENOSPC, errno.EDQUOT):
-            what["kind"] = "disk"
-        return {"exit_code": 1, "error": what}, b""
+        return {"exit_code": 1, "error": explained(describe(error, cell.name), error, run)}, b""
+
+
+def explained(what: Header, error: BaseException, run: Header) -> Header:
+    """The exception as data, with the limit that it comes from."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number == errno.EFBIG and run.get("disk"):
+        return {**what, **out_of_disk(run)}
+    if number in (errno.EFBIG, errno.ENOSPC, errno.EDQUOT):
+        return {**what, "kind": "disk"}
+    if number == errno.EAGAIN:
+        what["notes"].append("if it was starting processes: a shard may have at most %d at once" % MAX_PROCESSES)
+    return what
 
 
 def send_result(fd: int, data: bytes) -> None:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 MAX_DEATHS = 3
 """Templates that may die in a row before this agent gives up and ends."""
+TOO_LONG = "the shard ran longer than its --timeout of %g s: give it more, or use smaller shards"
 
 
 class Agent:
@@ -287,8 +288,7 @@ class Agent:
         """Send text that is due; enforce the limits."""
         running.flush(now)
         if running.deadline and running.deadline <= now:
-            limit = "%g s" % running.run["timeout"]
-            self.stop(running, blame("timeout", "the shard ran longer than its --timeout of %s" % limit))
+            self.stop(running, blame("timeout", TOO_LONG % running.run["timeout"]))
         elif running.linger and running.linger <= now:
             running.linger = 0.0
             running.take("stderr", LEFT_BEHIND, now)
@@ -331,8 +331,10 @@ class Agent:
                 pass
         self.running = None
         run, now = running.run, time.monotonic()
+        if not os.WIFSIGNALED(status):
+            running.take("stderr", bytes(running.crash), now)  # another process of the cell crashed
         cut = running.finish_text(now)
-        end, body = outcome(running, status, self.new_oom_kills(status))
+        end, body = outcome(running, status, self.new_oom_kills(status), name=self.job["name"])
         remove_tree(run["work"])
         wrote = has_entries(run["outputs"])
         self.held = running.key if wrote and run.get("hold") else ""

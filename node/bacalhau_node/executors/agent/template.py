@@ -75,7 +75,7 @@ def open_streams(pipes: Pipes) -> None:
         stream = io.TextIOWrapper(raw, encoding="utf-8", errors="backslashreplace", write_through=True)
         setattr(sys, name, stream)
         setattr(sys, "__%s__" % name, stream)
-    faulthandler.enable(file=2, all_threads=False)
+    faulthandler.enable(file=pipes.write_ends["crash"], all_threads=False)
 
 
 def preload(name: str) -> bool:

@@ -25,7 +25,7 @@ class Pipes:
     def __init__(self) -> None:
         self.read_ends: dict[str, int] = {}
         self.write_ends: dict[str, int] = {}
-        for name in ("stdout", "stderr", "result"):
+        for name in ("stdout", "stderr", "crash", "result"):
             self.read_ends[name], self.write_ends[name] = os.pipe()
             os.set_blocking(self.read_ends[name], False)
 

@@ -8,8 +8,8 @@ if TYPE_CHECKING:
 
 
 def clean(text: str) -> str:
-    """`text` without lone surrogates, which are no JSON for the host."""
-    return text.encode("utf-8", "replace").decode("utf-8")
+    """`text` with its lone surrogates written as escapes: they are no JSON for the host."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def shorten(text: str, limit: int) -> str:
@@ -39,8 +39,8 @@ def safe_message(error: BaseException) -> str:
 
 
 def size_text(size: int) -> str:
-    """Bytes for people."""
-    for unit, name in ((1 << 30, "GB"), (1 << 20, "MB"), (1 << 10, "kB")):
+    """Bytes for people, decimal as they were typed."""
+    for unit, name in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
         if size >= unit:
             return "%.4g %s" % (size / unit, name)
     return "%d bytes" % size
