@@ -19,9 +19,10 @@ def copy_agent(folder: Path) -> Path:
     It is compiled here, because a shard's user can't write there: each agent would compile itself
     again, which takes longer than all the rest of its start.
     """
+    compileall.compile_dir(AGENT, quiet=2)  # once for all nodes to come, where we may write
     copy = folder / AGENT.name
-    shutil.copytree(AGENT, copy)  # with the times of the files, which what is compiled already goes by
-    compileall.compile_dir(copy, quiet=2)
+    shutil.copytree(AGENT, copy, ignore=shutil.ignore_patterns("*.pyc.*"))  # those are still being written
+    compileall.compile_dir(copy, quiet=2)  # takes what is there already by the times of the files, which were copied
     for path in (copy, *copy.rglob("*")):
         path.chmod(0o755 if path.is_dir() else 0o644)
     return copy
