@@ -156,8 +156,8 @@ def _where(text: str, place: Place) -> str:
         return f"ipfs://{path.rstrip('/')}"
     if not text or "\0" in text:
         raise SpecError("not a path")
-    path = PurePosixPath(_absolute(text, place))
-    raise SpecError(f"no such file or folder: {path}{nearest(path.name, place.names(str(path.parent)))}")
+    missing = PurePosixPath(_absolute(text, place))
+    raise SpecError(f"no such file or folder: {missing}{nearest(missing.name, place.names(str(missing.parent)))}")
 
 
 def _mount(text: str) -> str:

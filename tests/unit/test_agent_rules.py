@@ -214,7 +214,8 @@ def test_a_crash_is_read_from_the_line_of_the_cell_that_led_to_it_inwards() -> N
     own = failures.OWN_FOLDER
     text = (
         "Fatal Python error: Segmentation fault\n\nStack (most recent call first):\n"
-        '  File "/lib/ctypes.py", line 5 in string_at\n  File "<cell>", line 4 in f\n  File "<cell>", line 9 in <module>\n'
+        '  File "/lib/ctypes.py", line 5 in string_at\n  File "<cell>", line 4 in f\n'
+        '  File "<cell>", line 9 in <module>\n'
         f'  File "{own}/shard.py", line 70 in run_cell\n\nExtension modules: numpy (total: 1)\n'
     )
     found = [(frame["file"], frame["line"], frame["function"]) for frame in failures.crash_frames(text, "<cell>")]

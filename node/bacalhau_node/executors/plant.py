@@ -140,7 +140,7 @@ class Plant:
                 continue
             self._pythons[shape.image] = python
             return container
-        raise NoEnvironment(f"there is no Python in the image {shape.called}: cells need one, --raw scripts don't ({problem})")
+        raise NoEnvironment(f"there is no Python in the image {shape.called}: cells need one, --raw does not ({problem})")
 
     async def _start_with(self, python: str, shape: Shape, imports: tuple[str, ...]) -> AgentContainer:
         container = AgentContainer(self.site, shape, number=self.number())

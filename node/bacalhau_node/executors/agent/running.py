@@ -84,7 +84,8 @@ def outcome(running: Running, status: int, ooms: int, *, name: str) -> tuple[Hea
         return {"ok": False, "exit_code": header.get("exit_code", 127), "error": header["error"]}, b""
     if killed and result is None:
         frames = crash_frames(running.crash.decode("utf-8", "replace"), name)
-        return {"ok": False, "exit_code": code, "error": {**killed_by(running.run, killed, ooms), "frames": frames}}, b""
+        error = {**killed_by(running.run, killed, ooms), "frames": frames}
+        return {"ok": False, "exit_code": code, "error": error}, b""
     if result is None and code:
         text = "the process ended with exit code %d" % code
         return {"ok": False, "exit_code": code, "error": blame("exit", text)}, b""
