@@ -197,7 +197,7 @@ async def test_a_silent_daemon_costs_a_fifth_of_a_second(tmp_path: Path, monkeyp
         ({"resources": Resources(memory=10 * 1024**4)}, "--memory 10 TB: this node can give a shard at most"),
         ({"resources": Resources(cpu=64)}, "--cpu 64: this node can give a shard at most 2 cores"),
         ({"resources": Resources(gpus=1)}, "--gpu: this node has no GPU"),
-        ({"task": PythonCell(bundle="b", python="3.7")}, "needs Python 3.7; this node runs"),
+        ({"task": PythonCell(bundle="b", python="3.7")}, "needs Python 3.7; this node has Python"),
         ({"task": PythonCell(bundle="b", versions={"No_Such": "1.0"})}, "needs No_Such 1.0; this node has no No_Such"),
     ],
 )
@@ -333,7 +333,7 @@ async def test_files_too_large_to_copy_are_shown_through_their_root(
 
 
 async def test_credentials_of_the_environment_are_masked(bench: Bench) -> None:
-    plant = bench.executor._plant
+    plant = bench.executor._workshop
     assert plant
     prefix = next(bind for bind in plant.site.host.binds if plant.site.host.executable.is_relative_to(bind))
     masked = prefix / "pip.conf"

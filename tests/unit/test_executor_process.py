@@ -40,9 +40,12 @@ CELL = PythonCell(bundle="cid")
         (JobSpec(task=CELL, image="python:3.12"), "--image python:3.12"),
         (JobSpec(task=CELL, isolation="container"), "--isolation container"),
         (JobSpec(task=CELL, container_per="shard"), "--container-per shard"),
-        (JobSpec(task=CELL, resources=Resources(memory=2**60)), "--memory 1.15 EB: this node can give a shard at most "),
+        (
+            JobSpec(task=CELL, resources=Resources(memory=2**60)),
+            "--memory 1.15 EB: this node can give a shard at most ",
+        ),
         (JobSpec(task=CELL, resources=Resources(cpu=10_000)), "--cpu 10000: this node can give a shard at most "),
-        (JobSpec(task=PythonCell(bundle="cid", python="2.7")), "needs Python 2.7; this node runs 3."),
+        (JobSpec(task=PythonCell(bundle="cid", python="2.7")), "needs Python 2.7; this node has Python 3."),
     ],
 )
 def test_what_plain_processes_cannot_do_is_refused_with_a_reason(
@@ -58,7 +61,7 @@ async def test_versions_are_compared_once_they_are_known(executor: ProcessExecut
     have = capabilities.versions["msgspec"]
     assert executor.check(JobSpec(task=PythonCell(bundle="cid", versions={"MsgSpec": have}))) is None
     old = executor.check(JobSpec(task=PythonCell(bundle="cid", versions={"msgspec": "0.1"})))
-    assert old == f"needs msgspec 0.1; this node has {have}"
+    assert old == f"needs msgspec 0.1; this node has msgspec {have}"
     missing = executor.check(JobSpec(task=PythonCell(bundle="cid", versions={"no-such-thing": "1"})))
     assert missing == "needs no-such-thing 1; this node has no no-such-thing"
 

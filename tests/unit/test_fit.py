@@ -29,10 +29,25 @@ def test_what_comes_first_on_the_path_wins(tmp_path: Path, monkeypatch: pytest.M
     [
         ({}, None),
         ({"versions": {"Some.Thing": "2.0.7"}}, None),
-        ({"versions": {"some-thing": "2.1.0"}}, "needs some-thing 2.1.0; this node has 2.0.1"),
+        ({"versions": {"some-thing": "2.1.0"}}, "needs some-thing 2.1.0; this node has some-thing 2.0.1"),
         ({"versions": {"other": "1"}}, "needs other 1; this node has no other"),
         ({"python": python_version()}, None),
-        ({"python": "3.1"}, f"needs Python 3.1; this node runs {python_version()}"),
+        ({"python": "3.1"}, f"needs Python 3.1; this node has Python {python_version()}"),
+        (
+            {"python": "3.1", "versions": {"some-thing": "3.0", "other": "1"}},
+            (
+                "needs Python 3.1, some-thing 3.0 and other 1; "
+                f"this node has Python {python_version()}, some-thing 2.0.1 and no other"
+            ),
+        ),
+        ({"requires": ("some-thing>=2", "more")}, None),
+        (
+            {"requires": ("some-thing>=3",)},
+            (
+                "the cell requires some-thing>=3, and its environment has some-thing 2.0.1, which stays as it is: "
+                "packages are added to it, never changed. Change it where the notebook runs, or name an --image"
+            ),
+        ),
     ],
 )
 def test_a_cell_needs_the_same_minor_versions(needs: dict[str, object], told: str | None) -> None:

@@ -17,7 +17,7 @@ from bacalhau_node.ports import Target
 from bacalhau_node.spec import ISOLATION_RANK, JobSpec, PythonCell, Resources
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
 _NVIDIA: Final = Path("/proc/driver/nvidia/version")
 
@@ -60,23 +60,39 @@ def _too_large(resources: Resources) -> str | None:
     return None
 
 
-def mismatch(cell: PythonCell, versions: Mapping[str, str]) -> str | None:
-    """What the cell needs and this interpreter has not, in one sentence."""
-    if cell.python and cell.python != python_version():
-        return f"needs Python {cell.python}; this node runs {python_version()}"
-    if not versions:
-        return None
-    for name, version in cell.versions.items():
-        have = versions.get(_normal(name))
-        if have is None:
-            return f"needs {name} {version}; this node has no {name}"
-        if _minor(have) != _minor(version):
-            return f"needs {name} {version}; this node has {have}"
+def mismatch(
+    cell: PythonCell, versions: Mapping[str, str], *, python: str = "", where: str = "this node"
+) -> str | None:
+    """What the cell needs that an environment has not, in one sentence; or None.
+
+    `versions`: its distributions (none: unknown). `python`: its full version, this interpreter's by default.
+    """
+    python = python or platform.python_version()
+    differ = dict(_differences(cell, versions, python))
+    if differ:
+        return f"needs {_listed(differ.keys())}; {where} has {_listed(differ.values())}"
     try:
-        requirements.unmet(cell.requires, python=platform.python_version(), versions=versions)
+        requirements.unmet(cell.requires if versions else (), python=python, versions=versions)
     except SpecError as error:
         return str(error)
     return None
+
+
+def _differences(cell: PythonCell, versions: Mapping[str, str], python: str) -> Iterator[tuple[str, str]]:
+    """(what is needed, what is there in its place), each."""
+    if cell.python and _minor(cell.python) != _minor(python):
+        yield f"Python {cell.python}", f"Python {'.'.join(_minor(python))}"
+    for name, version in cell.versions.items() if versions else ():
+        have = versions.get(_normal(name))
+        if have is None:
+            yield f"{name} {version}", f"no {name}"
+        elif _minor(have) != _minor(version):
+            yield f"{name} {version}", f"{name} {have}"
+
+
+def _listed(words: Iterable[str]) -> str:
+    *first, last = words
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def installed() -> dict[str, str]:
