@@ -119,6 +119,7 @@ class HttpClient:
                         retry.progress()
                         yield update
                         if isinstance(update, JobChanged) and update.state in FINAL_JOB:
+                            await _finish(events)
                             return
                 await retry.again(ConnectionError("it closed the connection"))
             except BROKEN as error:
@@ -214,6 +215,14 @@ class HttpClient:
         await self._connection.close()
         if self._store is not None:
             await asyncio.to_thread(self._store.close)
+
+
+async def _finish(events: AsyncIterator[object]) -> None:
+    """Read the end of a stream, so that its connection can be used again; the node sends it at once."""
+    with contextlib.suppress(*BROKEN):
+        async with asyncio.timeout(1):
+            async for _ in events:
+                pass
 
 
 def find_key(url: str, folder: Path) -> str:
