@@ -25,7 +25,7 @@ demo: $(VENV)/.demo
 	@$(BIN)/python -m tests.demo
 
 test: $(VENV)/.test
-	@$(PYTHON) tests/prepare.py debian chromium dockerd
+	@$(PYTHON) tests/prepare.py debian chromium dockerd bwrap
 	@$(BIN)/python tests/services.py $(BIN)/python -m pytest $(ARGS)
 
 lab: $(VENV)/.lab

@@ -1,8 +1,9 @@
 """What every suite shares: an own data folder, gates for what a machine may lack, and an account of what was left out.
 
-A suite is a folder below `tests/`. A test marked `docker` or `browser` is left out where there is no
-daemon or no Chromium, and the last lines of a run name each suite that lost tests, and why. With
-`BACALHAU_REQUIRE_ALL=1` leaving a test out is a failure: that is how CI runs.
+A suite is a folder below `tests/`. A test marked `docker`, `sandbox` or `browser` is left out where there is no
+daemon, no bubblewrap that may make namespaces, or no Chromium, and the last lines of a run name each
+suite that lost tests, and why. With `BACALHAU_REQUIRE_ALL=1` leaving a test out is a failure: that is
+how CI runs.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from bacalhau_node.errors import BacalhauError
+from bacalhau_node.executors.bubblewrap import find
+from bacalhau_node.executors.workshop import shard_user
 from tests.services import DEFAULT_HOST, find_docker
 
 TESTS = Path(__file__).parent
@@ -36,6 +40,17 @@ def docker_address() -> str | None:
 
 
 @cache
+def sandbox_problem() -> str | None:
+    """Why this machine makes no sandboxes, found by making one; asked once."""
+    user = shard_user()
+    try:
+        find(f"{user.uid}:{user.gid}")
+    except BacalhauError as error:
+        return str(error)
+    return None
+
+
+@cache
 def chromium_path() -> str | None:
     """The Chromium of this machine, under any of its names."""
     return next(filter(None, map(shutil.which, CHROMIUM_NAMES)), None)
@@ -50,6 +65,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Leave out what this machine can't run."""
     if item.get_closest_marker("docker") and docker_address() is None:
         pytest.skip(_no_docker())
+    if item.get_closest_marker("sandbox") and (problem := sandbox_problem()):
+        pytest.skip(problem)
     if item.get_closest_marker("browser") and chromium_path() is None:
         pytest.skip("no Chromium on the path (as root, `make test` installs it)")
 

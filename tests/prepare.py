@@ -6,7 +6,7 @@ there and does the rest: a set-up that was interrupted goes on where it stopped,
 costs nothing.
 
     python3 tests/prepare.py install EXTRA    # .venv with `-e .[EXTRA]`, at the versions of constraints.txt
-    python3 tests/prepare.py debian NAME...   # programs by name: chromium, dockerd
+    python3 tests/prepare.py debian NAME...   # programs by name: chromium, dockerd, bwrap
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 OLDEST = (3, 11)
-PACKAGE_OF = {"chromium": "chromium", "dockerd": "docker.io", "node": "nodejs"}
+PACKAGE_OF = {"chromium": "chromium", "dockerd": "docker.io", "bwrap": "bubblewrap", "node": "nodejs"}
 QUICK_APT = ("-q", "-y", "-o", "Acquire::Retries=1", "-o", "Acquire::http::Timeout=30")
 
 

@@ -23,7 +23,7 @@ import msgspec
 from bacalhau_node.executors import staging
 from bacalhau_node.executors.attach import DaemonError
 from bacalhau_node.executors.containers import Recipe
-from bacalhau_node.executors.layout import NoEnvironment, NoProgram, Shape, Site, SlotFolder, memory_text
+from bacalhau_node.executors.layout import LAYER, NoEnvironment, NoProgram, Shape, Site, SlotFolder, memory_text
 from bacalhau_node.executors.limits import DEFAULT_DISK
 from bacalhau_node.executors.slot import AgentLost, AgentSetup, AgentSlot, agent_job, shard_run
 from bacalhau_node.messages import ShardError
@@ -32,7 +32,7 @@ from bacalhau_node.ports import RawOutcome, RawValue, ShardTask
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
-    from bacalhau_node.executors.attach import Stream
+    from bacalhau_node.executors.runtime import Channels
     from bacalhau_node.ports import ExecutorEvent
 
 READY_SECONDS: Final = 30.0
@@ -51,7 +51,7 @@ _OVERTIME_CAUSE: Final = "it ran over its time and its worker did not end it: it
 class AgentPipe:
     """The agent's two byte streams over a container's stream; what it writes to stderr is kept for its epitaph."""
 
-    stream: Stream | None = None
+    stream: Channels | None = None
     errors: bytearray = field(default_factory=bytearray)
     _arrived: bytearray = field(default_factory=bytearray)
     _news: asyncio.Event = field(default_factory=asyncio.Event)
@@ -139,7 +139,7 @@ class AgentContainer:
 
     async def _greet(self, imports: tuple[str, ...]) -> None:
         self._imports = imports
-        agent = AgentSlot(self._pipe, AgentSetup(imports=imports), explain=self._last_words)
+        agent = AgentSlot(self._pipe, self._setup(imports), explain=self._last_words)
         self._agent = agent
         await asyncio.wait({agent.ready, agent.dead}, timeout=READY_SECONDS, return_when=asyncio.FIRST_COMPLETED)
         if agent.dead.done():
@@ -151,6 +151,14 @@ class AgentContainer:
             )
         if not agent.ready.done():
             raise DaemonError(f"a container of {self._called} did not answer within {READY_SECONDS:.0f} s")
+
+    def _setup(self, imports: tuple[str, ...]) -> AgentSetup:
+        """The agent's first frame. The programs that a shard starts find the job's packages as it does."""
+        setup = AgentSetup(imports=imports, watch=self._site.watched)
+        if self.shape.layer is None:
+            return setup
+        search = (LAYER, self._site.variables(self.shape).get("PYTHONPATH"))
+        return msgspec.structs.replace(setup, path=(LAYER,), env={"PYTHONPATH": ":".join(filter(None, search))})
 
     @property
     def _called(self) -> str:
@@ -289,7 +297,7 @@ class AgentContainer:
             if state is not None and state.out_of_memory:
                 return ShardError("memory", message=memory_text(self.shape.memory))
             if state is None or not lost.started or await daemon.killed(self._id):
-                return ShardError("node", message="its container was ended from outside")
+                return ShardError("node", message="what it ran in was ended from outside")
         except DaemonError as problem:
             return ShardError("node", message=str(problem))
         return ShardError("signal", name="SIGKILL", message=f"it ended its own worker ({lost.cause})")

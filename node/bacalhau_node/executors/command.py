@@ -29,7 +29,7 @@ from bacalhau_node.spec import Command
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from bacalhau_node.executors.attach import Stream
+    from bacalhau_node.executors.runtime import Channels
     from bacalhau_node.ports import ExecutorEvent
 
 TOO_LONG: Final = "the shard ran longer than its --timeout of {:g} s: give it more, or use smaller shards"
@@ -142,7 +142,7 @@ class _Program:
             self._started = True
             self._emit(ShardStarted())
 
-    async def _watch(self, stream: Stream, began: float) -> ShardError | None:
+    async def _watch(self, stream: Channels, began: float) -> ShardError | None:
         """Wait for the program's end; why it was ended, if it was."""
         timeout = self._task.spec.timeout
         while True:

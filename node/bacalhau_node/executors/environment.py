@@ -157,8 +157,9 @@ def _problem(interpreter: Interpreter, prefixes: Sequence[Path], home: Path, roo
 
 
 def _too_wide(folder: Path, root: Path, home: Path) -> bool:
-    """Whether binding `folder` would show the machine's root or the user's home."""
-    return folder == root or home.is_relative_to(folder)
+    """Whether binding `folder` would show the machine's root or the user's home, or hide one of the image's own."""
+    own = [root / name for name in (*MOUNT_POINTS, "tmp") if name != "usr"]
+    return folder == root or home.is_relative_to(folder) or folder in own
 
 
 def _system(root: Path) -> list[Path]:

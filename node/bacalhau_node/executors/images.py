@@ -3,13 +3,42 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
+
+import msgspec
 
 from bacalhau_node.executors.attach import DaemonError
+from bacalhau_node.executors.containers import Recipe
 from bacalhau_node.executors.layout import Image, NoEnvironment
+from bacalhau_node.ports import Target
 
 if TYPE_CHECKING:
     from bacalhau_node.executors.containers import Daemon
+    from bacalhau_node.executors.layout import Site
+
+PYTHONS: Final = ("python3", "python")
+"""What an image may call its Python."""
+_ANSWER_SECONDS: Final = 60.0
+_QUESTION: Final = """
+import json, platform, re, sys
+try:
+    from importlib.metadata import distributions
+except ImportError:
+    distributions = list
+versions = {}
+for each in distributions():
+    name = each.metadata["Name"]
+    if name:
+        versions.setdefault(re.sub("[-_.]+", "-", name).lower(), each.version)
+print(json.dumps({
+    "python": platform.python_version(),
+    "system": sys.platform,
+    "machine": platform.machine(),
+    "libc": " ".join(platform.libc_ver()).strip(),
+    "versions": versions,
+}))
+"""
+"""What a Python is asked for a `Target`; understood from 3.8 on."""
 
 
 class Images:
@@ -18,6 +47,7 @@ class Images:
     def __init__(self, daemon: Daemon) -> None:
         self._daemon = daemon
         self._pulls: dict[str, asyncio.Task[None]] = {}
+        self._targets: dict[str, Target] = {}
 
     async def find(self, name: str) -> Image:
         """The image `name`, pulled if it is not here. Raises `NoEnvironment`."""
@@ -28,6 +58,49 @@ class Images:
                 raise
         await self._pull(name)
         return await self._inspect(name)
+
+    async def target(self, name: str, site: Site) -> Target:
+        """The Python in the image `name`, asked once by running it. Raises `NoEnvironment` and `DaemonError`."""
+        image = await self.find(name)
+        if image.id not in self._targets:
+            self._targets[image.id] = await self._ask(name, image, site)
+        return self._targets[image.id]
+
+    async def _ask(self, name: str, image: Image, site: Site) -> Target:
+        problem = ""
+        for python in PYTHONS:
+            said, problem = await self._run(_question(python, image, site))
+            try:
+                return msgspec.json.decode(said, type=Target)
+            except msgspec.DecodeError:
+                continue
+        raise NoEnvironment(
+            f"there is no Python in the image {name} that answers: cells need one, --raw scripts don't ({problem})"
+        )
+
+    async def _run(self, recipe: Recipe) -> tuple[bytes, str]:
+        """What a container prints, and the last line of its errors."""
+        printed = {1: bytearray(), 2: bytearray()}
+
+        def receive(channel: int, data: bytes) -> None:
+            if channel in printed:
+                printed[channel] += data
+
+        container = await self._daemon.create(recipe)
+        try:
+            stream = await self._daemon.attach(container, receive)
+            try:
+                await self._daemon.start(container)
+                async with asyncio.timeout(_ANSWER_SECONDS):
+                    await stream.ended.wait()
+            except TimeoutError:
+                raise NoEnvironment(f"no answer from a container of it within {_ANSWER_SECONDS:.0f} s") from None
+            finally:
+                stream.close()
+        finally:
+            await asyncio.shield(asyncio.create_task(self._daemon.remove(container)))
+        last = printed[2].decode(errors="replace").strip().splitlines()[-1:]
+        return bytes(printed[1]), "".join(last)
 
     async def _inspect(self, name: str) -> Image:
         found = await self._daemon.image(name)
@@ -41,7 +114,9 @@ class Images:
         try:
             await asyncio.shield(pull)
         except DaemonError as error:
-            raise NoEnvironment(f"the image {name} is not here and could not be pulled ({error}): check its name, or pull it yourself") from error
+            raise NoEnvironment(
+                f"the image {name} is not here and could not be pulled ({error}): check its name, or pull it yourself"
+            ) from error
 
     async def close(self) -> None:
         """End the pulls under way."""
@@ -50,3 +125,19 @@ class Images:
             pull.cancel()
         if pulls:
             await asyncio.wait(pulls)
+
+
+def _question(python: str, image: Image, site: Site) -> Recipe:
+    return Recipe(
+        image=image.id,
+        command=(python, "-c", _QUESTION),
+        entrypoint=(),
+        environment={"HOME": "/tmp"},  # noqa: S108 - the container's own tmpfs
+        mounts=(),
+        labels=site.labels(slot="question"),
+        user=site.inside,
+        folder="/",
+        memory=256 * 1024**2,
+        cpu=1.0,
+        stdin=False,
+    )

@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from bacalhau_node.errors import SpecError
 from bacalhau_node.executors import staging
-from bacalhau_node.executors.containers import Daemon, Label, Mount
+from bacalhau_node.executors.containers import Label, Mount
 from bacalhau_node.executors.environment import HostEnvironment, collapse, user_variables
+from bacalhau_node.executors.runtime import Runtime
 from bacalhau_node.literals import size_text as size_text
 from bacalhau_node.sharding import mounts
 
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 _THREAD_VARIABLES: Final = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_MAX_THREADS")
 _USUAL_PLACES: Final = ("/inputs", "/shared")
+LAYER: Final = "/slot/layer"
+"""Where the packages are that a job requires."""
 
 
 class NoEnvironment(SpecError):
@@ -62,7 +65,7 @@ class Shape:
 
     `targets` are mounts outside of `/inputs` and `/shared`; `files` are single files that lie at a
     place of their own: (target, path); `roots` are folders bound whole, for files too large to
-    copy that can't be linked.
+    copy that can't be linked; `layer` holds packages that count before those of the environment.
     """
 
     image: str | None = None
@@ -76,6 +79,7 @@ class Shape:
     targets: tuple[str, ...] = ()
     files: tuple[tuple[str, Path], ...] = ()
     roots: tuple[Path, ...] = ()
+    layer: Path | None = None
 
     def root_places(self) -> dict[Path, str]:
         """Where the roots lie in the container."""
@@ -84,19 +88,21 @@ class Shape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Site:
-    """What all containers of one node share. `user`: who runs in them, as this machine sees it."""
+    """What all boxes of one node share. `user`: who runs in them, as this machine sees it."""
 
-    daemon: Daemon
+    daemon: Runtime
     folder: Path
-    node: NodeId
     host: HostEnvironment
     user: staging.Reader
     inside: str
     """`user` as the container sees it: "1000:1000", or "0:0" under a rootless daemon."""
-    life: str
-    """A random name of this run of the node's process."""
     agent: Path
     """A copy of the agent's folder that `user` may read."""
+    node: NodeId = ""
+    life: str = ""
+    """A random name of this run of the node's process; both are for labels, which only containers have."""
+    watched: bool = False
+    """Agents hold their shards to the limits themselves: nothing else does."""
 
     def labels(self, **more: str) -> dict[str, str]:
         """Labels of a new container: `job="j-…"` and the like beside whose it is."""
@@ -146,6 +152,7 @@ class SlotFolder:
         read_only = {**self.places, "/slot/bundle": self.bundle, "/slot/agent": site.agent}
         read_only |= {inside: root for root, inside in self.shape.root_places().items()}
         read_only |= dict(self.shape.files)
+        read_only |= {LAYER: self.shape.layer} if self.shape.layer is not None else {}
         if self.shape.image is None:
             read_only |= {str(path): path for path in site.host.binds}
             read_only |= {str(path): Path("/dev/null") for path in site.host.masks}
@@ -190,6 +197,7 @@ def shape_of(task: ShardTask, *, image: Image | None, memory: int) -> Shape:
         network="bridge" if task.spec.network == "full" else "none",
         targets=tuple(sorted(custom.keys() - files.keys())),
         files=tuple(sorted(files.items())),
+        layer=task.layer,
     )
 
 

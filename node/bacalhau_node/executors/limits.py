@@ -27,6 +27,10 @@ DEFAULT_DISK: Final = 10 * 1024**3
 """Bytes that a shard may write (DESIGN section 6)."""
 MAX_PROCESSES: Final = 512
 """Processes of one agent and its shard (DESIGN section 6)."""
+CPU_PERIOD: Final = 100_000
+"""Microseconds over which the kernel counts a group's CPU time: its own default."""
+NEW_SECONDS: Final = 60.0
+"""So long may a group of a node beside us be without a process: it is about to start one."""
 REMOVE_SECONDS: Final = 2.0
 """How long the processes of a group may take to be gone after they were killed."""
 
@@ -90,10 +94,15 @@ class ControlGroup:
     unified: bool
 
     @classmethod
-    def make(cls, name: str) -> ControlGroup | None:
-        """A new group called `name` that limits the number of processes; None where we may not."""
+    def make(cls, name: str, *, cores: float = 0.0) -> ControlGroup | None:
+        """A new group called `name` that limits the number of processes; None where we may not.
+
+        `cores`: CPU seconds a second, where the kernel lets us say that too; 0: no limit.
+        """
         unified = (_ROOT / "cgroup.controllers").exists()
-        controllers = ("memory",) if unified else ("memory", "pids")
+        controllers = (
+            ("memory",) if unified else ("memory", "pids", *(("cpu",) if cores and _own_groups("cpu") else ()))
+        )
         made: list[Path] = []
         try:
             for controller in controllers:
@@ -102,8 +111,10 @@ class ControlGroup:
                 folder.mkdir()
                 made.append(folder)
             group = cls(tuple(made), unified)
-            (made[-1] / "pids.max").write_text(str(MAX_PROCESSES))
+            (made[0 if unified else 1] / "pids.max").write_text(str(MAX_PROCESSES))
             group.limit(usable_memory())
+            if cores:
+                group._share(cores)
         except (OSError, IndexError):
             for folder in made:
                 with contextlib.suppress(OSError):
@@ -118,12 +129,13 @@ class ControlGroup:
 
     @staticmethod
     def tidy(prefix: str) -> None:
-        """Remove empty groups of nodes that were killed; the kernel keeps those in use."""
-        for base in {*_own_groups("memory"), *_own_groups("pids")}:
+        """Remove empty groups of nodes that were killed; the kernel keeps those in use, we those that are new."""
+        for base in {*_own_groups("memory"), *_own_groups("pids"), *_own_groups("cpu")}:
             for parent in (base, base.parent):
                 for folder in parent.glob(f"{prefix}*"):
                     with contextlib.suppress(OSError):
-                        folder.rmdir()
+                        if time.time() - folder.stat().st_mtime > NEW_SECONDS:
+                            folder.rmdir()
 
     def join(self, pid: int) -> bool:
         """Put a process in; what it starts from now on is born inside. False when the group is gone."""
@@ -145,6 +157,14 @@ class ControlGroup:
         _try_write(base / "memory.memsw.limit_in_bytes", "-1")
         (base / "memory.limit_in_bytes").write_text(str(memory))
         _try_write(base / "memory.memsw.limit_in_bytes", str(memory))
+
+    def _share(self, cores: float) -> None:
+        """At most so many CPU seconds a second, where the kernel counts them in a group."""
+        quota = int(cores * CPU_PERIOD)
+        if self.unified:
+            _try_write(self.folders[0] / "cpu.max", f"{quota} {CPU_PERIOD}")
+        else:
+            _try_write(self.folders[-1] / "cpu.cfs_quota_us", str(quota))
 
     def oom_kills(self) -> int:
         """How many processes the kernel has killed here for memory."""

@@ -11,126 +11,56 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib.util
-import itertools
-import math
 import os
 import secrets
 import time
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from bacalhau_node.executors.agents import AgentContainer
 from bacalhau_node.executors.attach import DaemonError
 from bacalhau_node.executors.containers import Daemon, DaemonInfo, Label
-from bacalhau_node.executors.crew import Crew, Need
-from bacalhau_node.executors.environment import Interpreter, collapse, describe
+from bacalhau_node.executors.environment import Interpreter, describe
 from bacalhau_node.executors.images import Images
-from bacalhau_node.executors.layout import Image, NoEnvironment, NoProgram, Shape, Site, roots_of, shape_of
-from bacalhau_node.executors.program import copy_agent
-from bacalhau_node.executors.slot import warm_imports
-from bacalhau_node.executors.spares import Spares
-from bacalhau_node.executors.staging import Reader, destroy
-from bacalhau_node.spec import PythonCell
+from bacalhau_node.executors.layout import NoEnvironment, NoProgram, Shape, Site
+from bacalhau_node.executors.staging import Reader
+from bacalhau_node.executors.workshop import Workshop, new_slots, shard_user
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from bacalhau_node.ids import JobId, NodeId
+    from bacalhau_node.ids import NodeId
     from bacalhau_node.ports import ShardTask
 
-SHORT: Final = 0.02
-"""Seconds: while the shards of a job last less, more of them are queued in one agent (DESIGN section 5)."""
-_SHARD_USER: Final = 1000
 _PYTHONS: Final = ("python3", "python")
-_SPARE_MEMORY: Final = 100 * 1024 * 1024
-"""What a spare with pandas preloaded holds; all of them together take a tenth of the memory."""
 _NOT_SEEN: Final = "bind source path does not exist"
 
 
-@dataclass(slots=True)
-class _Job:
-    """What the shards of one job have taught: its image, the roots of its large files, whether they are short."""
-
-    image: Image | None = None
-    roots: tuple[Path, ...] = ()
-    short: bool = False
-
-
-class Plant:
+class Plant(Workshop):
     """All that one node does with one daemon. Made by `open_plant`."""
 
-    def __init__(self, site: Site, info: DaemonInfo, *, slots: int, memory: int) -> None:
-        self.site, self.info = site, info
-        self.images = Images(site.daemon)
-        self.crew = Crew(slots, self._hire)
-        self.usual = Shape(memory=memory, cpu=1.0)
-        self.spares = Spares(
-            max(1, min(slots, slots * memory // 10 // _SPARE_MEMORY)),
-            start=lambda imports: self._start(self.usual, imports),
-            end=self.crew.end,
-            stamp=site.host.stamp,
-        )
-        self._memory = memory
-        self._numbers = itertools.count()
+    def __init__(self, site: Site, daemon: Daemon, info: DaemonInfo, *, slots: int, memory: int) -> None:
+        super().__init__(site, slots=slots, memory=memory)
+        self.daemon, self.info = daemon, info
+        self.images = Images(daemon)
         self._pythons: dict[str, str] = {}
-        self._jobs: dict[JobId, _Job] = {}
-        self._imports: tuple[str, ...] = ()
         self._reaping: asyncio.Task[None] | None = None
 
     async def ensure_image(self) -> None:
         """Import the empty image of the host environment if the daemon does not have it (any more)."""
-        if not await self.site.daemon.has_image(self.site.host.tag):
-            await self.site.daemon.import_image(self.site.host.image, self.site.host.tag)
-
-    def number(self) -> int:
-        """A number that no other container of this node has."""
-        return next(self._numbers)
+        if not await self.daemon.has_image(self.site.host.tag):
+            await self.daemon.import_image(self.site.host.image, self.site.host.tag)
 
     async def shape(self, task: ShardTask) -> Shape:
         """What the container of `task` must be; its image is here then. Raises `NoEnvironment`."""
-        job = self._jobs.setdefault(task.execution.job, _Job())
-        if task.spec.image is not None and job.image is None:
-            job.image = await self.images.find(task.spec.image)
-        shape = shape_of(task, image=job.image, memory=task.spec.resources.memory or self._memory)
-        return replace(shape, roots=job.roots)
-
-    def with_roots(self, task: ShardTask, shape: Shape, file: Path) -> Shape:
-        """From now on the containers of this job show `file` through its folder."""
-        job = self._jobs.setdefault(task.execution.job, _Job())
-        job.roots = collapse((*job.roots, *roots_of(task, file)))
-        return replace(shape, roots=job.roots)
-
-    def shares(self, shape: Shape) -> int:
-        """How many slots' worth of the machine a container of this shape takes."""
-        wanted = max(math.ceil(shape.memory / self._memory), math.ceil(shape.cpu))
-        return min(wanted, self.crew.turns.total)
-
-    def need(self, task: ShardTask, shape: Shape) -> Need:
-        """What the run of a cell needs."""
-        cell = task.spec.task
-        return Need(
-            job=task.execution.job,
-            shape=shape,
-            imports=warm_imports(cell.imports) if isinstance(cell, PythonCell) else (),
-            shares=self.shares(shape),
-            rides=not task.files and self._jobs.get(task.execution.job, _Job()).short,
-            once=task.spec.container_per == "shard",
-        )
-
-    def learn(self, job: JobId, seconds: float) -> None:
-        """A shard of `job` took so long."""
-        if job in self._jobs:
-            self._jobs[job].short = seconds < SHORT
-
-    async def _hire(self, need: Need) -> AgentContainer:
-        self._imports = need.imports
-        spare = await self.spares.take() if need.shape == self.usual else None
-        return spare or await self._start(need.shape, need.imports)
+        facts = self.facts(task)
+        if task.spec.image is not None and facts.image is None:
+            facts.image = await self.images.find(task.spec.image)
+        return await super().shape(task)
 
     async def _start(self, shape: Shape, imports: tuple[str, ...]) -> AgentContainer:
         if shape.image is None:
-            return await self._start_with(str(self.site.host.executable), shape, imports)
+            return await super()._start(shape, imports)
         problem = ""
         for python in (self._pythons[shape.image],) if shape.image in self._pythons else _PYTHONS:
             try:
@@ -140,33 +70,17 @@ class Plant:
                 continue
             self._pythons[shape.image] = python
             return container
-        raise NoEnvironment(f"there is no Python in the image {shape.called}: cells need one, --raw does not ({problem})")
-
-    async def _start_with(self, python: str, shape: Shape, imports: tuple[str, ...]) -> AgentContainer:
-        container = AgentContainer(self.site, shape, number=self.number())
-        await container.start(python, imports)
-        return container
-
-    async def release(self, job: JobId) -> None:
-        """Remove the job's containers, and have spares ready for the next."""
-        self._jobs.pop(job, None)
-        await self.crew.release(job)
-        self.warm()
-
-    def warm(self, imports: tuple[str, ...] | None = None) -> None:
-        """Have spares ready, with these modules (None: those that the last cell imported) preloaded."""
-        self._imports = self._imports if imports is None else imports
-        self.spares.warm(self._imports)
+        raise NoEnvironment(
+            f"there is no Python in the image {shape.called}: cells need one, --raw does not ({problem})"
+        )
 
     async def close(self) -> None:
         """Remove everything, in parallel."""
         if self._reaping is not None:
             self._reaping.cancel()
             await asyncio.wait({self._reaping})
-        await asyncio.gather(self.spares.close(), self.images.close())
-        await self.crew.close()
-        await self.site.daemon.close()
-        await asyncio.to_thread(destroy, self.site.folder / "slots")
+        await self.images.close()
+        await super().close()
 
     # --- what dead nodes left ---
 
@@ -177,9 +91,9 @@ class Plant:
     async def reap(self, is_alive: Callable[[NodeId], bool]) -> None:
         """Remove containers of an earlier life of this node, of dead nodes beside it, and those past their deadline."""
         with contextlib.suppress(DaemonError):  # then the daemon is gone: the next probe says so
-            found = await self.site.daemon.ours()
+            found = await self.daemon.ours()
             gone = [container for container, labels in found if self._abandoned(labels, is_alive)]
-            await asyncio.gather(*map(self.site.daemon.remove, gone))
+            await asyncio.gather(*map(self.daemon.remove, gone))
 
     def _abandoned(self, labels: dict[str, str], is_alive: Callable[[NodeId], bool]) -> bool:
         deadline = labels.get(Label.DEADLINE, "")
@@ -226,9 +140,9 @@ async def _found(daemon: Daemon, folder: Path, *, node: NodeId, slots: int, memo
         user=user,
         inside=f"{inside.uid}:{inside.gid}",
         life=secrets.token_hex(8),
-        agent=await asyncio.to_thread(_new_slots, folder),
+        agent=await asyncio.to_thread(new_slots, folder),
     )
-    plant = Plant(site, info, slots=slots, memory=memory)
+    plant = Plant(site, daemon, info, slots=slots, memory=memory)
     await plant.ensure_image()
     return plant
 
@@ -236,22 +150,11 @@ async def _found(daemon: Daemon, folder: Path, *, node: NodeId, slots: int, memo
 def _users(*, rootless: bool) -> tuple[Reader, Reader]:
     """Who runs in the containers, as this machine and as they themselves see it.
 
-    A node that runs as root must not give its shards that user; any other node gives them its own,
-    so that it may read and remove what they leave. Under a rootless daemon its user is root inside.
+    Under a rootless daemon its user is root inside.
     """
-    own = Reader(os.getuid(), os.getgid())
     if rootless:
-        return own, Reader(0, 0)
-    user = Reader(_SHARD_USER, _SHARD_USER) if own.uid == 0 else own
-    return user, user
-
-
-def _new_slots(folder: Path) -> Path:
-    """An empty `slots` folder with a copy of the agent that any user may read."""
-    slots = folder / "slots"
-    destroy(slots)
-    slots.mkdir(parents=True)
-    return copy_agent(slots)
+        return Reader(os.getuid(), os.getgid()), Reader(0, 0)
+    return shard_user(), shard_user()
 
 
 async def _prove(plant: Plant) -> None:
@@ -267,7 +170,7 @@ async def _prove(plant: Plant) -> None:
         if _NOT_SEEN not in str(error):
             raise
         raise NoEnvironment(
-            f"the Docker daemon at {site.daemon.host} does not see this machine's files "
+            f"the Docker daemon at {plant.daemon.host} does not see this machine's files "
             f"(does it run elsewhere?): {error}"
         ) from error
     except NoEnvironment as error:

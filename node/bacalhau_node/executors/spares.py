@@ -36,14 +36,17 @@ class Spares:
         self._made: object = None
         self._retirement: asyncio.TimerHandle | None = None
 
-    def warm(self, imports: tuple[str, ...] = ()) -> None:
-        """See to it that all spares are there or on their way; with `imports`, those there load these too."""
+    def warm(self, imports: tuple[str, ...] = (), *, most: int | None = None) -> None:
+        """See to it that all spares (or `most` of them) are there or on their way.
+
+        With `imports`, those there load these too.
+        """
         self._drop_outdated()
         self._drop_broken()
         for spare in self._starting:
             if imports and spare.done():
                 spare.result().prepare(imports)
-        for _ in range(self._count - len(self._starting)):
+        for _ in range((most or self._count) - len(self._starting)):
             spare = asyncio.create_task(self._start(imports))
             spare.add_done_callback(_made)  # one that failed is told by the run that needs it
             self._starting.append(spare)

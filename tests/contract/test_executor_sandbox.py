@@ -1,0 +1,133 @@
+"""The executor contract over bubblewrap sandboxes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+import textwrap
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from bacalhau_node.executors.sandbox import SandboxExecutor
+from bacalhau_node.ports import ExecutorEvent, StagedFile
+from bacalhau_node.spec import Command, InputSource, Resources
+from bacalhau_node.testing.executor_suite import (
+    ExecutorContract,
+    ShardBench,
+    failure,
+    processes_with,
+    text_of,
+    until,
+    value,
+)
+
+pytestmark = pytest.mark.sandbox
+
+
+@pytest.fixture
+async def bench(tmp_path: Path) -> AsyncIterator[ShardBench]:
+    executor = SandboxExecutor(tmp_path / "node", slots=2)
+    assert (await executor.probe()).problem is None
+    yield ShardBench(executor, tmp_path)
+    await executor.close()
+    assert list((tmp_path / "node").iterdir()) == []
+    assert _sandboxes() == []
+
+
+def _children(pid: int) -> list[int]:
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
+
+
+def _sandboxes() -> list[int]:
+    """The sandboxes of this process; others may have theirs."""
+    ours = _children(os.getpid())
+    return [pid for pid in processes_with("--args") if pid in ours]
+
+
+class TestSandboxExecutor(ExecutorContract):
+    """Every rule."""
+
+
+async def test_what_only_containers_can_do_is_refused_in_the_words_of_the_options(bench: ShardBench) -> None:
+    check = bench.executor.check
+    assert check(bench.task("1", isolation="sandbox").spec) is None
+    assert check(bench.task("1", isolation="none").spec) is None
+    assert "--isolation container" in str(check(bench.task("1", isolation="container").spec))
+    assert "--image a:b" in str(check(bench.task("1", image="a:b").spec))
+    assert "--gpu" in str(check(bench.task("1", resources=Resources(gpus=1)).spec))
+    assert "--memory" in str(check(bench.task("1", resources=Resources(memory=1 << 50)).spec))
+
+
+async def test_a_sandbox_that_is_killed_from_outside_is_the_nodes_fault(bench: ShardBench) -> None:
+    """And the next shard runs in another one."""
+    events: list[ExecutorEvent] = []
+    source = "import time\nprint('here', flush=True)\nwhile shard.index == 0: time.sleep(0.01)\n1"
+    running = asyncio.ensure_future(bench.run(source, on_event=events.append))
+    await until(lambda: text_of(events) == "here\n")
+    for pid in _sandboxes():
+        os.kill(pid, signal.SIGKILL)
+    assert failure(await running)[0] == "node"
+    assert value(await bench.run(source, shard=1)) == 1
+
+
+async def test_a_command_runs_like_a_cell(bench: ShardBench, tmp_path: Path) -> None:
+    """With its inputs and outputs where containers have them."""
+    script = "cat /inputs/a.csv > /outputs/copy; echo $BACALHAU_PARTITION_INDEX; echo wrong >&2; exit 3"
+    cell = bench.task("1", files={"a.csv": "data"}, shard=4)
+    spec = msgspec.structs.replace(cell.spec, task=Command(shell=script))
+    outcome = await bench.executor.run(msgspec.structs.replace(cell, spec=spec, bundle=None), lambda _: None)
+    assert (outcome.exit_code, outcome.stdout, outcome.stderr) == (3, b"4\n", b"wrong\n")
+    assert failure(outcome)[0] == "exit"
+    assert outcome.outputs is not None
+    assert (outcome.outputs / "copy").read_text() == "data"
+
+
+async def test_inputs_may_lie_anywhere_but_over_the_system(bench: ShardBench, tmp_path: Path) -> None:
+    """A folder at a place of its own, also for the shard after it."""
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    (folder / "a").write_text("one")
+    source = InputSource(source=str(folder), mount="/data/deep")
+    for shard in (0, 1):
+        cell = bench.task("[open('/data/deep/a').read(), inputs[0].as_posix()]", shard=shard)
+        files = (StagedFile(folder / "a", "/data/deep/a", "a", 3),)
+        spec = msgspec.structs.replace(cell.spec, inputs=(source,))
+        outcome = await bench.executor.run(msgspec.structs.replace(cell, spec=spec, files=files), lambda _: None)
+        assert value(outcome) == ["one", "/data/deep/a"]
+
+
+async def test_the_network_is_there_on_demand_only(bench: ShardBench) -> None:
+    source = "import socket\nsorted(name for _, name in socket.if_nameindex())"
+    assert value(await bench.run(source)) == ["lo"]
+    ours = sorted(name for _, name in socket.if_nameindex())
+    assert value(await bench.run(source, network="full", job=7)) == ours
+
+
+async def test_a_node_that_is_killed_leaves_no_sandbox(tmp_path: Path) -> None:
+    """The kernel ends them with their parent."""
+    script = f"""
+        import asyncio, pathlib
+        from bacalhau_node.executors.sandbox import SandboxExecutor
+        async def main():
+            await SandboxExecutor(pathlib.Path({str(tmp_path / "node")!r}), slots=1).probe()
+            print("ready", flush=True)
+            await asyncio.sleep(60)
+        asyncio.run(main())
+    """
+    node = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", textwrap.dedent(script), stdout=asyncio.subprocess.PIPE
+    )
+    assert node.stdout is not None
+    assert await node.stdout.readline() == b"ready\n"
+    children = _children(node.pid)
+    assert children
+    node.kill()
+    await node.wait()
+    await until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in children))
