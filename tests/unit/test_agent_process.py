@@ -218,7 +218,7 @@ async def test_an_agent_without_a_control_group_watches_memory_and_processes_its
     with started(sys.executable, "-s", "-u") as (process, ours):
         slot = AgentSlot(await SocketPipe.over(ours), AgentSetup(oom=(), watch=True))
         slot.bind(AgentJob(bundle=str(tmp_path)))
-        hungry = await outcome_of(slot, tmp_path, "0#1", [], memory=200 * 1024 * 1024, inputs=("x",))
+        hungry = await outcome_of(slot, tmp_path, "0#1", [], memory=200_000_000, inputs=("x",))
         assert hungry.error is not None
         assert (hungry.error.kind, "200 MB" in hungry.error.message) == ("memory", True)
         many = await outcome_of(slot, tmp_path, "0#2", [])
