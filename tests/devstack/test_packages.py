@@ -11,6 +11,7 @@ import pytest
 from bacalhau_node.client import JobView, LocalClient
 from bacalhau_node.executors.docker import DockerExecutor
 from bacalhau_node.executors.process import ProcessExecutor
+from bacalhau_node.executors.sandbox import SandboxExecutor
 from bacalhau_node.node import open_node
 from bacalhau_node.ports import Executor
 from bacalhau_node.spec import JobSpec, PythonCell, Sharding
@@ -31,7 +32,13 @@ def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return shelf
 
 
-@pytest.fixture(params=["process", pytest.param("docker", marks=pytest.mark.docker)])
+@pytest.fixture(
+    params=[
+        "process",
+        pytest.param("sandbox", marks=pytest.mark.sandbox),
+        pytest.param("docker", marks=pytest.mark.docker),
+    ]
+)
 async def client(
     request: pytest.FixtureRequest, tmp_path: Path, shelf: Path, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[LocalClient]:
@@ -39,6 +46,8 @@ async def client(
     if request.param == "docker":
         monkeypatch.setenv("DOCKER_HOST", request.getfixturevalue("docker_host"))
         executor: Executor = DockerExecutor(root / "docker", node="n-packages", slots=2)
+    elif request.param == "sandbox":
+        executor = SandboxExecutor(root / "sandbox", slots=2)
     else:
         executor = ProcessExecutor(root / "process", slots=2)
     client = LocalClient(await open_node(root, executors=[executor]))
