@@ -82,9 +82,9 @@ def _logs(_shell: Any, job: str, shard: str = "") -> str:
 
 def _attach(shell: Any, job: str) -> object:
     """Show a job in this cell: beside what else is done where somebody watches, else to its end."""
-    running = Running(jobs.attach(job), options.CellRequest(on_interrupt="detach"), shell)
-    watched = painters.resolved("auto", shell=shell) in {"widget", "html"}
-    return running.go_on() if watched else running.wait()
+    way = painters.resolved("auto", shell=shell)
+    running = Running(jobs.attach(job), options.CellRequest(on_interrupt="detach"), way, shell)
+    return running.go_on() if way in {"widget", "html"} else running.wait()
 
 
 def _cancel(_shell: Any, job: str) -> str:

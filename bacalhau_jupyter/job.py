@@ -172,6 +172,10 @@ class Job:
 
     # --- for those that show it ---
 
+    def asks(self, asked: Session) -> bool:
+        """Whether this is a job of that session: one that was closed answers nothing any more."""
+        return self._session is asked
+
     def view(self) -> JobView:
         """The job as its node tells it; the end is asked for once."""
         if self._final is not None:
@@ -303,8 +307,9 @@ def attach(job: str) -> Job:
     """The job whose id starts with `job`. Raises `SpecError` if there is none, or several."""
     asked = session()
     known = asked.call(lambda client: client.find(job), timeout=ANSWER_SECONDS)
-    if known in _known:
-        return _known[known]
+    same = _known.get(known)
+    if same is not None and same.asks(asked):
+        return same
     submission, place, age = asked.call(lambda client: _submitted(client, known), timeout=ANSWER_SECONDS)
     monitor = JobMonitor(submission, hint=_hint(known), age=age)
     found = _known[known] = Job(asked, monitor, place, CellText())

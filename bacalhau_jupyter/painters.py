@@ -22,6 +22,7 @@ from IPython.display import display
 
 from bacalhau_jupyter.failures import headline
 from bacalhau_jupyter.record import Record, duration
+from bacalhau_node.errors import SpecError
 from bacalhau_node.ids import short
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ FAILURES_TOLD = 4
 VIEW = "bacalhau_jupyter.view"
 
 Progress = Literal["auto", "widget", "html", "text", "none"]
+Way = Literal["widget", "html", "text", "terminal", "none"]
 
 
 def put(content: object, *, display_id: str, update: bool = False) -> None:
@@ -267,8 +269,13 @@ class Terminal:
 # --- which, and the loop ---
 
 
-def resolved(progress: Progress, *, shell: Any) -> Progress | Literal["terminal"]:
-    """What `auto` means here: who watches is told by whether the page can answer a question."""
+def resolved(progress: Progress, *, shell: Any) -> Way:
+    """What `auto` means here: who watches is told by whether the page can answer a question.
+
+    Raises `SpecError` for a widget where there is none.
+    """
+    if progress == "widget" and not importlib.util.find_spec("anywidget"):
+        raise SpecError("--progress widget needs anywidget; pip install anywidget, or use --progress html")
     if progress != "auto":
         return progress
     if not hasattr(shell, "kernel"):
@@ -302,7 +309,7 @@ def follow(monitor: JobMonitor, painter: Painter, *, seconds: float | None = Non
 
 
 def painter_for(
-    progress: Progress | Literal["terminal"],
+    way: Way,
     monitor: JobMonitor,
     place: Place,
     *,
@@ -310,7 +317,7 @@ def painter_for(
     cancel: Callable[[], None] | None = None,
 ) -> Painter:
     """The painter for one way of showing a job; `cancel` is what a button in the view does."""
-    match progress:
+    match way:
         case "widget":
             return Widget(monitor, place, inputs=inputs, cancel=cancel)
         case "html":

@@ -40,6 +40,7 @@ class Running:
 
     job: Job
     request: CellRequest
+    way: painters.Way
     shell: Any
 
     def wait(self) -> object:
@@ -72,7 +73,7 @@ class Running:
 
     def _painter(self, *, cancel: bool) -> painters.Painter:
         return painters.painter_for(
-            painters.resolved(self.request.progress, shell=self.shell),
+            self.way,
             self.job.monitor,
             self.job.place,
             inputs=self.job.inputs,
@@ -134,6 +135,7 @@ def run(shell: Any, request: CellRequest, body: str) -> object:
     namespace = dict(shell.user_ns)  # as it was: `--vars a --df a` is possible
     for name in filter(None, (request.df, request.out)):
         shell.user_ns.pop(name, None)  # a stale frame is the worst outcome
+    way = painters.resolved(request.progress, shell=shell)
     cell, first = _cell_text(shell, body)
     around = Around(namespace=namespace, history=namespace.get("In", []), folder=Path.cwd())
     prepared = sending.prepare(request, body, name=cell.name, first=first, around=around)
@@ -151,7 +153,7 @@ def run(shell: Any, request: CellRequest, body: str) -> object:
         job.name = request.out
     for note in notes:
         print(note)  # noqa: T201  a cell's output
-    running = Running(job, request, shell)
+    running = Running(job, request, way, shell)
     return running.go_on() if request.background else running.wait()
 
 

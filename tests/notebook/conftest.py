@@ -31,5 +31,4 @@ def fresh(tmp_path) -> Iterator[Callable[..., Kernel]]:
 
     yield make
     for one in made:
-        if one.manager.is_alive():
-            one.close()
+        one.close()

@@ -100,11 +100,12 @@ class Kernel:
         """What the Stop button does."""
         self.manager.interrupt_kernel()
 
-    def close(self) -> None:
-        """Shut down in good order, as JupyterLab does."""
-        self.client.stop_channels()
-        self.manager.shutdown_kernel()
-        self.manager.cleanup_resources()
+    def close(self, *, now: bool = False) -> None:
+        """Shut down in good order, as JupyterLab does, or by a kill (`now`)."""
+        if self.manager.has_kernel:
+            self.client.stop_channels()
+            self.manager.shutdown_kernel(now=now)
+            self.manager.cleanup_resources()
 
 
 def below(pid: int) -> dict[int, str]:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from bacalhau_jupyter.progress import DONE
 from tests.notebook.kernels import below, command_of
 
 SLOW = "import time\nprint('running')\ntime.sleep(0 if shard.index == 0 else 600)\nshard.index"
 
 
+def finished(shown):
+    """How many shards are done, as the live view was told last."""
+    states = [message["buffers"][0] for message in shown.messages if message["buffers"]]
+    return bytes(states[-1]).count(DONE) if states else 0
+
+
 def test_stop_cancels_keeps_what_is_finished_and_the_next_job_runs(kernel):
     shown = kernel.send(f"%%bacalhau --shards 4 -o j\n{SLOW}")
-    kernel.until(lambda: shown.text().count("running") >= 3)
+    kernel.until(lambda: finished(shown) == 1)
     kernel.interrupt()
     kernel.until(lambda: shown.idle, seconds=20)
     assert "JobInterrupted" in shown.error
@@ -71,3 +78,41 @@ def test_a_kernel_that_ends_leaves_no_process(fresh):
     assert started
     kernel.close()
     assert [command for pid, command in started.items() if command_of(pid) == command] == []
+
+
+def test_a_job_of_a_killed_kernel_is_told_of_and_kept_but_not_resumed(fresh):
+    first = fresh()
+    first.run("%load_ext bacalhau_jupyter")
+    shown = first.send(f"%%bacalhau --shards 4\n{SLOW}")
+    first.until(lambda: finished(shown) == 1)
+    first.close(now=True)
+    second = fresh()
+    loaded = second.run("%load_ext bacalhau_jupyter")
+    second.until(lambda: "unfinished job" in loaded.text())
+    name = loaded.text().rpartition("attach ")[2].strip("`\n")
+    assert "4 shards" in second.run("%bacalhau jobs").text()
+    second.run(f"import bacalhau_jupyter as bj\njob = bj.attach({name!r})")
+    assert second.run("job.state, job.result(partial=True).values()").value == "('Stopped', [0])"
+
+
+def test_a_second_stop_leaves_at_once(kernel):
+    """The kernel's node is held still, so that only the second interrupt can end the wait."""
+    shown = kernel.send("%%bacalhau -o s\nimport time\nprint('on')\ntime.sleep(600)")
+    kernel.until(lambda: "on\n" in shown.text())
+    kernel.interrupt()
+    kernel.interrupt()
+    kernel.until(lambda: shown.idle, seconds=20)
+    assert "Interrupt" in shown.error
+    kernel.run("s.cancel()\ns.wait(30)")
+
+
+def test_stop_before_the_job_exists_leaves_no_job(fresh):
+    kernel = fresh()
+    kernel.run("%load_ext bacalhau_jupyter")
+    shown = kernel.send("print('sent')\nget_ipython().run_cell_magic('bacalhau', '', 'import time; time.sleep(600)')")
+    kernel.until(lambda: "sent" in shown.text())
+    kernel.interrupt()
+    kernel.until(lambda: shown.idle, seconds=20)
+    assert "Interrupt" in shown.error
+    kernel.run("import bacalhau_jupyter as bj, time")
+    assert kernel.run("[line.state for line in bj.jobs() if line.state not in ('Stopped', 'Queued')]").value == "[]"
