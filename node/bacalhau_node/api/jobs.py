@@ -22,11 +22,12 @@ from bacalhau_node.client import JobView, LocalClient, Submission, the_one
 from bacalhau_node.errors import NodeUnreachable, SpecError
 from bacalhau_node.feed import Feed, Update
 from bacalhau_node.ids import JobId
+from bacalhau_node.protocol.events import CancelRequested
 from bacalhau_node.spec import JobSpec
 
 CALLER = web.RequestKey("caller", Caller)
 
-SUBMISSIONS_KEPT = 1_000
+ANSWERS_KEPT = 1_000
 """Answers kept for clients that ask again; older ones are made anew, without the plan's notes."""
 
 WHOLE_VIEW = 32
@@ -44,7 +45,8 @@ class Jobs:
     def __init__(self, client: LocalClient) -> None:
         self.draining = False
         self._client = client
-        self._submissions: OrderedDict[JobId, tuple[JobSpec, asyncio.Task[Submission]]] = OrderedDict()
+        self._flying: dict[JobId, tuple[JobSpec, asyncio.Task[Submission]]] = {}
+        self._answered: OrderedDict[JobId, Submission] = OrderedDict()
 
     def routes(self) -> list[web.RouteDef]:
         """What is answered here."""
@@ -64,33 +66,34 @@ class Jobs:
         """Start a job, once however often it is asked for."""
         asked, data = await read(request, shapes.SubmitRequest)
         spec = self._admitted(request, asked.spec, data)
-        known = self._submissions.get(asked.job)
-        feed = self._client.node.engine.feeds.get(asked.job)
-        if known is None and feed is None:
+        job, feeds = asked.job, self._client.node.engine.feeds
+        if job not in self._flying and job not in feeds:
             if self.draining:
                 raise NodeUnreachable("this node is shutting down and takes no more jobs: try again, or ask another")
-            known = self._begin(asked.job, spec)
-        if (known[0] if known else _spec(feed)) != spec:
-            raise Refused(409, SpecError(f"{asked.job} is another job already: choose an id that is new"))
-        return answer(await asyncio.shield(known[1]) if known else self._made_again(asked.job, feed))
+            self._begin(job, spec)
+        flying = self._flying.get(job)
+        if (flying[0] if flying else _spec(feeds[job])) != spec:
+            raise Refused(409, SpecError(f"{job} is another job already: choose an id that is new"))
+        return answer(await asyncio.shield(flying[1]) if flying else self._again(job, feeds[job]))
 
-    def _begin(self, job: JobId, spec: JobSpec) -> tuple[JobSpec, asyncio.Task[Submission]]:
+    def _begin(self, job: JobId, spec: JobSpec) -> None:
         task = asyncio.create_task(self._client.submit(spec, job=job))
-        task.add_done_callback(lambda done: self._forget_failed(job, done))
-        self._submissions[job] = spec, task
-        if len(self._submissions) > SUBMISSIONS_KEPT:
-            self._submissions.popitem(last=False)
-        return spec, task
+        self._flying[job] = spec, task
+        task.add_done_callback(lambda done: self._landed(job, done))
 
-    def _forget_failed(self, job: JobId, task: asyncio.Task[Submission]) -> None:
-        """A submission that failed made no job: the next one is tried anew."""
+    def _landed(self, job: JobId, task: asyncio.Task[Submission]) -> None:
+        """Keep the answer for who asks again; a submission that failed made no job, and is tried anew then."""
+        del self._flying[job]
         if task.cancelled() or task.exception() is not None:
-            self._submissions.pop(job, None)
+            return
+        self._answered[job] = task.result()
+        if len(self._answered) > ANSWERS_KEPT:
+            self._answered.popitem(last=False)
 
-    def _made_again(self, job: JobId, feed: Feed | None) -> Submission:
-        count = feed.row.count if feed and feed.row else 0
-        node = self._client.node
-        return Submission(job, count, node.id, node.capabilities.executor)
+    def _again(self, job: JobId, feed: Feed) -> Submission:
+        node, row = self._client.node, feed.row
+        assert row is not None  # a feed is made by its first row
+        return self._answered.get(job) or Submission(job, row.count, node.id, node.capabilities.executor)
 
     async def plan(self, request: web.Request) -> web.Response:
         """List and split, no more."""
@@ -124,8 +127,13 @@ class Jobs:
         return stream.response
 
     async def cancel(self, request: web.Request) -> web.Response:
-        """Ask for the end."""
-        await self._client.cancel(self._known(request)[0])
+        """Ask for the end; of a job that is being made, as soon as it is."""
+        flying = self._flying.get(request.match_info["job"])
+        if flying is not None and request[CALLER].sees(policy.owner(flying[0])):
+            stop = CancelRequested(request.match_info["job"])
+            flying[1].add_done_callback(lambda _: self._client.node.engine.post(stop))
+        else:
+            await self._client.cancel(self._known(request)[0])
         return answer({})
 
     # --- watching ---
@@ -160,8 +168,7 @@ class Jobs:
         return job, feed
 
 
-def _spec(feed: Feed | None) -> JobSpec:
-    assert feed is not None
+def _spec(feed: Feed) -> JobSpec:
     assert feed.row is not None  # a feed is made by its first row
     return feed.row.spec
 

@@ -25,7 +25,7 @@ from bacalhau_node.client import JobLine, JobPlan, JobView, NodeView, Submission
 from bacalhau_node.content.blocks import BlockStore
 from bacalhau_node.content.reader import Reader
 from bacalhau_node.content.unixfs import Imported
-from bacalhau_node.errors import ContentError, SpecError
+from bacalhau_node.errors import BacalhauError, ContentError, SpecError
 from bacalhau_node.folders import data_folder, servers
 from bacalhau_node.http_client import upload
 from bacalhau_node.http_client.connection import BROKEN, LONG, PATIENCE, Connection, node_url, part
@@ -37,6 +37,7 @@ from bacalhau_node.sharding import LocalStamp
 from bacalhau_node.sources.local import LocalSource
 from bacalhau_node.spec import InputSource, JobSpec
 
+CALL_OFF_SECONDS = 2.0
 LONGEST_EVENT = 64 * 1024 * 1024
 """Bytes of one event; a shard's text comes in much smaller ones."""
 
@@ -44,7 +45,7 @@ LONGEST_EVENT = 64 * 1024 * 1024
 class HttpClient:
     """A `client.Client` of the node at `url`.
 
-    `token`: its key; default: `BACALHAU_API_KEY`, else the token file of a node of this user on this machine.
+    `token`: its key; default: the token file of a node of this user on this machine, else `BACALHAU_API_KEY`.
     `folder`: where content is cached, default this user's data folder. `patience`: seconds until a node that
     doesn't answer any more raises `NodeUnreachable`. `progress` is told (bytes sent, bytes to send) of inputs.
     """
@@ -102,8 +103,18 @@ class HttpClient:
         """See `client.Client`. Asked again under the same id when the connection breaks, so there is one job."""
         spec, notes = await self._uploaded(spec)
         body = shapes.SubmitRequest(f"j-{uuid.uuid4()}", spec)
-        submission = await self._connection.ask("POST", "/v0/jobs", Submission, body=body, seconds=LONG)
+        try:
+            submission = await self._connection.ask("POST", "/v0/jobs", Submission, body=body, seconds=LONG)
+        except asyncio.CancelledError:
+            await self._call_off(body.job)
+            raise
         return structs.replace(submission, notes=(*notes, *submission.notes))
+
+    async def _call_off(self, job: JobId) -> None:
+        """Nobody waits for the answer to a submission any more: the job must not run, if there is one."""
+        with contextlib.suppress(BacalhauError, TimeoutError):
+            async with asyncio.timeout(CALL_OFF_SECONDS):
+                await self.cancel(job)
 
     async def _uploaded(self, spec: JobSpec) -> tuple[JobSpec, tuple[str, ...]]:
         return await upload.upload(self._connection, spec, self._hashed, self._progress)
@@ -226,13 +237,13 @@ async def _finish(events: AsyncIterator[object]) -> None:
 
 
 def find_key(url: str, folder: Path) -> str:
-    """The key for the node at `url`, as far as this user's environment and files tell; "" for none."""
-    if key := os.environ.get("BACALHAU_API_KEY"):
-        return key
+    """The key for the node at `url`: its token where this user serves it here, else `BACALHAU_API_KEY`, else ""."""
     parts = urlsplit(url)
-    if not is_loopback(parts.hostname or ""):
-        return ""
-    return next((token for own, token in servers(folder) if urlsplit(own).port == parts.port), "")
+    if is_loopback(parts.hostname or ""):
+        for own, token in servers(folder):
+            if token and urlsplit(own).port == parts.port:
+                return token
+    return os.environ.get("BACALHAU_API_KEY", "")
 
 
 def _parsed(cid: str) -> Cid:
