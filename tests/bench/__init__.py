@@ -7,5 +7,5 @@
 - `cases/`: one module a case, each with `TITLE`, `EXECUTORS` and `run(executor) -> figures`
 
 Every case runs in a new process of its own with an empty data folder, once for each executor that it names:
-"plain" (no Docker daemon in sight) or "docker".
+"docker", or "local": what this machine has without a daemon, a sandbox or a plain process.
 """

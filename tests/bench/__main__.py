@@ -27,10 +27,10 @@ def plan(names: list[str]) -> list[tuple[str, str]]:
 
 
 def environment(executor: str, folder: Path) -> dict[str, str]:
-    """A case's environment: an empty data folder, and for "plain" no Docker daemon in sight."""
+    """A case's environment: an empty data folder, and for "local" no Docker daemon in sight."""
     paths = [str(harness.ROOT), str(harness.ROOT / "node"), os.environ.get("PYTHONPATH", "")]
     own = {"BACALHAU_DIR": str(folder), "PYTHONPATH": os.pathsep.join(filter(None, paths)), "IPYTHONDIR": str(folder)}
-    return os.environ | own | ({"DOCKER_HOST": harness.NOWHERE} if executor == "plain" else {})
+    return os.environ | own | ({"DOCKER_HOST": harness.NOWHERE} if executor == "local" else {})
 
 
 def run_case(name: str, executor: str) -> bool:

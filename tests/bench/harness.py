@@ -22,7 +22,7 @@ WORKERS = 2
 """Workers of every peer: the goals are meant for two cores."""
 
 NOWHERE = "unix:///nonexistent/docker.sock"
-"""A Docker address where nobody answers: the executor is then a plain process."""
+"""A Docker address where nobody answers: the executor is then a sandbox or a plain process."""
 
 DISTURBED = 1.5
 """A run whose calibration is this much worse than the best seen ran beside something else."""

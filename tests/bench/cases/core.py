@@ -17,7 +17,7 @@ from bacalhau_node.spec import Command, JobSpec, Sharding
 from tests.bench.harness import WORKERS, Figure, at_most
 
 TITLE = "protocol, engine, journal"
-EXECUTORS = ("plain",)
+EXECUTORS = ("local",)
 COUNT = 1000
 TIMES = 5
 

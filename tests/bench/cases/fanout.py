@@ -12,7 +12,7 @@ from tests.bench.peers import started
 from tests.bench.work import trivial
 
 TITLE = "1,000 trivial shards"
-EXECUTORS = ("plain",)
+EXECUTORS = ("local",)
 COUNT = 1000
 TIMES = 3
 

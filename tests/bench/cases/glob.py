@@ -15,7 +15,7 @@ from tests.bench.peers import Multiprocessing, started
 from tests.bench.work import group
 
 TITLE = "200 CSV files grouped"
-EXECUTORS = ("plain", "docker")
+EXECUTORS = ("local", "docker")
 TIMES = 3
 GOALS = {10: 1.05, 200: 2.0}
 CELL = """\
@@ -52,7 +52,7 @@ def run(executor: str) -> list[Figure]:
     paths = csv_files()
     expected = by_hand(paths)
     ours.warm("import pandas as pd\n1 + 1")
-    with started(*(("joblib", "dask") if executor == "plain" else ())) as peers:
+    with started(*(("joblib", "dask") if executor != "docker" else ())) as peers:
         calls: dict[str, Callable[[], pd.DataFrame]] = {
             "by hand": partial(by_hand, paths),
             "10": partial(ours_with, 10, paths[0].parent),

@@ -11,7 +11,7 @@ from tests.bench.kernel import Kernel
 from tests.bench.notebooks import CELLS, SETUP
 
 TITLE = "trivial cell"
-EXECUTORS = ("plain", "docker")
+EXECUTORS = ("local", "docker")
 TIMES = 12
 ROW = 10
 SPARE_SECONDS = 1.0
@@ -48,7 +48,7 @@ def run(executor: str) -> list[Figure]:
         spare = median_ms(kernel, CELLS["ours"], pause=SPARE_SECONDS)
         time.sleep(SPARE_SECONDS)
         row = median_ms(kernel, CELLS["ours"], pause=0, times=ROW)
-    others = peers(Path.cwd()) if executor == "plain" else ""
+    others = peers(Path.cwd()) if executor != "docker" else ""
     cases = [("one trivial cell, spare ready", spare, others), (f"{ROW} trivial cells in a row, each", row, "")]
     return [
         Figure(

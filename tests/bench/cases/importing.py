@@ -9,7 +9,7 @@ import sys
 from tests.bench.harness import Figure, at_most
 
 TITLE = "import"
-EXECUTORS = ("plain",)
+EXECUTORS = ("local",)
 OURS = "bacalhau_jupyter"
 MODULES = (OURS, "multiprocessing.pool", "joblib", "distributed", "ipyparallel")
 TIMES = 7

@@ -16,7 +16,7 @@ from tests.bench.peers import Peer, started
 from tests.bench.work import die_at_50, trivial
 
 TITLE = "one of 100 killed"
-EXECUTORS = ("plain", "docker")
+EXECUTORS = ("local", "docker")
 COUNT = 100
 PATIENCE = 10.0
 TIMES = 3
@@ -58,7 +58,7 @@ def run(executor: str) -> list[Figure]:
     seconds = statistics.median(one for one, _ in runs)
     kept = min(count for _, count in runs)
     beside = []
-    for name in ("multiprocessing", "joblib", "dask", "ipyparallel") if executor == "plain" else ():
+    for name in ("multiprocessing", "joblib", "dask", "ipyparallel") if executor != "docker" else ():
         with started(name) as peers:
             peers[name].map(trivial, range(8))
             beside.append(f"{name} {peer_settles(peers[name])}")

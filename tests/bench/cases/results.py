@@ -10,7 +10,7 @@ from tests.bench.peers import started
 from tests.bench.work import make_100_mb, trivial
 
 TITLE = "1 GB of results"
-EXECUTORS = ("plain", "docker")
+EXECUTORS = ("local", "docker")
 SHARDS = 10
 MEGABYTES = 1000
 CELL = """\
@@ -32,7 +32,7 @@ def run(executor: str) -> list[Figure]:
     call = lambda: same(ours.run_job(CELL, shards=SHARDS).result().df())  # noqa: E731 - timed as it stands
     seconds = in_turn({"ours": call}, times=3)["ours"]
     beside = {}
-    with started(*(("multiprocessing", "joblib", "dask", "ipyparallel") if executor == "plain" else ())) as peers:
+    with started(*(("multiprocessing", "joblib", "dask", "ipyparallel") if executor != "docker" else ())) as peers:
         for name, peer in peers.items():
             peer.map(trivial, range(8))
             theirs = in_turn({name: lambda one=peer: same(pd.concat(one.map(make_100_mb, range(SHARDS))))}, times=1)
