@@ -12,16 +12,15 @@ this node's id, or of a node beside it whose lock is free, are removed, and nobo
 
 from __future__ import annotations
 
-import asyncio
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bacalhau_node.executors.attach import DaemonError
+from bacalhau_node.executors.base_image import Environments
 from bacalhau_node.executors.boxed import BoxedExecutor
 from bacalhau_node.executors.command import run_command
 from bacalhau_node.executors.containers import DEFAULT_HOST
-from bacalhau_node.executors.fit import installed, mismatch, own_target, python_version
 from bacalhau_node.executors.layout import NoEnvironment
 from bacalhau_node.executors.plant import Plant, open_plant
 from bacalhau_node.ports import Capabilities, Target
@@ -68,13 +67,14 @@ class DockerExecutor(BoxedExecutor[Plant]):
             except (DaemonError, NoEnvironment, OSError) as error:
                 self._problem = str(error)
         plant = self._workshop
+        usual = (plant.environments if plant else Environments({})).usual()
         return Capabilities(
             executor="docker",
             isolation="container",
             slots=self._slots,
             memory_per_slot=self._memory,
-            python=python_version(),
-            versions=self._versions,
+            python=".".join(usual.python.split(".")[:2]),
+            versions=usual.versions,
             limits_enforced=plant is None or plant.info.limits,
             problem=self._problem,
         )
@@ -93,8 +93,7 @@ class DockerExecutor(BoxedExecutor[Plant]):
                 memory=self._memory,
                 is_alive=self._is_alive,
             )
-            opened, self._versions = await asyncio.gather(opening, asyncio.to_thread(installed))
-            self._workshop = plant = opened
+            self._workshop = plant = await opening
         plant.warm()
 
     def check(self, spec: JobSpec) -> str | None:
@@ -103,7 +102,8 @@ class DockerExecutor(BoxedExecutor[Plant]):
             return self._unusable()
         if spec.network == "full" and self._workshop is not None and not self._workshop.info.bridge:
             return "--network full: the Docker daemon of this node has no bridge network"
-        if isinstance(spec.task, PythonCell) and spec.image is None and (lack := mismatch(spec.task, self._versions)):
+        cell, plant = spec.task, self._workshop
+        if isinstance(cell, PythonCell) and spec.image is None and plant and (lack := plant.environments.lack(cell)):
             return lack
         return self._too_much(spec.resources)
 
@@ -112,9 +112,7 @@ class DockerExecutor(BoxedExecutor[Plant]):
         plant = self._workshop
         if plant is None:
             raise NoEnvironment(self._unusable())
-        if spec.image is None:
-            return await asyncio.to_thread(own_target, self._versions)
-        return await plant.images.target(spec.image, plant.site)
+        return await plant.target(spec)
 
     async def _run(
         self, workshop: Plant, task: ShardTask, shape: Shape, emit: Callable[[ExecutorEvent], None]

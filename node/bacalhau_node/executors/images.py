@@ -13,6 +13,8 @@ from bacalhau_node.executors.layout import Image, NoEnvironment
 from bacalhau_node.ports import Target
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from bacalhau_node.executors.containers import Daemon
     from bacalhau_node.executors.layout import Site
 
@@ -49,24 +51,33 @@ class Images:
         self._pulls: dict[str, asyncio.Task[None]] = {}
         self._targets: dict[str, Target] = {}
 
-    async def find(self, name: str) -> Image:
-        """The image `name`, pulled if it is not here. Raises `NoEnvironment`."""
+    async def here(self, name: str) -> Image | None:
+        """The image `name`; None if it is not on the daemon's machine."""
         try:
             return await self._inspect(name)
         except DaemonError as error:
             if error.status != 404:
                 raise
+        return None
+
+    async def find(self, name: str) -> Image:
+        """The image `name`, pulled if it is not here. Raises `NoEnvironment`."""
+        if (image := await self.here(name)) is not None:
+            return image
         await self._pull(name)
         return await self._inspect(name)
 
-    async def target(self, name: str, site: Site) -> Target:
-        """The Python in the image `name`, asked once by running it. Raises `NoEnvironment` and `DaemonError`."""
-        image = await self.find(name)
-        if image.id not in self._targets:
-            self._targets[image.id] = await self._ask(name, image, site)
-        return self._targets[image.id]
+    async def target(self, image: Image, site: Site) -> Target:
+        """The Python in the image, asked once by running it. Raises `NoEnvironment` and `DaemonError`."""
+        note = site.folder / "images" / f"{image.id.rpartition(':')[2]}.json"
+        target = self._targets.get(image.id) or await asyncio.to_thread(_read, note)
+        if target is None:
+            target = await self._ask(image, site)
+            await asyncio.to_thread(_write, note, target)
+        self._targets[image.id] = target
+        return target
 
-    async def _ask(self, name: str, image: Image, site: Site) -> Target:
+    async def _ask(self, image: Image, site: Site) -> Target:
         problem = ""
         for python in PYTHONS:
             said, problem = await self._run(_question(python, image, site))
@@ -75,7 +86,7 @@ class Images:
             except msgspec.DecodeError:
                 continue
         raise NoEnvironment(
-            f"there is no Python in the image {name} that answers: cells need one, --raw scripts don't ({problem})"
+            f"no Python answers in the image {image.name}: cells need one, --raw scripts don't ({problem})"
         )
 
     async def _run(self, recipe: Recipe) -> tuple[bytes, str]:
@@ -104,7 +115,7 @@ class Images:
 
     async def _inspect(self, name: str) -> Image:
         found = await self._daemon.image(name)
-        return Image(found["Id"], (found.get("Config") or {}).get("WorkingDir") or "")
+        return Image(found["Id"], (found.get("Config") or {}).get("WorkingDir") or "", name)
 
     async def _pull(self, name: str) -> None:
         pull = self._pulls.get(name)
@@ -141,3 +152,16 @@ def _question(python: str, image: Image, site: Site) -> Recipe:
         cpu=1.0,
         stdin=False,
     )
+
+
+def _read(note: Path) -> Target | None:
+    """What an earlier node on this folder was told by an image of exactly this content."""
+    try:
+        return msgspec.json.decode(note.read_bytes(), type=Target)
+    except (OSError, msgspec.DecodeError):
+        return None
+
+
+def _write(note: Path, target: Target) -> None:
+    note.parent.mkdir(exist_ok=True)
+    note.write_bytes(msgspec.json.encode(target))

@@ -57,6 +57,8 @@ class Image:
     id: str
     folder: str
     """Its own working folder; empty when it names none."""
+    name: str
+    """What it was asked for by."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,7 +192,7 @@ def shape_of(task: ShardTask, *, image: Image | None, memory: int) -> Shape:
     files |= {file.mount: file.path for file in task.files if file.mount in custom}
     return Shape(
         image=image.id if image else None,
-        called=task.spec.image or "",
+        called=image.name if image else "",
         folder=image.folder if image else "",
         memory=memory,
         cpu=task.spec.resources.cpu,

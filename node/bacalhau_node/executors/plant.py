@@ -14,13 +14,16 @@ import importlib.util
 import os
 import secrets
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from bacalhau_node.executors.agents import AgentContainer
 from bacalhau_node.executors.attach import DaemonError
+from bacalhau_node.executors.base_image import Environments, advice, find
 from bacalhau_node.executors.containers import Daemon, DaemonInfo, Label
 from bacalhau_node.executors.environment import Interpreter, describe
+from bacalhau_node.executors.fit import installed, own_target
 from bacalhau_node.executors.images import Images
 from bacalhau_node.executors.layout import NoEnvironment, NoProgram, Shape, Site
 from bacalhau_node.executors.staging import Reader
@@ -30,7 +33,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from bacalhau_node.ids import NodeId
-    from bacalhau_node.ports import ShardTask
+    from bacalhau_node.ports import ShardTask, Target
+    from bacalhau_node.spec import JobSpec
 
 _PYTHONS: Final = ("python3", "python")
 _NOT_SEEN: Final = "bind source path does not exist"
@@ -43,6 +47,7 @@ class Plant(Workshop):
         super().__init__(site, slots=slots, memory=memory)
         self.daemon, self.info = daemon, info
         self.images = Images(daemon)
+        self.environments = Environments({})
         self._pythons: dict[str, str] = {}
         self._reaping: asyncio.Task[None] | None = None
 
@@ -54,9 +59,31 @@ class Plant(Workshop):
     async def shape(self, task: ShardTask) -> Shape:
         """What the container of `task` must be; its image is here then. Raises `NoEnvironment`."""
         facts = self.facts(task)
-        if task.spec.image is not None and facts.image is None:
-            facts.image = await self.images.find(task.spec.image)
+        if facts.image is None:
+            base = self.environments.base_for(task.spec)
+            if task.spec.image is not None:
+                facts.image = await self.images.find(task.spec.image)
+            elif base is not None:
+                facts.image = base.image
         return await super().shape(task)
+
+    async def target(self, spec: JobSpec) -> Target:
+        """The Python that containers for `spec` have. Raises `NoEnvironment` and `DaemonError`."""
+        if spec.image is not None:
+            return await self.images.target(await self.images.find(spec.image), self.site)
+        base = self.environments.base_for(spec)
+        return base.target if base else own_target(self.environments.versions)
+
+    async def rely_on_base(self, problem: str) -> None:
+        """Run everything in the base image, because this machine's Python is of no use: `problem` says why."""
+        self.environments.problem = problem
+        base = self.environments.base
+        if base is None:
+            raise NoEnvironment(f"{problem}; {advice()}")
+        await self.spares.close()
+        self.usual = replace(self.usual, image=base.image.id, called=base.name, folder=base.image.folder)
+        self.warm()
+        await self.spares.ready()
 
     async def _start(self, shape: Shape, imports: tuple[str, ...]) -> AgentContainer:
         if shape.image is None:
@@ -118,8 +145,10 @@ async def open_plant(
         await daemon.ping()
         plant = await _found(daemon, folder, node=node, slots=slots, memory=memory)
         plant.reap_later(is_alive)
-        plant.warm()
-        await _prove(plant)
+        plant.environments.versions, plant.environments.base = await asyncio.gather(
+            asyncio.to_thread(installed), find(plant.images, plant.site)
+        )
+        await _settle(plant)
     except BaseException:
         await (plant.close() if plant is not None else daemon.close())
         raise
@@ -130,8 +159,6 @@ async def _found(daemon: Daemon, folder: Path, *, node: NodeId, slots: int, memo
     info = await daemon.info()
     user, inside = _users(rootless=info.rootless)
     host = await asyncio.to_thread(describe, Interpreter.current(), uid=inside.uid, gid=inside.gid)
-    if host.problem:
-        raise NoEnvironment(host.problem)
     site = Site(
         daemon=daemon,
         folder=folder,
@@ -157,6 +184,19 @@ def _users(*, rootless: bool) -> tuple[Reader, Reader]:
     return shard_user(), shard_user()
 
 
+async def _settle(plant: Plant) -> None:
+    """Have the first containers, with this machine's Python or, where it can't be shown to them, the base image's."""
+    problem = plant.site.host.problem
+    if problem is None:
+        plant.warm()
+        try:
+            await _prove(plant)
+        except NoEnvironment as error:
+            problem = str(error)
+    if problem is not None:
+        await plant.rely_on_base(problem)
+
+
 async def _prove(plant: Plant) -> None:
     """Wait for one real container, unless this folder's note says that it worked with this daemon before."""
     site = plant.site
@@ -169,7 +209,7 @@ async def _prove(plant: Plant) -> None:
     except DaemonError as error:
         if _NOT_SEEN not in str(error):
             raise
-        raise NoEnvironment(
+        raise DaemonError(
             f"the Docker daemon at {plant.daemon.host} does not see this machine's files "
             f"(does it run elsewhere?): {error}"
         ) from error
