@@ -57,14 +57,16 @@ class FailedShard:
     node: str = ""
     inputs: tuple[str, ...] = ()
     exit_code: int = 0
+    attempts: int = 1
     lines: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         more = f" and {len(self.inputs) - 1:,} more" if len(self.inputs) > 1 else ""
         facts = (
             f"on {self.node}" if self.node else "",
-            f"input {self.inputs[0]}{more}" if self.inputs else "",
+            f"input {_printable(self.inputs[0])}{more}" if self.inputs else "",
             f"exit code {self.exit_code}" if self.exit_code else "",
+            f"{self.attempts} attempts" if self.attempts > 1 else "",
         )
         return ", ".join(filter(None, facts))
 
@@ -120,6 +122,10 @@ def named(shards: Sequence[int]) -> str:
     if len(shards) == 1:
         return f"shard {shards[0]}"
     return f"{len(shards):,} shards ({numbers(shards)})"
+
+
+def _printable(path: str) -> str:
+    return path if path.isprintable() else repr(path)
 
 
 def numbers(shards: Sequence[int]) -> str:

@@ -246,7 +246,7 @@ class Job:
         error = outcome.error if outcome else None
         # Any other failure says more than the exit code that it comes with.
         code = outcome.exit_code if outcome and error and error.kind in {"signal", "memory"} else 0
-        return FailedShard(shard.index, node, shard.inputs, code, lines)
+        return FailedShard(shard.index, node, shard.inputs, code, shard.attempts, lines)
 
     def _reader(self) -> Reader:
         asked = self._session

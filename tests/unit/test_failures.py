@@ -29,7 +29,7 @@ def plain(lines):
 def test_a_remote_exception_is_drawn_on_the_lines_of_the_cell():
     failures = Failures()
     failures.add(3, ERROR)
-    shard = FailedShard(3, "this machine", ("flights/a.csv",), 0, ())
+    shard = FailedShard(3, "this machine", ("flights/a.csv",))
     lines = plain(explain(failures.groups(), {3: shard}, CELL, printed=True))
     assert lines[:2] == ["KeyError: 'a' in shard 3", "  on this machine, input flights/a.csv"]
     assert "Cell In[5], line 5" in lines
@@ -43,10 +43,10 @@ def test_equal_failures_are_shown_once_with_their_first_shard():
     failures = Failures()
     for index in range(36, -1, -1):
         failures.add(index, ERROR)
-    shards = {0: FailedShard(0, "n-2", ("a", "b", "c"), 0, ())}
+    shards = {0: FailedShard(0, "n-2", ("a\n\udcff", "b", "c"))}
     lines = plain(explain(failures.groups(), shards, CELL, printed=True))
     assert lines[0] == "KeyError: 'a' in 37 shards (0, 1, 2, 3, 4, 5, 6, 7, …)"
-    assert lines[1] == "  shard 0: on n-2, input a and 2 more"
+    assert lines[1] == r"  shard 0: on n-2, input 'a\n\udcff' and 2 more"
     assert sum("KeyError" in line for line in lines) == 1
 
 
@@ -62,11 +62,11 @@ def test_four_kinds_are_shown_and_the_rest_is_counted():
 def test_the_last_lines_of_a_shard_are_shown_unless_they_were_printed():
     failures = Failures()
     failures.add(1, ShardError("memory", message="over its limit of 512 MB"))
-    shards = {1: FailedShard(1, "n-1", (), 137, ("reading", "adding"))}
+    shards = {1: FailedShard(1, "n-1", (), 137, 2, ("reading", "adding"))}
     silent = plain(explain(failures.groups(), shards, CELL, printed=False))
     assert silent[:5] == [
         "shard 1: over its limit of 512 MB",
-        "  on n-1, exit code 137",
+        "  on n-1, exit code 137, 2 attempts",
         "last lines of shard 1:",
         "    reading",
         "    adding",

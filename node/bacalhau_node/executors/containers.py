@@ -224,7 +224,7 @@ class Daemon:
                 await self._connect(stream := Stream(receive))
                 await stream.open(f"{head}Connection: Upgrade\r\nUpgrade: tcp\r\nContent-Length: 0\r\n\r\n".encode())
         except OSError as error:  # includes TimeoutError
-            raise DaemonError(f"the Docker daemon at {self.host} does not let us attach: {error!r}") from error
+            raise DaemonError(f"the Docker daemon at {self.host} does not let us attach: {_reason(error)}") from error
         return stream
 
     async def start(self, container: str) -> None:
@@ -307,7 +307,7 @@ class Daemon:
             status = error.response.status_code if error.response is not None else 0
             raise DaemonError(str(error.explanation or error), status=status) from error
         except (docker.errors.DockerException, requests.RequestException, OSError) as error:
-            raise DaemonError(f"the Docker daemon at {self.host} does not answer: {error}") from error
+            raise DaemonError(f"the Docker daemon at {self.host} does not answer: {_reason(error)}") from error
 
     async def _connect(self, protocol: asyncio.BaseProtocol) -> asyncio.Transport:
         loop = asyncio.get_running_loop()
@@ -331,6 +331,14 @@ def split_tag(image: str) -> tuple[str, str]:
     head, slash, last = image.rpartition("/")
     repository, _, tag = last.partition(":")
     return f"{head}{slash}{repository}", tag or "latest"
+
+
+def _reason(error: BaseException) -> str:
+    """The system's own word for it, inside of what libraries wrap around: "Connection refused"."""
+    inner = error
+    while inner.__context__ is not None:
+        inner = inner.__context__
+    return getattr(inner, "strerror", None) or str(error) or type(error).__name__
 
 
 def _pull_problem(line: bytes) -> str:
