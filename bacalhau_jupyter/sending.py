@@ -51,7 +51,7 @@ def prepare(request: options.CellRequest, body: str, *, name: str, first: int, a
     if request.raw:
         return Prepared(spec=options.to_spec(request, Command(shell=body)), files={})
     cell = cells.read(body, name=name, first=first)
-    requires = _requires(request, cell)
+    requires, doubts = _requires(request, cell)
     bundle = cells.bundle(cell, around, variables=request.vars, extra=request.modules, check=not request.no_check)
     task = PythonCell(
         bundle="",
@@ -62,15 +62,17 @@ def prepare(request: options.CellRequest, body: str, *, name: str, first: int, a
         versions=requirements.beyond(bundle.versions, requires),
         requires=requires,
     )
-    return Prepared(spec=options.to_spec(request, task), files=bundle.files, notes=bundle.notes)
+    return Prepared(spec=options.to_spec(request, task), files=bundle.files, notes=(*bundle.notes, *doubts))
 
 
-def _requires(request: options.CellRequest, cell: cells.Cell) -> tuple[str, ...]:
-    """The packages that line and text of the cell ask for; its `requires-python` is checked on the way."""
+def _requires(request: options.CellRequest, cell: cells.Cell) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(packages, notes): what line and text of the cell ask for; its `requires-python` is checked on the way."""
     said = requirements.declared(cell.source, first=cell.first)
-    if request.image is None:  # an image has a Python of its own
-        requirements.check_python(said.python, platform.python_version())
-    return requirements.merged(request.requires, said.requires)
+    requires = requirements.merged(request.requires, said.requires)
+    if request.image is not None:
+        return requires, (f"requires-python {said.python} is not compared with the image's",) if said.python else ()
+    requirements.check_python(said.python, platform.python_version())
+    return requires, ()
 
 
 def from_python(source: str, words: Mapping[str, object], namespace: Mapping[str, Any]) -> Prepared:

@@ -15,6 +15,7 @@ from bacalhau_node.executors.sandbox import SandboxExecutor
 from bacalhau_node.node import open_node
 from bacalhau_node.ports import Executor
 from bacalhau_node.spec import JobSpec, PythonCell, Sharding
+from tests.images import python_image
 from tests.wheels import wheel
 
 
@@ -146,3 +147,25 @@ async def test_dry_runs_and_submissions_say_what_will_be_installed(client: Local
     assert not any(note.startswith("installing") for note in again.notes)
     async for _ in client.updates(again.job):
         pass
+
+
+@pytest.mark.docker
+@pytest.mark.parametrize("client", ["docker"], indirect=True)
+async def test_packages_for_an_image_are_for_its_python(client: LocalClient, docker_host: str) -> None:
+    image = python_image(docker_host)
+    view = await _ran(client, "import alpha\nalpha.VERSION", "alpha", image=image, shards=2)
+    assert view.state == "Completed"
+    assert _value(view) == b'"1.0"'
+    notes = (await client.plan(view.spec)).notes
+    assert notes[0] == f"environment: docker, the image {image}"
+    assert notes[1] == "packages: alpha, for the Python of the image"
+
+
+async def test_a_package_of_the_real_index_is_installed(client: LocalClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PIP_NO_INDEX", "PIP_FIND_LINKS", "PIP_CONFIG_FILE"):
+        monkeypatch.delenv(name)
+    view = await _ran(client, "import tabulate\ntabulate.tabulate([[1, 2]], tablefmt='plain')", "tabulate>=0.9")
+    outcome = view.shards[0].outcome
+    if outcome and outcome.error and "can't be reached" in outcome.error.message:
+        pytest.skip("the package index can't be reached")
+    assert _value(view) == b'"1  2"'
