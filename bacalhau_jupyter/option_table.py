@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from bacalhau_node import literals, requirements
 from bacalhau_node.errors import SpecError
-from bacalhau_node.spec import MAX_SHARDS, Sharding
+from bacalhau_node.spec import MAX_REPLICAS, MAX_SHARDS, Sharding
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -202,8 +202,8 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         Option("raw", "the cell is a shell script, not Python"),
         Option("env", "an environment variable", metavar="K=V", short="e", read=_environment, repeats=True),
         Option("label", "a label of the job", metavar="K=V", short="l", read=literals.pair, repeats=True),
-        Option("replicas", "executions of each shard", metavar="1", read=_just("1")),
-        Option("agree", "how many of them must agree", metavar="1", read=_just("1")),
+        _count("replicas", "executions of each shard", high=MAX_REPLICAS),
+        _count("agree", "how many of them must agree", high=MAX_REPLICAS),
     ),
     "What you see": (
         Option("background", "return at once; the job goes on"),

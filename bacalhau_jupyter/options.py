@@ -50,6 +50,8 @@ class CellRequest:
     job_timeout: float | None = None
     parallel: int | None = None
     retries: int = 0
+    replicas: int = 1
+    agree: int = 1
     image: str | None = None
     isolation: Isolation | None = None
     container_per: Literal["job", "shard"] = "job"
@@ -197,7 +199,7 @@ _FIELDS = {
 }
 _SPLITS = ("--shards", "--batch-size", "--shard-size")
 _RESOURCES = {"--cpu": "cpu", "--memory": "memory", "--disk": "disk", "--gpu": "gpus"}
-_NO_FIELD = frozenset((*_SPLITS, *_RESOURCES, "--publish", "--replicas", "--agree"))
+_NO_FIELD = frozenset((*_SPLITS, *_RESOURCES, "--publish"))
 
 
 def _request(texts: Mapping[str, list[str]], notebook: Notebook) -> CellRequest:

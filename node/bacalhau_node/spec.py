@@ -15,6 +15,9 @@ from bacalhau_node.errors import SpecError
 MAX_SHARDS = 100_000
 """Bound on the shards of one job: the plan and the live view stay a few megabytes."""
 
+MAX_REPLICAS = 32
+"""Bound on the executions of one shard (a guess: more could hardly agree any better)."""
+
 Isolation = Literal["container", "sandbox", "none"]
 ISOLATION_RANK: dict[str, int] = {"none": 0, "sandbox": 1, "container": 2}
 
@@ -87,7 +90,11 @@ class Command(msgspec.Struct, frozen=True, kw_only=True, tag="command"):
 
 
 class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """A whole job. Everything that decides what runs, and nothing that only decides how it is shown."""
+    """A whole job. Everything that decides what runs, and nothing that only decides how it is shown.
+
+    `replicas`: executions of each shard, on different nodes where there are so many. `agree`: how many of them
+    have to give equal answers (or to fail alike) for one to count; with 1 the first to end does.
+    """
 
     task: PythonCell | Command
     inputs: tuple[InputSource, ...] = ()
@@ -108,3 +115,11 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
     env: dict[str, str] = {}
     labels: dict[str, str] = {}
     pin: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.replicas <= MAX_REPLICAS:
+            raise SpecError(f"--replicas {self.replicas}: from 1 to {MAX_REPLICAS} are possible")
+        if not 1 <= self.agree <= self.replicas:
+            raise SpecError(
+                f"--agree {self.agree}: from 1 to {self.replicas} are possible with --replicas {self.replicas}"
+            )

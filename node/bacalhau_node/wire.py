@@ -10,7 +10,7 @@ from typing import cast
 
 import msgspec
 
-from bacalhau_node.errors import BugError, ProtocolError
+from bacalhau_node.errors import BugError, ProtocolError, SpecError
 from bacalhau_node.messages import Message
 
 VERSION = 1
@@ -36,5 +36,5 @@ def decode(data: bytes) -> Message:
         raise ProtocolError(f"message version {data[0]}, this node speaks {VERSION}")
     try:
         return cast("Message", _decoder.decode(memoryview(data)[1:]))
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:  # the one place where garbage arrives
+    except (msgspec.DecodeError, SpecError, UnicodeDecodeError, RecursionError) as error:  # where garbage arrives
         raise ProtocolError(f"not a message: {error}") from error

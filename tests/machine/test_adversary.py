@@ -1,7 +1,8 @@
 """One requester and three compute nodes in the hands of an adversary, as a hypothesis state machine.
 
-The adversary delivers, repeats, drops and reorders messages, ends executions well and badly, lets
-time pass, kills nodes between a commit and its effects, suspects living nodes, and cancels.
+The adversary delivers, repeats, drops and reorders messages, ends executions well, badly and with wrong
+answers, lets time pass, kills nodes between a commit and its effects, lets them stand still (so that their
+timers are late and their messages pile up), suspects living nodes, and cancels.
 After every step the machines check themselves, and a **referee**, which sees only rows and
 effects, holds them to what the protocol promises. When the faults stop, every job must end and
 every node must be left with nothing.
@@ -28,13 +29,13 @@ from hypothesis.stateful import (
 
 from bacalhau_node.errors import BugError
 from bacalhau_node.ids import Execution, JobId
-from bacalhau_node.messages import ErrorKind, Message, Outcome, ShardError
+from bacalhau_node.messages import ErrorKind, Message, Offer, Outcome, Recall, ShardError
 from bacalhau_node.protocol import events as ev
-from bacalhau_node.protocol import recovery, requester
+from bacalhau_node.protocol import recovery, voting, watch
 from bacalhau_node.protocol.book import Book
 from bacalhau_node.protocol.compute import MAX_PREFETCH, ORPHAN_GRACE, Compute, Held
 from bacalhau_node.protocol.placement import Placement
-from bacalhau_node.protocol.records import Accepted, Attempt, Job, Node, Shard
+from bacalhau_node.protocol.records import Attempt, Ended, Job, Node, Shard
 from bacalhau_node.protocol.requester import Requester
 from bacalhau_node.spec import JobSpec, Resources
 from bacalhau_node.testing.builders import a_job, a_job_id
@@ -42,22 +43,30 @@ from bacalhau_node.testing.referee import Referee
 from bacalhau_node.testing.simulator import Host
 
 REQUESTER = "n-req"
-COMPUTE = ("n-one", "n-two", "n-old")
+COMPUTE = ("n-old", "n-two", "n-one")
+"""The first one can't run jobs with a GPU, the second one may give wrong answers. A run has the last one to three."""
 JOBS = 2
 MISCHIEF = 4
 """Crashes and false rumours in one run: more of them, and no work ever gets far."""
-ROUNDS = 400
+ROUNDS = 110
+"""Of five seconds each: shorter than it takes to give up on a node that starts nothing, which hides other faults."""
 
 NUMBER = st.integers(0, 1000)
+NODE = st.integers(0, 3)
 JOB = st.fixed_dictionaries(
     {
-        "shards": st.integers(1, 4),
+        "shards": st.integers(1, 5),
         "parallel": st.sampled_from((None, 1, 2)),
         "retries": st.integers(0, 1),
         "job_timeout": st.sampled_from((None, None, 40.0)),
         "resources": st.sampled_from((Resources(), Resources(gpus=1))),
+        "votes": st.sampled_from(((1, 1), (1, 1), (2, 2), (3, 2))),
     }
 )
+HEAD = st.sampled_from(((0, 0), (0, 0), (2, 0), (3, 7)))
+"""How many executions end well, and what time passes, before there is any mischief."""
+
+HOW = ("well", "lost", "twice")
 KINDS: tuple[ErrorKind | None, ...] = (None, None, "exception", "signal", "node", "memory")
 
 
@@ -92,18 +101,27 @@ class World(RuleBasedStateMachine):
         self.cancelled: set[JobId] = set()
         self.jobs = 0
         self.mischief = MISCHIEF
+        self.still: set[str] = set()
+        self.offers: set[Execution] = set()
 
-    @initialize(slots=st.integers(1, 2), job=JOB)
-    def begin(self, slots: int, job: dict[str, Any]) -> None:
-        for node in COMPUTE:
+    @initialize(slots=st.integers(1, 2), nodes=st.integers(1, 3), liar=st.booleans(), job=JOB, head=HEAD)
+    def begin(self, slots: int, nodes: int, job: dict[str, Any], head: tuple[int, int], *, liar: bool) -> None:
+        self.liar = liar
+        for node in COMPUTE[3 - nodes :]:
             refuse = {"refuse": refuses_gpu} if node == "n-old" else {}
             self.hosts[node] = Host(node, slots=slots, referee=self.referee, **refuse)
         self.bodies = {node: Body() for node in self.hosts}
-        for node in COMPUTE:
+        for node in self.compute:
             self.feed(REQUESTER, ev.NodeSeen(node, slots))
         self.submit(job)
+        if head != (0, 0):
+            self.go_well(*head)
 
     # --- the machinery ---
+
+    @property
+    def compute(self) -> tuple[str, ...]:
+        return tuple(self.hosts)[1:]
 
     def feed(self, node: str, event: ev.Event, *, crash: bool = False) -> None:
         """One turn of a node; with `crash` it dies after the commit, before the effects."""
@@ -113,13 +131,14 @@ class World(RuleBasedStateMachine):
             return
         self.perform(node, effects, event)
 
-    def restart(self, node: str) -> None:
+    def restart(self, node: str, *, resume: bool = True) -> None:
         self.bodies[node] = Body()
+        self.still.discard(node)
         self.lives += 1
-        effects = self.hosts[node].restart(self.now)
+        effects = self.hosts[node].restart(self.now, resume=resume)
         self.perform(node, effects, None)
         if node == REQUESTER:
-            for other in COMPUTE:
+            for other in self.compute:
                 self.feed(REQUESTER, ev.NodeSeen(other, self.hosts[other].compute.room))
 
     def perform(self, node: str, effects: list[ev.Effect], event: ev.Event | None) -> None:
@@ -128,6 +147,8 @@ class World(RuleBasedStateMachine):
             match effect:
                 case ev.Send(to=to, message=message):
                     self.referee.sent(to, message)
+                    if isinstance(message, Offer):
+                        self.offered(to, message)
                     self.net.append((node, to, message))
                 case ev.SetTimer(timer=timer, at=at):
                     body.timers[timer] = at
@@ -142,12 +163,32 @@ class World(RuleBasedStateMachine):
                 case _:
                     self.work(node, effect, event)
 
+    def offered(self, to: str, offer: Offer) -> None:
+        """Who may get a shard: nobody who tried it or was outvoted, as long as there are others."""
+        book = self.hosts[REQUESTER].requester.book
+        job = book.jobs[offer.job]
+        able = [node.id for node in book.placement.nodes.values() if not node.suspect and node.id not in job.never]
+        trusted = [node for node in able if node not in self.referee.outvoted]
+        for one in offer.shards:
+            shard, execution = job.shards[one.shard], Execution(offer.job, one.shard, one.attempt)
+            if execution in self.offers:
+                continue  # the same once more
+            self.offers.add(execution)
+            assert to not in self.referee.outvoted or not trusted, f"{to} was outvoted, and gets {one} beside {trusted}"
+            tried = [node for attempt, node in shard.tried.items() if attempt != one.attempt]
+            if to in tried and (len(shard.live) > 1 or shard.votes):
+                others = [node for node in trusted if node not in tried]
+                assert not others, f"{to} gets {one} once more beside {others}"
+                assert len(shard.live) <= job.spec.replicas, f"{to} gets {one} once more to be faster"
+
     def work(self, node: str, effect: ev.Effect, event: ev.Event | None) -> None:
         match effect:
             case ev.Run(execution=execution):
                 self.run(node, execution)
             case ev.Stop(execution=execution):
-                del self.bodies[node].runs[execution]
+                running = self.bodies[node].runs.pop(execution)
+                asked = isinstance(event, ev.Received) and isinstance(event.message, Recall)
+                assert not (asked and running), f"{execution} runs, and was given back"
             case ev.Forget(execution=execution) if not isinstance(event, ev.TimerFired):  # but for the orphan grace
                 self.referee.forgotten(execution)
 
@@ -169,11 +210,13 @@ class World(RuleBasedStateMachine):
         """Let time pass; timers fire in order, and no message arrives."""
         end = self.now + seconds
         while True:
-            due = [(at, n, node, t) for node, b in self.bodies.items() for n, (t, at) in enumerate(b.timers.items())]
+            bodies = [(node, body) for node, body in self.bodies.items() if node not in self.still]
+            due = [(at, n, node, t) for node, body in bodies for n, (t, at) in enumerate(body.timers.items())]
             first = min(due, default=None, key=lambda one: one[:3])
             if first is None or first[0] > end:
                 break
-            self.now, _, node, timer = first
+            at, _, node, timer = first
+            self.now = max(self.now, at)
             del self.bodies[node].timers[timer]
             self.feed(node, ev.TimerFired(timer))
         self.now = end
@@ -182,7 +225,14 @@ class World(RuleBasedStateMachine):
         del self.bodies[node].runs[execution]
         record = f"{execution} on {node} in life {self.lives}"
         error = ShardError(kind) if kind else None
-        outcome = Outcome(ok=kind is None, exit_code=int(kind is not None), error=error, record=record, seconds=seconds)
+        outcome = Outcome(
+            ok=kind is None,
+            exit_code=int(kind is not None),
+            error=error,
+            answer="wrong" if self.liar and node == "n-two" else "right",
+            record=record,
+            seconds=seconds,
+        )
         self.referee.ran(execution, outcome)
         self.feed(node, ev.ExecutionEnded(execution, outcome))
 
@@ -198,11 +248,15 @@ class World(RuleBasedStateMachine):
         """Deliver all messages in order, and (`store`) store all that is to be stored."""
         body = self.bodies[REQUESTER]
         for _ in range(50):
-            if not (self.net or (store and (body.keeps or body.seals))):
+            going = any(to not in self.still for _, to, _ in self.net)
+            if not (going or (store and (body.keeps or body.seals))):
                 return
             net, self.net = self.net, []
             for sender, to, message in net:
-                self.feed(to, ev.Received(sender, message))
+                if to in self.still:
+                    self.net.append((sender, to, message))
+                else:
+                    self.feed(to, ev.Received(sender, message))
             while store and body.keeps:
                 self.feed(REQUESTER, ev.ResultKept(body.keeps.pop(0)))
             while store and body.seals:
@@ -216,7 +270,9 @@ class World(RuleBasedStateMachine):
     @precondition(lambda self: self.jobs < JOBS)
     def submit(self, job: dict[str, Any]) -> None:
         self.jobs += 1
-        self.feed(REQUESTER, a_job(self.jobs - 1, **job))
+        fields = {name: value for name, value in job.items() if name != "votes"}
+        replicas, agree = job["votes"]
+        self.feed(REQUESTER, a_job(self.jobs - 1, replicas=replicas, agree=agree, **fields))
 
     @rule(n=NUMBER)
     @precondition(lambda self: self.net)
@@ -241,11 +297,21 @@ class World(RuleBasedStateMachine):
         sender, to, message = self.net.pop(n % len(self.net))
         self.feed(to, ev.Received(sender, message), crash=True)
 
-    @rule(node=st.sampled_from((REQUESTER, *COMPUTE)))
+    @rule(node=NODE, resume=st.sampled_from((True, True, False)))
     @precondition(lambda self: self.mischief)
-    def crash(self, node: str) -> None:
+    def crash(self, node: int, *, resume: bool) -> None:
         self.mischief -= 1
-        self.restart(node)
+        self.restart(self.named(node), resume=resume)
+
+    @rule(node=NODE, seconds=st.sampled_from((5.0, 16.0)))
+    @precondition(lambda self: self.mischief)
+    def stand_still(self, node: int, seconds: float) -> None:
+        """A node is alive, but hears and says nothing for a while; then its timers are late."""
+        self.mischief -= 1
+        self.still.add(self.named(node))
+        self.quiet()
+        self.until(seconds)
+        self.still.clear()
 
     @rule(n=NUMBER)
     @precondition(lambda self: self.working(started=False))
@@ -255,27 +321,29 @@ class World(RuleBasedStateMachine):
         self.bodies[node].runs[execution] = True
         self.feed(node, ev.ExecutionStarted(execution))
 
-    @rule(n=NUMBER, kind=st.sampled_from(KINDS), seconds=st.sampled_from((0.001, 0.05, 1.0)), lost=st.booleans())
+    @rule(n=NUMBER, kind=st.sampled_from(KINDS), seconds=st.sampled_from((0.001, 0.05, 1.0)), how=st.sampled_from(HOW))
     @precondition(lambda self: self.working())
-    def end(self, n: int, kind: ErrorKind | None, seconds: float, *, lost: bool) -> None:
-        """An execution ends; its first proposal may get lost."""
+    def end(self, n: int, kind: ErrorKind | None, seconds: float, how: str) -> None:
+        """An execution ends; its first proposal may get lost, or be repeated."""
         working = self.working()
         node, execution = working[n % len(working)]
         before = len(self.net)
         self.finish(node, execution, kind, seconds)
-        if lost:
+        if how == "lost":
             del self.net[before:]
+        elif how == "twice":
+            self.net += self.net[before:]
 
     @rule(crash=st.booleans())
     @precondition(lambda self: self.bodies[REQUESTER].keeps)
     def keep(self, *, crash: bool) -> None:
         self.feed(REQUESTER, ev.ResultKept(self.bodies[REQUESTER].keeps.pop(0)), crash=crash)
 
-    @rule(node=st.sampled_from(COMPUTE))
+    @rule(node=NODE)
     @precondition(lambda self: self.net)
-    def cut(self, node: str) -> None:
+    def cut(self, node: int) -> None:
         """All that is on its way to or from a node is lost."""
-        self.net = [one for one in self.net if node not in one[:2]]
+        self.net = [one for one in self.net if self.named(node) not in one[:2]]
 
     @rule(store=st.booleans())
     @precondition(lambda self: self.net)
@@ -286,15 +354,39 @@ class World(RuleBasedStateMachine):
     def pass_time(self, seconds: float) -> None:
         self.until(seconds)
 
-    @rule(node=st.sampled_from(COMPUTE), gone=st.booleans())
+    @rule(ends=st.integers(0, 6), seconds=st.sampled_from((0, 2, 7, 7)))
+    @precondition(lambda self: self.working())
+    def go_well(self, ends: int, seconds: int) -> None:
+        """Everything works for a while: some executions end, the others go on."""
+        self.quiet()
+        for node, execution in self.working()[:ends]:
+            self.begin_work()
+            if execution in self.bodies[node].runs:
+                self.finish(node, execution, None, 0.001)
+            self.quiet()
+        for _ in range(seconds):
+            self.begin_work()
+            self.quiet()
+            self.until(1.0)
+
+    def begin_work(self) -> None:
+        """What is in a free slot starts."""
+        for node, execution in self.working(started=False):
+            runs = self.bodies[node].runs
+            if sum(runs.values()) < self.hosts[node].compute.slots:
+                runs[execution] = True
+                self.feed(node, ev.ExecutionStarted(execution))
+
+    @rule(node=NODE, gone=st.booleans())
     @precondition(lambda self: self.mischief)
-    def gossip(self, node: str, *, gone: bool) -> None:
+    def gossip(self, node: int, *, gone: bool) -> None:
         """The membership view is told of a node, or takes it for dead."""
         self.mischief -= 1
+        name = self.compute[node % len(self.compute)]
         if gone:
-            self.feed(REQUESTER, ev.NodeGone(node))
+            self.feed(REQUESTER, ev.NodeGone(name))
         else:
-            self.announce(node)
+            self.announce(name)
 
     @rule(n=st.integers(0, JOBS - 1), crash=st.booleans())
     @precondition(lambda self: self.jobs)
@@ -303,6 +395,9 @@ class World(RuleBasedStateMachine):
         if job is not None and job.unfinished and job.closing is None:
             self.cancelled.add(job.id)
         self.feed(REQUESTER, ev.CancelRequested(a_job_id(n)), crash=crash)
+
+    def named(self, n: int) -> str:
+        return tuple(self.hosts)[n % len(self.hosts)]
 
     def announce(self, node: str) -> None:
         self.feed(REQUESTER, ev.NodeSeen(node, self.hosts[node].compute.room))
@@ -313,14 +408,17 @@ class World(RuleBasedStateMachine):
     def machines_agree_with_themselves(self) -> None:
         for host in self.hosts.values():
             host.check()
+        nodes = self.hosts[REQUESTER].requester.book.placement.nodes
+        trusted = [node for node in self.referee.outvoted if node in nodes and not nodes[node].distrusted]
+        assert not trusted, f"{trusted} were outvoted"
 
     def teardown(self) -> None:
         """The faults stop: every job ends, every node is left with nothing, and then nobody talks."""
         if len(self.hosts) == 1:
             return
-        requester = self.hosts[REQUESTER].requester
-        for node in COMPUTE:
+        for node in self.compute:
             self.announce(node)
+        requester = self.hosts[REQUESTER].requester
         for _ in range(ROUNDS):
             self.quiet()
             for node, execution in self.working():
@@ -364,7 +462,7 @@ def accepts_a_second_result(patch: pytest.MonkeyPatch) -> None:
 
     def verdict(self: Book, sender: str, execution: Execution) -> object:
         found = real(self, sender, execution)
-        return "late" if found == "another attempt's result counts" else found
+        return "late" if found == "another execution's result counts" else found
 
     patch.setattr(Book, "verdict", verdict)
 
@@ -418,18 +516,18 @@ def proposes_only_once(patch: pytest.MonkeyPatch) -> None:
 
 def loses_a_lost_shard(patch: pytest.MonkeyPatch) -> None:
     """A shard that avoids a node is not queued again."""
-    real = Book.give_back
+    real = Book.lose
 
-    def back(self: Book, attempt: Attempt, why: str) -> None:
+    def lose(self: Book, attempt: Attempt, why: str) -> None:
         real(self, attempt, why)
         attempt.job.again.clear()
 
-    patch.setattr(Book, "give_back", back)
+    patch.setattr(Book, "lose", lose)
 
 
 def forgets_parallel(patch: pytest.MonkeyPatch) -> None:
     """--parallel is not looked at."""
-    patch.setattr(Job, "offerable", property(lambda self: self.counts["waiting"] > 0))
+    patch.setattr(Job, "offerable", property(lambda self: self.wanting > 0))
 
 
 def asks_those_who_said_never(patch: pytest.MonkeyPatch) -> None:
@@ -477,7 +575,7 @@ def cancels_what_it_has_accepted(patch: pytest.MonkeyPatch) -> None:
     real = Requester._alive
 
     def alive(self: Requester, sender: str, executions: tuple[Execution, ...]) -> tuple[Execution, ...]:
-        accepted = [one for one in executions if isinstance(self.book.verdict(sender, one), Accepted)]
+        accepted = [one for one in executions if isinstance(self.book.verdict(sender, one), Ended)]
         return (*real(self, sender, executions), *accepted)
 
     patch.setattr(Requester, "_alive", alive)
@@ -485,7 +583,7 @@ def cancels_what_it_has_accepted(patch: pytest.MonkeyPatch) -> None:
 
 def never_gives_up_on_a_silent_node(patch: pytest.MonkeyPatch) -> None:
     """Leases do not end."""
-    patch.setattr(requester, "LEASE", float("inf"))
+    patch.setattr(watch, "LEASE", float("inf"))
 
 
 def keeps_the_slot_of_what_was_cancelled(patch: pytest.MonkeyPatch) -> None:
@@ -497,6 +595,50 @@ def keeps_the_slot_of_what_was_cancelled(patch: pytest.MonkeyPatch) -> None:
         self.active += held.outcome is None
 
     patch.setattr(Compute, "_drop", drop)
+
+
+def counts_a_vote_as_the_decision(patch: pytest.MonkeyPatch) -> None:
+    """--agree is not looked at."""
+    real = voting.winner
+    patch.setattr(voting, "winner", lambda votes, **_: real(votes, agree=1))
+
+
+def accepts_what_it_only_holds(patch: pytest.MonkeyPatch) -> None:
+    """A proposal that waits for others is answered as if it counted."""
+    real = Book.verdict
+
+    def verdict(self: Book, sender: str, execution: Execution) -> object:
+        found = real(self, sender, execution)
+        if found != "held":
+            return found
+        return next(vote for vote in self.jobs[execution.job].shards[execution.shard].votes)
+
+    patch.setattr(Book, "verdict", verdict)
+
+
+def trusts_who_was_outvoted(patch: pytest.MonkeyPatch) -> None:
+    """A node that gave a wrong answer is asked like any other."""
+    patch.setattr(Placement, "distrust", lambda _self, _node: None)
+
+
+def forgets_who_was_outvoted_in_a_restart(patch: pytest.MonkeyPatch) -> None:
+    """The journal is not asked."""
+    patch.setattr(recovery, "distrusted", lambda _rows: [])
+
+
+def runs_all_replicas_on_one_node(patch: pytest.MonkeyPatch) -> None:
+    """It agrees with itself."""
+    patch.setattr(Shard, "had", lambda _self, _node: False)
+
+
+def tries_a_slow_shard_where_it_is_slow(patch: pytest.MonkeyPatch) -> None:
+    """The second try goes to the same node."""
+
+    def second(book: Book, job: Job, attempt: Attempt, _room: dict[str, int]) -> None:
+        attempt.shard.extra = True
+        book.offer(attempt.node, job, attempt.shard)
+
+    patch.setattr(watch, "_second", second)
 
 
 BUGS = (
@@ -515,6 +657,12 @@ BUGS = (
     cancels_what_it_has_accepted,
     never_gives_up_on_a_silent_node,
     keeps_the_slot_of_what_was_cancelled,
+    counts_a_vote_as_the_decision,
+    accepts_what_it_only_holds,
+    trusts_who_was_outvoted,
+    forgets_who_was_outvoted_in_a_restart,
+    runs_all_replicas_on_one_node,
+    tries_a_slow_shard_where_it_is_slow,
 )
 
 

@@ -30,7 +30,8 @@ from bacalhau_node.messages import (
 from bacalhau_node.protocol import events as ev
 from bacalhau_node.protocol.compute import HEARTBEAT, MAX_PREFETCH, ORPHAN_GRACE, Compute
 from bacalhau_node.protocol.placement import LEASE, MAX_OFFER
-from bacalhau_node.protocol.requester import LEASE_CHECK, Requester
+from bacalhau_node.protocol.requester import Requester
+from bacalhau_node.protocol.watch import LEASE_CHECK
 from bacalhau_node.testing.builders import a_failure, a_job, a_job_id, a_result, a_spec, an_execution, matching, sent
 
 
@@ -162,9 +163,10 @@ def test_a_busy_node_queues_the_job_and_is_tried_again() -> None:
 def test_a_job_that_no_node_can_run_fails_with_every_reason() -> None:
     """`never` excludes the node; when all have said so, the job has failed."""
     desk = Desk("n-1", "n-2")
-    desk(a_job(shards=2))
-    assert job_end(desk.hear("n-1", Refuse((an_execution(0),), "never", "has no GPU"))) is None
-    effects = desk.hear("n-2", Refuse((an_execution(1),), "never", "needs Python 3.12"))
+    effects = desk(a_job(shards=2))
+    first, second = offers(effects, to="n-1"), offers(effects, to="n-2")
+    assert job_end(desk.hear("n-1", Refuse(tuple(first), "never", "has no GPU"))) is None
+    effects = desk.hear("n-2", Refuse(tuple(second), "never", "needs Python 3.12"))
     end = job_end(effects)
     assert end is not None
     assert end.state == "Failed"
@@ -174,11 +176,12 @@ def test_a_job_that_no_node_can_run_fails_with_every_reason() -> None:
 def test_a_node_that_can_never_run_a_job_gets_no_more_of_it() -> None:
     """Its shards go to the others."""
     desk = Desk("n-1", "n-2")
-    desk(a_job(shards=2))
-    desk.take("n-2", an_execution(1))
-    effects = desk.hear("n-1", Refuse((an_execution(0),), "never", "has no GPU", room=5))
+    effects = desk(a_job(shards=2))
+    (first,), (second,) = offers(effects, to="n-1"), offers(effects, to="n-2")
+    desk.take("n-2", second)
+    effects = desk.hear("n-1", Refuse((first,), "never", "has no GPU", room=5))
     assert offers(effects) == []
-    assert offers(desk.propose("n-2", an_execution(1), room=1), to="n-2") == [an_execution(0, 2)]
+    assert offers(desk.propose("n-2", second, room=1), to="n-2") == [an_execution(first.shard, 2)]
 
 
 def test_a_job_waits_for_the_first_node() -> None:
@@ -457,16 +460,19 @@ def test_a_dead_nodes_job_is_stopped_and_keeps_what_it_had() -> None:
     assert end == ev.JobChanged(a_job_id(), "Stopped", "the node stopped before the job had ended", "cid")
 
 
-def test_a_resumed_job_goes_on_with_fresh_attempts() -> None:
-    """An attempt's number is never used twice, and the last attempt's late result still counts."""
+def test_a_resumed_job_goes_on_with_its_attempts() -> None:
+    """They are offered again with their numbers; what was never offered waits; a late result still counts."""
     rows = list(a_dead_desk().journal.values())
     blocks = {a_job_id(): tuple(f"block-{n}" for n in range(4))}
-    machine, _ = Requester.recover("req", rows, 0.0, resume=True, blocks=blocks)
+    machine, effects = Requester.recover("req", rows, 0.0, resume=True, blocks=blocks)
     machine.check()
-    effects = machine.step(ev.NodeSeen("n-1", 1), 0.0)
-    assert offers(effects) == [an_execution(2, 2)]
-    late = machine.step(ev.Received("n-1", Propose(an_execution(2, 1), a_result(), 0)), 0.0)
-    assert sent(late, Accept) == [Accept(an_execution(2, 1))]
+    assert offers(effects, to="n-1") == [an_execution(2)]
+    assert offers(machine.step(ev.NodeSeen("n-1", 2), 0.0)) == [an_execution(3)]
+    assert offers(machine.step(ev.Received("n-1", Refuse((an_execution(2),), "busy", "no", 2)), 1.0)) == [
+        an_execution(2, 2)
+    ]
+    late = machine.step(ev.Received("n-1", Propose(an_execution(2, 2), a_result(), 0)), 2.0)
+    assert sent(late, Accept) == [Accept(an_execution(2, 2))]
 
 
 def test_a_decided_end_survives_the_node() -> None:

@@ -221,7 +221,7 @@ def test_what_a_request_says_is_in_its_spec():
         ("-e A", "--env A: write"),
         ("--image 'a b'", "not the name of an image"),
         ("--secret X", "--secret: not in this version (0.1"),
-        ("--replicas 3", "--replicas 3: not in this version"),
+        ("--replicas 33", "--replicas 33: at most 32 is possible"),
         ("--publish s3://b", "--publish s3://b: not in this version; only store is"),
         ("--input s3://b/c", "--input s3://b/c: s3:// inputs are not in this version"),
     ],

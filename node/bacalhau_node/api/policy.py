@@ -81,8 +81,6 @@ def _check_numbers(spec: JobSpec) -> None:
     bounds: tuple[tuple[str, float | None, float, float], ...] = (
         ("parallel", spec.parallel, 1, 1_000_000),
         ("retries", spec.retries, 0, 100),
-        ("replicas", spec.replicas, 1, 1),
-        ("agree", spec.agree, 1, 1),
         ("timeout", spec.timeout, 0.001, _LONGEST),
         ("job_timeout", spec.job_timeout, 0.001, _LONGEST),
         ("resources.cpu", take.cpu, 0.01, 4096),

@@ -12,7 +12,7 @@ from typing import Any
 import click
 import msgspec
 
-from bacalhau_node import filesystem, literals
+from bacalhau_node import filesystem, literals, requirements
 from bacalhau_node.bundle import script_task
 from bacalhau_node.cli.common import FAILED, NODE, Literal, finish, options, reach
 from bacalhau_node.cli.printing import closing_line, follow, summary
@@ -23,7 +23,7 @@ from bacalhau_node.spec import MAX_SHARDS, Command, JobSpec, PythonCell, Resourc
 
 SIZE, TIME = Literal("SIZE", literals.size), Literal("TIME", literals.seconds)
 COUNT, CORES = Literal("N", literals.count), Literal("X", literals.cores)
-PAIR = Literal("K=V", literals.pair)
+PAIR, PACKAGES = Literal("K=V", literals.pair), Literal("PKG", requirements.split)
 
 _RUN_OPTIONS = (
     click.option("-i", "--input", "inputs", multiple=True, metavar="SRC", help="Data to split into shards."),
@@ -40,6 +40,9 @@ _RUN_OPTIONS = (
     click.option("--job-timeout", type=TIME, help="Time for the whole job."),
     click.option("--parallel", type=COUNT, help="At most so many shards at once."),
     click.option("--retries", type=click.IntRange(0, 100), default=0, help="Repeat a failing shard so often."),
+    click.option("--replicas", type=COUNT, default=1, show_default=True, help="Executions of each shard."),
+    click.option("--agree", type=COUNT, default=1, show_default=True, help="How many of them must agree."),
+    click.option("--require", "requires", type=PACKAGES, multiple=True, help="A package that FILE.py needs."),
     click.option("--image", metavar="NAME", help="Container image."),
     click.option("--isolation", type=click.Choice(["container", "sandbox", "none"]), help="The least that will do."),
     click.option("--container-per", type=click.Choice(["job", "shard"]), default="job", show_default=True),
@@ -93,6 +96,9 @@ async def _task(
     client: Client, file: str | None, command: tuple[str, ...], given: dict[str, Any]
 ) -> PythonCell | Command:
     raw = given.pop("raw")
+    requires = tuple(package for packages in given.pop("requires") for package in packages)
+    if requires and (raw or not (file or "").endswith(".py")):
+        raise SpecError("--require: packages are for a FILE.py; an image or a shell script has its own")
     if given["image"] and (file is None or not file.endswith(".py")) and not raw:
         return Command(argv=(file, *command) if file else command)
     if file is None:
@@ -103,7 +109,7 @@ async def _task(
         source = await asyncio.to_thread(Path(file).read_text, encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"{file} can't be read: {error}") from error
-    return Command(shell=source) if raw else await script_task(client, source, Path(file))
+    return Command(shell=source) if raw else await script_task(client, source, Path(file), requires)
 
 
 def _spec(task: PythonCell | Command, given: dict[str, Any]) -> JobSpec:

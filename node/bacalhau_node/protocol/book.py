@@ -1,7 +1,7 @@
 """The requester's book: its records, and every change of them with the effects that go with it.
 
 `requester.py` decides what an event means; here each decision (offer, give back, lose, accept,
-keep, close, end) changes the records, journals the row that recovery needs, tells the clients,
+fail, keep, close, end) changes the records, journals the row that recovery needs, tells the clients,
 and leaves the queues and counters right. The effects of a step are collected until `drain`:
 rows to journal come first, then offers (so that a node which just finished a shard gets its
 next one before it is told to forget the old one), then everything else.
@@ -9,10 +9,12 @@ next one before it is told to forget the old one), then everything else.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final
 
 from bacalhau_node.ids import Execution, JobId, NodeId
-from bacalhau_node.messages import Accept, Cancel, Kept, Message, Offer, Outcome, ShardError, ShardOffer
+from bacalhau_node.messages import Accept, Cancel, Kept, Message, Offer, Outcome, Reject, ShardError, ShardOffer
+from bacalhau_node.protocol import voting
 from bacalhau_node.protocol.events import (
     Effect,
     JobChanged,
@@ -27,10 +29,18 @@ from bacalhau_node.protocol.events import (
     Write,
 )
 from bacalhau_node.protocol.placement import Placement
-from bacalhau_node.protocol.records import LIVE, Accepted, Attempt, Job, Node, Shard
+from bacalhau_node.protocol.records import LIVE, PHASES, Attempt, Ended, Job, Node, Shard
 
 MAX_LOST: Final = 3
-"""Attempts that may be lost with their nodes before the shard fails (DESIGN section 5)."""
+"""Attempts that may be lost with their nodes before the shard fails, for each of its replicas (DESIGN section 5)."""
+
+_TO_PHASE: Final[Mapping[str, tuple[str, ...]]] = {
+    "waiting": (),
+    "offered": ("offer",),
+    "taken": ("offer", "take"),
+    "running": ("offer", "take", "start"),
+}
+"""How a shard comes into the phase of its most advanced attempt, from "waiting"."""
 
 
 class Book:
@@ -68,23 +78,23 @@ class Book:
 
     # --- what is known ---
 
-    def verdict(self, sender: NodeId, execution: Execution) -> Attempt | Accepted | str:
-        """What an execution is to us: live (its attempt), the one that counts, "late", or why it is unwanted."""
+    def verdict(self, sender: NodeId, execution: Execution) -> Attempt | Ended | str:
+        """What an execution is to us.
+
+        Live (its attempt), the one that counts (its end), "held" (a vote), "late" (lost, but still of
+        use), or why it is unwanted.
+        """
         job = self.jobs.get(execution.job)
         if job is None:
             return "the job has ended"
         if not (0 <= execution.shard < len(job.shards)):
             return "no such shard"
         shard = job.shards[execution.shard]
-        if not (1 <= execution.attempt <= shard.attempts) or shard.authors[execution.attempt - 1] != sender:
+        if shard.tried.get(execution.attempt) != sender:
             return "no such attempt"
-        if (attempt := shard.live.get(execution.attempt)) is not None:
-            return attempt
-        if shard.accepted is not None:
-            return shard.accepted if shard.accepted.execution == execution else "another attempt's result counts"
-        return "the shard was stopped" if shard.state == "stopped" else "late"
+        return shard.live.get(execution.attempt) or _verdict(shard, execution)
 
-    def stored(self, accepted: Accepted) -> bool:
+    def stored(self, accepted: Ended) -> bool:
         """Whether an outcome that counts is stored, so that its node may forget it."""
         execution = accepted.execution
         return self.jobs[execution.job].shards[execution.shard].state in ("kept", "failed")
@@ -93,13 +103,24 @@ class Book:
 
     def offer(self, node: Node, job: Job, shard: Shard) -> None:
         """Make the shard's next attempt on this node."""
-        shard.authors.append(node.id)
+        shard.attempts += 1
+        shard.tried[shard.attempts] = node.id
         execution = Execution(job.id, shard.index, shard.attempts)
-        attempt = Attempt(execution, job, shard, node, heard=self.now, offered=self.now)
-        job.live[execution] = node.live[execution] = shard.live[execution.attempt] = attempt
+        self.track(Attempt(execution, job, shard, node, heard=self.now, offered=self.now, since=self.now))
         node.unanswered += 1
-        self.move(job, shard, "offer", node.id, written=True)
-        self.send_offer(attempt)
+        self._rate(job, shard)
+        if shard.state == "waiting":
+            self.move(job, shard, "offer", node.id, written=True)
+        else:
+            self._rows.append(Write(job.shard_row(shard)))
+        self._queue(job, shard)
+        self.send_offer(shard.live[shard.attempts])
+
+    def track(self, attempt: Attempt) -> None:
+        """List a live attempt with its job, its shard and its node."""
+        execution = attempt.execution
+        attempt.job.live[execution] = attempt.node.live[execution] = attempt
+        attempt.shard.live[execution.attempt] = attempt
 
     def send_offer(self, attempt: Attempt) -> None:
         """Put the attempt into this step's offer of its job to its node."""
@@ -108,63 +129,125 @@ class Book:
         offer = ShardOffer(execution.shard, execution.attempt, attempt.shard.block)
         self._batches.setdefault((attempt.node.id, execution.job), []).append(offer)
 
-    def answered(self, attempt: Attempt) -> None:
-        """The node knows of the offer."""
-        if not attempt.answered:
-            attempt.answered = True
+    def advance(self, attempt: Attempt, verb: str, phase: str) -> None:
+        """The attempt has been taken, or has started; so has its shard, if it was not so far yet."""
+        if attempt.phase == "offered":
             attempt.node.unanswered -= 1
+        attempt.phase, attempt.since = phase, self.now
+        if attempt.shard.state in LIVE and PHASES.index(attempt.shard.state) < PHASES.index(phase):
+            self.move(attempt.job, attempt.shard, verb)
 
-    def give_back(self, attempt: Attempt, why: str) -> None:
-        """The attempt is over, and its shard waits again."""
+    def give_back(self, attempt: Attempt, why: str, *, forget: bool = True) -> None:
+        """The attempt is over, and its shard may want another one. `forget`: no result of it can come any more."""
         job, shard = attempt.job, attempt.shard
         self._detach(attempt)
-        self.move(job, shard, "return", why)
+        if forget:
+            del shard.tried[attempt.execution.attempt]
+        shard.forget_old()
         shard.since = self.now
-        if shard.avoid:
-            job.again.append(shard)
-        else:
-            job.fresh.appendleft(shard)
+        if not shard.live and shard.lost >= MAX_LOST * job.spec.replicas:
+            self.fail(job, shard, Ended(attempt.execution, attempt.node.id, _lost(shard, why)))
+            return
+        self._fall_back(job, shard, why)
 
     def lose(self, attempt: Attempt, why: str) -> None:
-        """The attempt's node is silent, or gone."""
-        shard, node = attempt.shard, attempt.node
-        node.suspect = True
-        node.room = 0
-        shard.lost += 1
-        shard.avoid = (*shard.avoid, node.id)
-        if shard.lost < MAX_LOST:
-            self.give_back(attempt, why)
-            return
-        self._detach(attempt)
-        error = ShardError("node", message=f"{shard.lost} attempts were lost, the last one because {why}")
-        shard.accepted = Accepted(attempt.execution, node.id, Outcome(ok=False, exit_code=-1, error=error))
-        self.move(attempt.job, shard, "fail", written=True)
+        """The attempt's node is silent, or gone, or does not do what it took."""
+        if attempt.job.live.get(attempt.execution) is not attempt:
+            return  # it went with another one of its shard
+        attempt.node.suspect = True
+        attempt.node.room = 0
+        attempt.shard.lost += 1
+        self.give_back(attempt, why, forget=False)
+
+    def _fall_back(self, job: Job, shard: Shard, why: str) -> None:
+        """The shard is as far as what is left of its live attempts."""
+        self._rate(job, shard)
+        if (reached := shard.reached) != shard.state:
+            job.move(shard, "return", self.now, why)
+            for verb in _TO_PHASE[reached]:
+                job.move(shard, verb, self.now)
+            self._tell(job, shard)
+        self._rows.append(Write(job.shard_row(shard)))
+        self._queue(job, shard)
+        self.touch(job)
+
+    def _rate(self, job: Job, shard: Shard) -> None:
+        wants = 0
+        if shard.accepted is None and shard.lost < MAX_LOST * job.spec.replicas:
+            wants = max(0, voting.missing(shard.votes, job.spec) - len(shard.live))
+        job.rate(shard, wants)
+
+    def _queue(self, job: Job, shard: Shard) -> None:
+        """Put a shard that wants an attempt into a queue, if it isn't in one."""
+        if shard.wants and not shard.queued:
+            shard.queued = True
+            if shard.tried:
+                job.again.append(shard)
+            else:
+                job.fresh.appendleft(shard)
 
     def _detach(self, attempt: Attempt) -> None:
-        self.answered(attempt)
+        if attempt.phase == "offered":
+            attempt.node.unanswered -= 1
         del attempt.job.live[attempt.execution]
         del attempt.node.live[attempt.execution]
         del attempt.shard.live[attempt.execution.attempt]
 
     # --- outcomes ---
 
-    def accept(self, job: Job, accepted: Accepted) -> None:
-        """This outcome counts; an attempt that runs in its place is cancelled."""
-        shard = job.shards[accepted.execution.shard]
-        for attempt in list(shard.live.values()):
+    def vote(self, job: Job, shard: Shard, ended: Ended) -> None:
+        """An execution has ended, and is not repeated: decide, or wait for others that agree."""
+        if (attempt := shard.live.get(ended.execution.attempt)) is not None:
             self._detach(attempt)
-            if attempt.execution != accepted.execution:
-                self.send(attempt.node.id, Cancel((attempt.execution,)))
-        shard.accepted = accepted
+        shard.votes = (*shard.votes, ended)
+        if (chosen := voting.winner(shard.votes, agree=job.spec.agree)) is not None:
+            self._accept(job, shard, chosen)
+            return
+        self._rate(job, shard)
+        if not shard.live and not shard.wants:
+            error = voting.undecided(shard.votes, job.spec)
+            self.fail(job, shard, Ended(ended.execution, ended.node, Outcome(ok=False, exit_code=-1, error=error)))
+            return
+        self._fall_back(job, shard, "voted")
+
+    def _accept(self, job: Job, shard: Shard, accepted: Ended) -> None:
+        """This outcome counts; what else there is of the shard is dismissed."""
+        shard.disagreed = voting.disagreed(shard.votes, accepted)
+        for node in shard.disagreed:
+            self.placement.distrust(node)
+        self._dismiss(job, shard, accepted)
         self.move(job, shard, "accept", accepted.node, written=True)
         self.send(accepted.node, Accept(accepted.execution))
         self.keep(accepted)
 
-    def keep(self, accepted: Accepted) -> None:
+    def fail(self, job: Job, shard: Shard, ended: Ended) -> None:
+        """The shard has failed by no outcome of an execution: there is nothing to keep."""
+        self._dismiss(job, shard, ended)
+        self.move(job, shard, "fail", written=True)
+
+    def _discard(self, shard: Shard) -> None:
+        """No vote is wanted any more."""
+        for vote in shard.votes:
+            self.send(vote.node, Reject(vote.execution, "the shard was stopped"))
+        shard.votes = ()
+
+    def _dismiss(self, job: Job, shard: Shard, decided: Ended) -> None:
+        """Nothing but `decided` is wanted of the shard."""
+        for attempt in list(shard.live.values()):
+            self._detach(attempt)
+            self.send(attempt.node.id, Cancel((attempt.execution,)))
+        for vote in shard.votes:
+            if vote is not decided:
+                self.send(vote.node, Reject(vote.execution, "another execution's result counts"))
+        shard.votes = ()
+        shard.accepted = decided
+        job.rate(shard, 0)
+
+    def keep(self, accepted: Ended) -> None:
         """Ask for an outcome that counts to be stored."""
         self._out.append(Keep(accepted.execution, accepted.node, accepted.outcome))
 
-    def kept(self, job: Job, shard: Shard, accepted: Accepted) -> None:
+    def kept(self, job: Job, shard: Shard, accepted: Ended) -> None:
         """The outcome is stored: the shard is final, and the node may forget."""
         self.move(job, shard, "keep" if accepted.outcome.ok else "fail", written=True)
         self.send(accepted.node, Kept(accepted.execution))
@@ -174,10 +257,25 @@ class Book:
     def add(self, job: Job) -> None:
         """A new job, with all its shards waiting."""
         job.counts["waiting"] = len(job.shards)
+        for shard in job.shards:
+            shard.queued = True
+            self._rate(job, shard)
         job.fresh.extend(job.shards)
+        self.placement.house(job)
         self.jobs[job.id] = job
         self._rows.append(Write(job.row()))
         self._out.append(Notify(JobChanged(job.id, job.state)))
+        self.touch(job)
+
+    def adopt(self, job: Job) -> None:
+        """A job from the journal, with its live attempts."""
+        self.jobs[job.id] = job
+        for shard in reversed(job.shards):
+            if shard.state == "accepted" and shard.accepted is not None:
+                self.keep(shard.accepted)
+            elif shard.state == "waiting" or shard.state in LIVE:
+                self._rate(job, shard)
+                self._queue(job, shard)
         self.touch(job)
 
     def touch(self, job: Job) -> None:
@@ -209,10 +307,13 @@ class Book:
         for to, executions in orders.items():
             self.send(to, Cancel(tuple(executions)))
         for shard in job.shards:
+            job.rate(shard, 0)
             if shard.state == "waiting" or shard.state in LIVE:
+                self._discard(shard)
                 self.move(job, shard, "stop", written=True)
         job.fresh.clear()
         job.again.clear()
+        job.homes.clear()
 
     def finish(self, job: Job) -> None:
         """All shards are final: seal the job over what was kept, or end it with nothing."""
@@ -238,12 +339,30 @@ class Book:
         job.move(shard, verb, self.now, detail)
         if written:
             self._rows.append(Write(job.shard_row(shard)))
-        accepted = shard.accepted
-        if accepted is not None:
+        self._tell(job, shard)
+
+    def _tell(self, job: Job, shard: Shard) -> None:
+        """Tell the clients of a shard: of what counts, else of its first live attempt."""
+        if (accepted := shard.accepted) is not None:
             node, attempt, error = accepted.node, accepted.execution.attempt, accepted.outcome.error
             change = ShardChanged(job.id, shard.index, shard.state, node, attempt, error)
         else:
-            last = shard.authors[-1] if shard.authors else None
-            change = ShardChanged(job.id, shard.index, shard.state, last, shard.attempts)
+            first = next(iter(shard.live), None)
+            number = shard.attempts if first is None else first
+            change = ShardChanged(job.id, shard.index, shard.state, shard.tried.get(number), number)
         self._out.append(Notify(change))
         self.touch(job)
+
+
+def _verdict(shard: Shard, execution: Execution) -> Ended | str:
+    """What an attempt is that isn't live any more."""
+    if shard.accepted is not None:
+        return shard.accepted if shard.accepted.execution == execution else "another execution's result counts"
+    if shard.state == "stopped":
+        return "the shard was stopped"
+    return "held" if any(vote.execution == execution for vote in shard.votes) else "late"
+
+
+def _lost(shard: Shard, why: str) -> Outcome:
+    error = ShardError("node", message=f"{shard.lost} attempts were lost, the last one because {why}")
+    return Outcome(ok=False, exit_code=-1, error=error)

@@ -15,9 +15,10 @@ held is answered alike; one of what was refused or is over is refused as busy, n
 for each shard the highest attempt seen is remembered (of the last `REMEMBERED` jobs; a node
 that was restarted remembers only results that it still owes).
 
-**Owing a result.** When an execution ends its outcome is journaled, then proposed, again and again until the
-answer comes. `Accept` ends the repeating, `Kept` and `Reject` end the owing. If `Kept` is lost, the
-next heartbeat, which lists everything held, is answered by it once more.
+**Owing a result.** When an execution ends its outcome is journaled, then proposed, again and again (ever more
+seldom) until the answer comes, and at once when its offer comes again, as a restarted requester sends it. `Accept`
+ends the repeating, `Kept` and `Reject` end the owing. If `Kept` is lost, the next heartbeat, which lists everything
+held, is answered by it once more.
 
 **Silence.** Any message of a requester shows that it is alive; it answers every heartbeat. After the orphan
 grace its work is stopped and its results are forgotten.
@@ -73,7 +74,10 @@ HEARTBEAT: Final = LEASE / 3
 """Seconds between heartbeats: two may be lost without harm."""
 
 PROPOSE_AGAIN: Final = 5.0
-"""Seconds after which an unanswered proposal is sent again."""
+PROPOSE_SELDOM: Final = 60.0
+"""Seconds after which an unanswered proposal is sent again; doubled from the one to the other (a guess).
+
+A requester that waits for other nodes to agree doesn't answer, and a proposal may be of 200 kB."""
 
 ORPHAN_GRACE: Final = 600.0
 """Seconds of silence after which a requester's work is given up (DESIGN section 5)."""
@@ -95,6 +99,8 @@ class Held:
     requester: NodeId
     state: str = "taken"
     outcome: Outcome | None = None
+    patience: float = PROPOSE_AGAIN
+    """Seconds until it is proposed again."""
     story: Story = ()
 
 
@@ -224,9 +230,11 @@ class Compute:
         taken: list[Execution] = []
         busy: list[Execution] = []
         runs: list[Effect] = []
+        again: list[Held] = []
         for execution, one in zip(executions, offer.shards, strict=True):
-            if self._of(sender, execution) is not None:
+            if (held := self._of(sender, execution)) is not None:
                 taken.append(execution)
+                again += [held] if held.state == "proposed" else []
             elif self.room and self._unseen(execution):
                 taken.append(execution)
                 self._hold(Held(execution, sender))
@@ -240,6 +248,8 @@ class Compute:
             reason = f"all {self.slots} slots are in use"
             self._out.append(Send(sender, Refuse(tuple(busy), "busy", reason, self.room)))
         self._out.extend(runs)
+        for held in again:
+            self._propose(held)
 
     def _recalled(self, sender: NodeId, message: Recall) -> None:
         given = [one for one in message.executions if (held := self._of(sender, one)) and held.state == "taken"]
@@ -287,7 +297,7 @@ class Compute:
     def _propose(self, held: Held) -> None:
         assert held.outcome is not None, "only what has ended is proposed"
         self._out.append(Send(held.requester, Propose(held.execution, held.outcome, self.room)))
-        self._out.append(SetTimer(ProposeTimer(held.execution), self._now + PROPOSE_AGAIN))
+        self._out.append(SetTimer(ProposeTimer(held.execution), self._now + held.patience))
 
     # --- records ---
 
@@ -359,6 +369,7 @@ class Compute:
             case ProposeTimer() as timer:
                 held = self.held.get(timer.execution)
                 if held is not None and held.state == "proposed":
+                    held.patience = min(2 * held.patience, PROPOSE_SELDOM)
                     self._propose(held)
             case _:
                 raise BugError(f"a compute node was given the timer {type(event.timer).__name__}")

@@ -38,10 +38,19 @@ class JobRow(msgspec.Struct, frozen=True, tag="job"):
     """The CID of the whole result, once the job has ended with at least one kept shard."""
 
 
+class Tried(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """An attempt whose result would still count, and the node that it was offered to. `live`: its lease runs."""
+
+    attempt: int
+    node: NodeId
+    live: bool
+
+
 class ShardRow(msgspec.Struct, frozen=True, tag="shard"):
     """One shard of it: enough to go on after a restart. `attempts` is how many offers were made.
 
     `attempt` is the one whose outcome was accepted (a late result may be of an earlier offer), else 0.
+    `tried`: while there is no outcome. `disagreed`: nodes that were outvoted when it was accepted.
     """
 
     job: JobId
@@ -51,6 +60,11 @@ class ShardRow(msgspec.Struct, frozen=True, tag="shard"):
     attempt: int = 0
     node: NodeId | None = None
     outcome: Outcome | None = None
+    tried: tuple[Tried, ...] = ()
+    lost: int = 0
+    killed: int = 0
+    failed: int = 0
+    disagreed: tuple[NodeId, ...] = ()
 
 
 class ComputeRow(msgspec.Struct, frozen=True, tag="compute"):
@@ -156,6 +170,12 @@ class RetryTimer(msgspec.Struct, frozen=True):
     job: JobId
 
 
+class WatchTimer(msgspec.Struct, frozen=True):
+    """Requester: all shards of this job are on nodes: look for slow ones, and for queues beside idle nodes."""
+
+    job: JobId
+
+
 class HeartbeatTimer(msgspec.Struct, frozen=True):
     """Compute: tell this requester that its executions are alive."""
 
@@ -168,7 +188,7 @@ class ProposeTimer(msgspec.Struct, frozen=True):
     execution: Execution
 
 
-Timer = LeaseTimer | JobDeadline | RetryTimer | HeartbeatTimer | ProposeTimer
+Timer = LeaseTimer | JobDeadline | RetryTimer | WatchTimer | HeartbeatTimer | ProposeTimer
 
 
 # --- effects ---

@@ -5,12 +5,14 @@ They walk over everything, so the engine doesn't call them.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from bacalhau_node.errors import BugError
 from bacalhau_node.ids import NodeId
 from bacalhau_node.protocol.records import LIVE, Job, Node, Shard
 from bacalhau_node.protocol.tables import told
+from bacalhau_node.protocol.voting import winner
 
 DECIDED = ("accepted", "kept", "failed")
 
@@ -22,7 +24,7 @@ def check_requester(jobs: Iterable[Job], nodes: Mapping[NodeId, Node]) -> None:
         for shard in job.shards:
             _check_shard(job, shard)
     for node in nodes.values():
-        unanswered = sum(not attempt.answered for attempt in node.live.values())
+        unanswered = sum(attempt.phase == "offered" for attempt in node.live.values())
         if node.room < 0 or node.unanswered != unanswered:
             raise BugError(f"node {node.id}: room {node.room}, {node.unanswered} unanswered, counted {unanswered}")
 
@@ -32,10 +34,12 @@ def _check_job(job: Job) -> None:
     for state, count in job.counts.items():
         if states.count(state) != count:
             raise BugError(f"job {job.id} counts {count} shards {state}, there are {states.count(state)}")
-    queued = {shard.index for queue in (job.fresh, job.again) for shard in queue}
-    lost = [shard.index for shard in job.shards if shard.state == "waiting" and shard.index not in queued]
-    if lost:
-        raise BugError(f"job {job.id}: shards {lost} wait, but in no queue")
+    queued = Counter(shard.index for queue in (job.fresh, job.again) for shard in queue)
+    lost = [shard.index for shard in job.shards if shard.wants and not queued[shard.index]]
+    if lost or any(count > 1 for count in queued.values()):
+        raise BugError(f"job {job.id}: shards {lost} want an attempt, but are in no queue; the queues hold {queued}")
+    if job.wanting != sum(shard.wants > 0 for shard in job.shards):
+        raise BugError(f"job {job.id} counts {job.wanting} shards that want an attempt")
     if job.closing is not None and job.unfinished:
         raise BugError(f"job {job.id} is ending, but {job.unfinished} shards go on")
     if job.spec.parallel is not None and len(job.live) > job.spec.parallel:
@@ -44,8 +48,14 @@ def _check_job(job: Job) -> None:
 
 def _check_shard(job: Job, shard: Shard) -> None:
     wrong = ""
-    if (shard.state in LIVE) != bool(shard.live) or len(shard.live) > job.spec.replicas:
-        wrong = f"{len(shard.live)} live attempts while {shard.state}"
+    if shard.state in ("waiting", *LIVE) and shard.state != shard.reached:
+        wrong = f"{shard.state}, but its attempts are {shard.reached}"
+    elif len(shard.live) > job.spec.replicas + 1 or (shard.live and shard.state not in LIVE):
+        wrong = f"{len(shard.live)} live attempts of {job.spec.replicas} while {shard.state}"
+    elif shard.votes and (shard.state in (*DECIDED, "stopped") or winner(shard.votes, agree=job.spec.agree)):
+        wrong = f"{shard.state}, and {len(shard.votes)} votes are not counted"
+    elif shard.state == "waiting" and not shard.wants:
+        wrong = "waiting, but wants no attempt"
     elif (shard.state in DECIDED) != (shard.accepted is not None):
         wrong = f"{shard.state}, and its outcome is {'there' if shard.accepted else 'missing'}"
     elif any(job.live.get(attempt.execution) is not attempt for attempt in shard.live.values()):

@@ -1,11 +1,19 @@
 """Which shard goes to which node next.
 
 Theory of operation. Nodes say how much **room** they have; the requester offers no more than
-that. Jobs with waiting shards stand in a **ring** and nodes with room in a queue; each pair
+that. Jobs that want attempts stand in a **ring** and nodes with room in a queue; each pair
 takes one node from the queue and one shard from the next job of the ring, so jobs share slots
-evenly and nodes fill evenly. A node that refused a job for good gets none of its shards. A
-shard that a node lost goes to other nodes first: to the same one only when no other can be
-had, or when it has waited a lease for them.
+evenly and nodes fill evenly.
+
+Each shard has a **home** (with replicas: as many as those), the nodes that rank highest for its data
+(`ranking.py`); they are found once, when the job comes. A node takes the shards at home with it
+first, then any other; one whose home has room now goes to its home. So a rerun finds its data
+where it was, and no node idles for that. No node is home to more than its share.
+
+A node that refused a job for good gets none of its shards. A node that has **tried** a shard (it lost it,
+gave it back, or runs it as another replica) gets it again only when no other can be had; without
+replicas also when it has waited a lease for them. A **distrusted** node, whose answer was outvoted, gets
+something only when all others are out of the question.
 
 Nodes that were **suspected** (silent for a lease) or full have no room; `probe` lets one shard
 try them again when a job's patience is over.
@@ -13,11 +21,13 @@ try them again when a job's patience is over.
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+import math
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator
 from typing import Final
 
 from bacalhau_node.ids import NodeId
+from bacalhau_node.protocol import ranking
 from bacalhau_node.protocol.records import Job, Node, Shard
 
 LEASE: Final = 15.0
@@ -27,18 +37,30 @@ MAX_OFFER: Final = 256
 """Shards in one offer: about 30 kB, so that the first ones start before the last are sent (a guess)."""
 
 SCAN: Final = 16
-"""How many returned shards are looked at for one node: bounds the work of an event (a guess)."""
+"""How many shards that were tried before are looked at for one node: bounds the work of an event (a guess)."""
 
 
 class Placement:
-    """The known nodes and the jobs with waiting shards."""
+    """The known nodes and the jobs that want attempts."""
 
     def __init__(self) -> None:
         self.nodes: dict[NodeId, Node] = {}
-        self._ring: deque[Job] = deque()
         self.changed = False
         """Whether there may be a pair to offer."""
+        self._distrusted: set[NodeId] = set()  # asked, never iterated
+        self._order = ranking.Ring()
+        self._ring: deque[Job] = deque()
         self._open: OrderedDict[NodeId, Node] = OrderedDict()
+
+    # --- nodes ---
+
+    def know(self, node_id: NodeId) -> Node:
+        """The record of a node, made if it is new."""
+        node = self.nodes.get(node_id)
+        if node is None:
+            node = self.nodes[node_id] = Node(node_id, distrusted=node_id in self._distrusted)
+            self._order.add(node_id)
+        return node
 
     def room(self, node: Node, reported: int) -> None:
         """The node says it has room for `reported` more; offers on their way to it are not counted in that."""
@@ -47,6 +69,25 @@ class Placement:
             self._open[node.id] = node
             self.changed = True
 
+    def distrust(self, node_id: NodeId) -> None:
+        """The node was outvoted; it stays distrusted though it should go and come back."""
+        self._distrusted.add(node_id)
+        if node_id in self.nodes:
+            self.nodes[node_id].distrusted = True
+
+    def forget(self, node: Node) -> None:
+        """The node is gone."""
+        node.room = 0
+        self.nodes.pop(node.id, None)
+        self._order.remove(node.id)
+        self._open.pop(node.id, None)
+
+    def idle(self) -> list[Node]:
+        """The nodes that have room, in the order of the queue."""
+        return [node for node in self._open.values() if node.room]
+
+    # --- jobs ---
+
     def ready(self, job: Job) -> None:
         """The job may have something to offer."""
         self.changed = True
@@ -54,29 +95,47 @@ class Placement:
             job.ringed = True
             self._ring.append(job)
 
-    def forget(self, node: Node) -> None:
-        """The node is gone."""
-        node.room = 0
-        self.nodes.pop(node.id, None)
-        self._open.pop(node.id, None)
+    def house(self, job: Job) -> None:
+        """Find the homes of a new job's shards; equal blocks (shards without input) get different ones."""
+        if len(self.nodes) < 2:
+            return
+        left = self._shares(len(job.shards) * job.spec.replicas)
+        seen: Counter[str] = Counter()
+        for shard in job.shards:
+            again = seen[shard.block]
+            seen[shard.block] += 1
+            name = ranking.key(f"{shard.block} {again}" if again else shard.block)
+            for node in self._order.best(name, count=job.spec.replicas, weight=left.__getitem__):
+                left[node] -= 1
+                job.homes.setdefault(node, deque()).append(shard)
+                shard.home = shard.home or node
+
+    def _shares(self, executions: int) -> dict[NodeId, float]:
+        """How many of a job's executions each node should be home to: by its room, and none of a doubtful one."""
+        weights = {node.id: self._weight(node) for node in self.nodes.values()}
+        each = executions / (sum(weights.values()) or 1.0)
+        return {node: math.ceil(weight * each) for node, weight in weights.items()}
 
     def pairs(self, now: float) -> Iterator[tuple[Node, Job, Shard]]:
         """Pairs to offer now, one by one; the caller makes each offer before it asks for the next."""
-        given: dict[NodeId, int] = {}
+        given: Counter[NodeId] = Counter()
         misses = 0
         while self._ring and misses < len(self._open):
             _, node = self._open.popitem(last=False)
             if not node.room:
                 continue
             self._open[node.id] = node
-            found = self._match(node, now) if given.get(node.id, 0) < MAX_OFFER else None
+            found = self._match(node, now) if given[node.id] < MAX_OFFER else None
             if found is None:
                 misses += 1
                 continue
             misses = 0
+            job, shard = found
+            if given[shard.home or ""] < MAX_OFFER:
+                node = self._at_home(job, shard, now) or node
             node.room -= 1
-            given[node.id] = given.get(node.id, 0) + 1
-            yield node, *found
+            given[node.id] += 1
+            yield node, job, shard
         self.changed = False
 
     def hopeless(self, job: Job) -> bool:
@@ -91,6 +150,31 @@ class Placement:
                 self.room(node, 1)
         self.ready(job)
 
+    # --- who gets what ---
+
+    def suits(self, job: Job, shard: Shard, node: Node, now: float) -> bool:
+        """Whether the shard's next attempt may go to this node."""
+        if node.id in job.never or (node.distrusted and self._other(job, None)):
+            return False
+        if not shard.had(node.id):
+            return True
+        return (job.spec.replicas == 1 and now - shard.since >= LEASE) or not self._other(job, shard)
+
+    def _other(self, job: Job, shard: Shard | None) -> bool:
+        """Whether there is a node that answers, can run the job, is trusted, and has not tried the shard."""
+        return any(
+            not (node.suspect or node.distrusted or node.id in job.never or (shard is not None and shard.had(node.id)))
+            for node in self.nodes.values()
+        )
+
+    def _weight(self, node: Node) -> float:
+        return 0.0 if node.suspect or node.distrusted else node.room + 1.0  # a full one has room later
+
+    def _at_home(self, job: Job, shard: Shard, now: float) -> Node | None:
+        """The shard's home, if it has room for it."""
+        home = self.nodes.get(shard.home) if shard.home is not None else None
+        return home if home is not None and home.room and self.suits(job, shard, home, now) else None
+
     def _match(self, node: Node, now: float) -> tuple[Job, Shard] | None:
         for _ in range(len(self._ring)):
             job = self._ring.popleft()
@@ -103,24 +187,36 @@ class Placement:
         return None
 
     def _pick(self, job: Job, node: Node, now: float) -> Shard | None:
-        if node.id in job.never:
+        if node.id in job.never or (node.distrusted and self._other(job, None)):
             return None
         for _ in range(min(len(job.again), SCAN)):
             shard = job.again.popleft()
-            if shard.state != "waiting":
-                continue
-            if self._suits(job, shard, node, now):
+            if self._takes(job, shard, node, now):
                 return shard
-            job.again.append(shard)
+        if (own := self._own(job, node, now)) is not None:
+            return own
         while job.fresh:
             shard = job.fresh.popleft()
-            if shard.state == "waiting":
+            if self._takes(job, shard, node, now):
                 return shard
         return None
 
-    def _suits(self, job: Job, shard: Shard, node: Node, now: float) -> bool:
-        if node.id not in shard.avoid or now - shard.since >= LEASE:
+    def _takes(self, job: Job, shard: Shard, node: Node, now: float) -> bool:
+        """Whether a shard that left its queue goes to this node; else it is queued again, if it still wants one."""
+        shard.queued = False
+        if not shard.wants:
+            return False
+        if self.suits(job, shard, node, now):
             return True
-        return not any(
-            not (other.suspect or other.id in job.never or other.id in shard.avoid) for other in self.nodes.values()
-        )
+        shard.queued = True
+        job.again.append(shard)
+        return False
+
+    def _own(self, job: Job, node: Node, now: float) -> Shard | None:
+        """The next shard at home with this node."""
+        homes = job.homes.get(node.id)
+        while homes:
+            shard = homes.popleft()
+            if shard.wants and self.suits(job, shard, node, now):
+                return shard
+        return None

@@ -1,8 +1,10 @@
 """What the requester remembers: one mutable record a job, shard, attempt and node.
 
-The records hold each other and counters, so that no event walks over all shards of a job: a
-shard in the state `waiting` lies in one of two queues, a live attempt is listed with its job,
-its shard and its node, and each job counts its shards by state. `move` keeps the counters.
+The records hold each other and counters, so that no event walks over all shards of a job: a shard
+that wants an attempt lies in a queue, a live attempt is listed with its job, its shard and its
+node, and each job counts its shards by state and those that want attempts. `move` keeps the counters.
+
+A shard that has no outcome yet is in the state of its most advanced live attempt, or `waiting`.
 """
 
 from __future__ import annotations
@@ -11,15 +13,24 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Final, cast, get_args
 
+from msgspec import structs
+
 from bacalhau_node.ids import Execution, JobId, NodeId
 from bacalhau_node.messages import Outcome
-from bacalhau_node.protocol.events import JobRow, JobState, ShardRow, ShardState
+from bacalhau_node.protocol.events import JobRow, JobState, ShardRow, ShardState, Tried
 from bacalhau_node.protocol.tables import SHARD, Story, illegal, remember
 from bacalhau_node.spec import JobSpec
 
 STATES: Final[tuple[ShardState, ...]] = get_args(ShardState)
-LIVE: Final = frozenset(("offered", "taken", "running"))
-"""The states of a shard that has a live attempt."""
+PHASES: Final = ("offered", "taken", "running")
+"""How far a live attempt is, and so its shard: the least first."""
+
+LIVE: Final = frozenset(PHASES)
+MAX_TRIED: Final = 16
+"""Attempts without an end of which a shard remembers the node: a later result of an older one is refused (a guess)."""
+
+DURATIONS: Final = 101
+"""So many of a job's latest durations are kept, for their median (a guess)."""
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -28,19 +39,20 @@ class Node:
 
     `room`: how many more shards to offer it now. `unanswered` of our offers are neither taken nor
     refused yet: what it reports as room was counted without them. `suspect`: it was silent for a
-    lease and has not been heard since.
+    lease and has not been heard since. `distrusted`: its answer was outvoted; never forgotten.
     """
 
     id: NodeId
     room: int = 0
     unanswered: int = 0
     suspect: bool = False
+    distrusted: bool = False
     live: dict[Execution, Attempt] = field(default_factory=dict)
 
 
 @dataclass(slots=True, eq=False, repr=False)
 class Attempt:
-    """An execution that may still end well: offered, taken or running, and its lease is not over."""
+    """An execution that may still end well: its lease is not over. `phase` is one of `PHASES`."""
 
     execution: Execution
     job: Job
@@ -49,12 +61,16 @@ class Attempt:
     heard: float
     offered: float
     """When the offer was last sent."""
-    answered: bool = False
+    since: float
+    """When it came into its phase."""
+    phase: str = "offered"
+    recalled: float | None = None
+    """When it was last asked back."""
 
 
 @dataclass(slots=True, eq=False, repr=False)
-class Accepted:
-    """The outcome of a shard that counts, and whose it is."""
+class Ended:
+    """An execution that has ended: how, and on which node. A vote for its outcome, or the one that counts."""
 
     execution: Execution
     node: NodeId
@@ -63,16 +79,27 @@ class Accepted:
 
 @dataclass(slots=True, eq=False, repr=False)
 class Shard:
-    """One shard of a job. `authors[n - 1]` is the node that attempt n was offered to (None: not known any more)."""
+    """One shard of a job. `attempts`: how many offers were made.
+
+    `tried`: the nodes of those attempts whose result would still count: live, lost, given back, or
+    a vote. `home`: the node that ranks highest for it, if there were several. `wants`: how many attempts
+    it wants beyond the live ones. `queued`: it lies in `fresh` or `again` of its job. `extra`: a second
+    try for a slow attempt was made.
+    """
 
     index: int
     block: str
     state: ShardState = "waiting"
-    authors: list[NodeId | None] = field(default_factory=list)
+    attempts: int = 0
+    tried: dict[int, NodeId] = field(default_factory=dict)
     live: dict[int, Attempt] = field(default_factory=dict)
-    accepted: Accepted | None = None
-    avoid: tuple[NodeId, ...] = ()
-    """Nodes that lost it: others come first."""
+    home: NodeId | None = None
+    votes: tuple[Ended, ...] = ()
+    accepted: Ended | None = None
+    disagreed: tuple[NodeId, ...] = ()
+    wants: int = 0
+    queued: bool = False
+    extra: bool = False
     since: float = 0.0
     """Since when it waits, once it had been offered."""
     lost: int = 0
@@ -81,9 +108,20 @@ class Shard:
     story: Story = ()
 
     @property
-    def attempts(self) -> int:
-        """How many offers were made."""
-        return len(self.authors)
+    def reached(self) -> str:
+        """The phase of its most advanced live attempt, or "waiting"."""
+        return max((attempt.phase for attempt in self.live.values()), key=PHASES.index, default="waiting")
+
+    def had(self, node: NodeId) -> bool:
+        """Whether the node has tried it: others come first."""
+        return node in self.tried.values()
+
+    def forget_old(self) -> None:
+        """Bound what is remembered of attempts that ended without an end."""
+        held = {vote.execution.attempt for vote in self.votes} | set(self.live)
+        spare = [attempt for attempt in self.tried if attempt not in held]
+        for attempt in spare[: max(0, len(spare) - MAX_TRIED)]:
+            del self.tried[attempt]
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -101,15 +139,21 @@ class Job:
     sealing: bool = False
     counts: dict[ShardState, int] = field(default_factory=lambda: dict.fromkeys(STATES, 0))
     fresh: deque[Shard] = field(default_factory=deque)
-    """Waiting shards that may go anywhere. Entries whose shard waits no more are skipped."""
+    """Shards that want their first attempts. Entries whose shard wants none any more are skipped."""
     again: deque[Shard] = field(default_factory=deque)
-    """Waiting shards that avoid some node."""
+    """Shards that want an attempt and were tried by some node."""
+    homes: dict[NodeId, deque[Shard]] = field(default_factory=dict)
+    """The same shards once more, by the nodes that they should go to."""
+    wanting: int = 0
+    """How many shards want an attempt."""
+    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=DURATIONS))
     live: dict[Execution, Attempt] = field(default_factory=dict)
     never: dict[NodeId, str] = field(default_factory=dict)
     busy: str = ""
     ringed: bool = False
     lease_armed: bool = False
     retry_armed: bool = False
+    watch_armed: bool = False
     patience: float = 0.0
     """Seconds until busy nodes are tried again; 0: none was yet."""
 
@@ -127,8 +171,12 @@ class Job:
     @property
     def offerable(self) -> bool:
         """Whether a shard may be offered now."""
-        parallel = self.spec.parallel
-        return self.counts["waiting"] > 0 and (parallel is None or len(self.live) < parallel)
+        return self.wanting > 0 and self.free
+
+    @property
+    def free(self) -> bool:
+        """Whether one more live attempt is allowed."""
+        return self.spec.parallel is None or len(self.live) < self.spec.parallel
 
     def move(self, shard: Shard, verb: str, now: float, detail: str = "") -> None:
         """Change the shard's state by `verb`; raises `BugError` with its story when it may not happen."""
@@ -145,12 +193,19 @@ class Job:
         state, reason = self.closing or (self.state, self.reason)
         return JobRow(self.id, state, self.spec, self.plan, len(self.shards), self.created, reason, cid)
 
+    def rate(self, shard: Shard, wants: int) -> None:
+        """The shard wants so many attempts now."""
+        self.wanting += (wants > 0) - (shard.wants > 0)
+        shard.wants = wants
+
     def shard_row(self, shard: Shard) -> ShardRow:
         """One of its shards for the journal."""
-        if (accepted := shard.accepted) is None:
-            last = shard.authors[-1] if shard.authors else None
-            return ShardRow(self.id, shard.index, shard.state, shard.attempts, node=last)
-        attempt = accepted.execution.attempt
-        return ShardRow(
-            self.id, shard.index, shard.state, shard.attempts, attempt, node=accepted.node, outcome=accepted.outcome
+        tried = tuple(Tried(attempt, node, attempt in shard.live) for attempt, node in shard.tried.items())
+        row = ShardRow(
+            self.id, shard.index, shard.state, shard.attempts, lost=shard.lost, killed=shard.killed, failed=shard.failed
         )
+        if (accepted := shard.accepted) is None:
+            last = tried[-1].node if tried else None
+            return structs.replace(row, node=last, tried=tried)
+        attempt, node, outcome = accepted.execution.attempt, accepted.node, accepted.outcome
+        return structs.replace(row, attempt=attempt, node=node, outcome=outcome, disagreed=shard.disagreed)

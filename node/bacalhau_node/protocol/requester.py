@@ -6,20 +6,24 @@ no event but the first and the last of a job walks over all its shards.
 
 **Attempts.** Every offer of a shard is a new attempt and is journaled before it is sent, so an
 attempt's number never means two things, restarts included. An attempt is *live* from its offer
-until it is refused, lost, ended or cancelled; a shard has at most one live attempt and at most
-one accepted outcome (`JobSpec.replicas` is 1 in this version). A message about an attempt that
-is not live changes nothing, with one exception: the good result of a *lost* attempt is accepted
-while its shard still wants one, and the attempt that runs in its place is cancelled.
+until it is refused, lost, ended or cancelled; a shard has at most as many live attempts as the job has
+replicas, one more while a slow one is tried elsewhere, and at most one accepted outcome. A message about an
+attempt that is not live changes nothing, with one exception: the end of a *lost* attempt counts
+while its shard still wants one.
+
+**Ends.** What ended and is not repeated is a vote; `voting.py` says which votes decide. Proposals that wait for
+others are not answered: their nodes propose them again, now and then, so a requester that was
+restarted hears of them once more. What a node is told, and what the clients see, is only what was decided.
 
 **Leases.** A live attempt must be heard of (take, started, heartbeat) within a lease. An offer that
 is not answered is sent again; nodes answer a repeated offer alike. The node of a lost attempt is
-suspected: it gets no offer while there are others, until it is heard again.
+suspected: it gets no offer while there are others, until it is heard again. See `watch.py`.
 
 **How a node hears the requester.** Each heartbeat is answered by one `Cancel` that names what
 this requester does not want; an empty one only says "I am here", and keeps the node from giving
 up the work of a silent requester. For what has been kept already the answer is `Kept` again.
 
-**Ends.** An outcome that counts, a result or the final failure of a shard, is accepted (journaled), then
+**Kept.** An outcome that counts, a result or the final failure of a shard, is accepted (journaled), then
 kept (stored), then its node may forget it. What ends a shard is told by `_repeats`; failures of
 some shards never stop the others. When every shard is final, the job is sealed over what was
 kept and ends. A job that is cancelled, or runs out of its time, or that no node can run, decides
@@ -48,7 +52,7 @@ from bacalhau_node.messages import (
     Started,
     Take,
 )
-from bacalhau_node.protocol import invariants, recovery
+from bacalhau_node.protocol import invariants, recovery, watch
 from bacalhau_node.protocol.book import MAX_LOST, Book
 from bacalhau_node.protocol.events import (
     CancelRequested,
@@ -65,12 +69,9 @@ from bacalhau_node.protocol.events import (
     Row,
     Submitted,
     TimerFired,
+    WatchTimer,
 )
-from bacalhau_node.protocol.placement import LEASE
-from bacalhau_node.protocol.records import Accepted, Attempt, Job, Node, Shard
-
-LEASE_CHECK: Final = LEASE / 3
-"""How often leases are looked at, and after how long an unanswered offer is sent again."""
+from bacalhau_node.protocol.records import Attempt, Ended, Job, Shard
 
 MAX_KILLED: Final = 2
 """Attempts that a signal may kill before the shard fails: one repeat (DESIGN section 5)."""
@@ -132,27 +133,38 @@ class Requester:
     ) -> tuple[Requester, list[Effect]]:
         """A requester with the unfinished jobs of a journal, and what to do first.
 
-        With `resume` shards without an outcome wait again; `blocks` holds the plan's blocks of each
-        such job. Without, unfinished jobs are stopped, and keep what they had. Either way, accepted
+        With `resume` the jobs go on; `blocks` holds the plan's blocks of each. Their live attempts
+        get new leases and are offered again: nodes answer alike, and those that have ended propose
+        again. Without, unfinished jobs are stopped, and keep what they had. Either way, accepted
         results that were not stored yet are asked to be kept again.
         """
         self = cls(node)
         self.book.now = now
-        for job in recovery.jobs(rows, blocks=blocks):
-            self.book.jobs[job.id] = job
-            for shard in job.shards:
-                if shard.state == "accepted" and shard.accepted is not None:
-                    self.book.keep(shard.accepted)
+        rows = list(rows)
+        for name in recovery.distrusted(rows):
+            self.book.placement.distrust(name)
+        for job in recovery.jobs(rows, blocks=blocks, now=now, know=self.book.placement.know):
+            self.book.adopt(job)
             if not resume:
                 self.book.close(job, "Stopped", "the node stopped before the job had ended")
             elif job.unfinished:
                 self._set_deadline(job)
-            self.book.touch(job)
+                for attempt in job.live.values():
+                    self.book.send_offer(attempt)
         return self, self._settled()
 
     def live(self, execution: Execution, sender: NodeId) -> bool:
-        """Whether `sender` may speak for this execution now, and its lines are still of interest."""
-        return isinstance(self.book.verdict(sender, execution), Attempt | Accepted)
+        """Whether lines of this execution, sent by `sender`, are for the job's clients.
+
+        Of several live attempts of a shard only the first is heard: the others print the same.
+        """
+        match self.book.verdict(sender, execution):
+            case Attempt() as attempt:
+                return next(iter(attempt.shard.live)) == execution.attempt
+            case Ended():
+                return True
+            case _:
+                return False
 
     def check(self) -> None:
         """Raise `BugError` if the records contradict each other or break a rule of the protocol."""
@@ -165,8 +177,6 @@ class Requester:
             raise BugError(f"job {event.job} was submitted without shards")
         if event.job in self.book.jobs:
             raise BugError(f"job {event.job} was submitted twice")
-        if event.spec.replicas != 1:
-            raise BugError(f"job {event.job} wants {event.spec.replicas} replicas: this version runs one")
         shards = [Shard(index, block) for index, block in enumerate(event.blocks)]
         job = Job(event.job, event.spec, event.plan, event.created, shards)
         self.book.add(job)
@@ -177,7 +187,7 @@ class Requester:
             self.book.timer(JobDeadline(job.id), after=job.spec.job_timeout)
 
     def _seen(self, event: NodeSeen) -> None:
-        node = self.book.placement.nodes.setdefault(event.node, Node(event.node))
+        node = self.book.placement.know(event.node)
         node.suspect = False
         self.book.placement.room(node, event.room)
 
@@ -222,8 +232,8 @@ class Requester:
     def _started(self, sender: NodeId, execution: Execution) -> None:
         self._alive(sender, (execution,))
         attempt = self.book.verdict(sender, execution)
-        if isinstance(attempt, Attempt) and attempt.shard.state == "taken":
-            self.book.move(attempt.job, attempt.shard, "start")
+        if isinstance(attempt, Attempt) and attempt.phase == "taken":
+            self.book.advance(attempt, "start", "running")
 
     def _heartbeat(self, sender: NodeId, message: Heartbeat) -> None:
         unwanted = self._alive(sender, message.executions)
@@ -232,7 +242,7 @@ class Requester:
         self.book.send(sender, Cancel(unwanted))
         for execution in message.executions:
             accepted = self.book.verdict(sender, execution)
-            if isinstance(accepted, Accepted) and self.book.stored(accepted):
+            if isinstance(accepted, Ended) and self.book.stored(accepted):
                 self.book.send(sender, Kept(execution))
 
     def _alive(self, sender: NodeId, executions: tuple[Execution, ...]) -> tuple[Execution, ...]:
@@ -242,11 +252,10 @@ class Requester:
             match self.book.verdict(sender, execution):
                 case Attempt() as attempt:
                     attempt.heard = self.book.now
-                    if not attempt.answered:
-                        self.book.answered(attempt)
-                        self.book.move(attempt.job, attempt.shard, "take")
+                    if attempt.phase == "offered":
+                        self.book.advance(attempt, "take", "taken")
                         self._at_work(attempt.job)
-                case Accepted() | "late":
+                case Ended() | "held" | "late":
                     pass
                 case _:
                     unwanted.append(execution)
@@ -254,28 +263,34 @@ class Requester:
 
     def _at_work(self, job: Job) -> None:
         job.patience = FIRST_PATIENCE
-        self.book.become(job, "Running")
+        usable = len(self.book.placement.nodes) - len(job.never)
+        few = f"{job.spec.replicas} replicas, {usable} node{'s' * (usable != 1)}: some run a shard more than once"
+        self.book.become(job, "Running", few if usable < job.spec.replicas else "")
 
     def _refused(self, sender: NodeId, message: Refuse) -> None:
         for execution in message.executions:
             attempt = self.book.verdict(sender, execution)
             if not isinstance(attempt, Attempt):
                 continue
+            recalled = message.kind == "busy" and attempt.recalled is not None
             if message.kind == "never":
                 attempt.job.never[sender] = message.reason
-            else:
+            elif not recalled:
                 attempt.job.busy = f"{sender}: {message.reason}"
-            self.book.give_back(attempt, f"refused by {sender}: {message.reason}")
+            self.book.give_back(attempt, f"refused by {sender}: {message.reason}", forget=not recalled)
 
     def _proposed(self, sender: NodeId, message: Propose) -> None:
         execution, outcome = message.execution, message.outcome
         match self.book.verdict(sender, execution):
             case Attempt() as attempt:
                 self._judge(attempt, outcome)
-            case Accepted() as accepted:
+            case Ended() as accepted:
                 self.book.send(sender, Kept(execution) if self.book.stored(accepted) else Accept(execution))
+            case "held":
+                pass  # others have to agree first
             case "late" if outcome.ok:
-                self.book.accept(self.book.jobs[execution.job], Accepted(execution, sender, outcome))
+                job = self.book.jobs[execution.job]
+                self.book.vote(job, job.shards[execution.shard], Ended(execution, sender, outcome))
             case "late":
                 self.book.send(sender, Reject(execution, "the attempt was given up"))
             case str() as reason:
@@ -284,21 +299,24 @@ class Requester:
     # --- outcomes ---
 
     def _judge(self, attempt: Attempt, outcome: Outcome) -> None:
-        """A live attempt has ended: accept its outcome, or repeat the shard."""
-        self._at_work(attempt.job)
+        """A live attempt has ended: its outcome is a vote, or the shard is repeated."""
+        job, sender = attempt.job, attempt.node.id
+        self._at_work(job)
+        if outcome.ok:
+            job.seconds.append(outcome.seconds)
         if outcome.ok or not self._repeats(attempt, outcome):
-            self.book.accept(attempt.job, Accepted(attempt.execution, attempt.node.id, outcome))
+            self.book.vote(job, attempt.shard, Ended(attempt.execution, sender, outcome))
         else:
-            self.book.send(attempt.node.id, Reject(attempt.execution, "the shard is repeated"))
-            self.book.give_back(attempt, "to be repeated")
+            theirs = outcome.error is not None and outcome.error.kind == "node"
+            self.book.send(sender, Reject(attempt.execution, "the shard is repeated"))
+            self.book.give_back(attempt, "to be repeated", forget=not theirs)
 
     def _repeats(self, attempt: Attempt, outcome: Outcome) -> bool:
         """Whether a failed attempt is repeated; counts it by the kind of its error (DESIGN section 5)."""
         shard, kind = attempt.shard, outcome.error.kind if outcome.error else "exit"
         if kind == "node":
             shard.lost += 1
-            shard.avoid = (*shard.avoid, attempt.node.id)
-            return shard.lost < MAX_LOST
+            return shard.lost < MAX_LOST * attempt.job.spec.replicas
         if kind == "signal":
             shard.killed += 1
             return shard.killed < MAX_KILLED
@@ -317,7 +335,7 @@ class Requester:
 
     def _fired(self, event: TimerFired) -> None:
         timer = event.timer
-        if not isinstance(timer, LeaseTimer | RetryTimer | JobDeadline):
+        if not isinstance(timer, LeaseTimer | RetryTimer | WatchTimer | JobDeadline):
             raise BugError(f"a requester was given the timer {type(timer).__name__}")
         job = self.book.jobs.get(timer.job)
         if job is None:
@@ -326,21 +344,16 @@ class Requester:
         match timer:
             case LeaseTimer():
                 job.lease_armed = False
-                self._check_leases(job)
+                watch.check_leases(self.book, job)
+            case WatchTimer():
+                job.watch_armed = False
+                watch.watch(self.book, job)
             case RetryTimer():
                 job.retry_armed = False
                 job.patience = min(2 * (job.patience or FIRST_PATIENCE), LONGEST_PATIENCE)
                 self.book.placement.probe(job)
             case JobDeadline():
                 self.book.close(job, "Failed", f"it ran longer than its --job-timeout of {job.spec.job_timeout:g} s")
-
-    def _check_leases(self, job: Job) -> None:
-        now = self.book.now
-        for attempt in list(job.live.values()):
-            if now - attempt.heard >= LEASE:
-                self.book.lose(attempt, f"node {attempt.node.id} was silent for {LEASE:g} seconds")
-            elif not attempt.answered and now - attempt.offered >= LEASE_CHECK:
-                self.book.send_offer(attempt)
 
     # --- the end of a step ---
 
@@ -364,8 +377,11 @@ class Requester:
             self._explain(job)
         if job.live and not job.lease_armed:
             job.lease_armed = True
-            self.book.timer(LeaseTimer(job.id), after=LEASE_CHECK)
-        if job.counts["waiting"] and not job.retry_armed:
+            self.book.timer(LeaseTimer(job.id), after=watch.LEASE_CHECK)
+        if watch.needed(self.book, job) and not job.watch_armed:
+            job.watch_armed = True
+            self.book.timer(WatchTimer(job.id), after=watch.WATCH)
+        if job.wanting and not job.retry_armed:
             job.retry_armed = True
             self.book.timer(RetryTimer(job.id), after=job.patience or FIRST_PATIENCE)
 

@@ -22,7 +22,7 @@ STORY_LENGTH: Final = 8
 """Two whole attempts (offer, take, start, return); memory is bounded for 100,000 shards."""
 
 SHARD: Final[Table] = {
-    "waiting": {"offer": "offered", "accept": "accepted", "stop": "stopped"},
+    "waiting": {"offer": "offered", "accept": "accepted", "fail": "failed", "stop": "stopped"},
     "offered": {
         "take": "taken",
         "accept": "accepted",
@@ -37,8 +37,9 @@ SHARD: Final[Table] = {
     "failed": {},
     "stopped": {},
 }
-"""A shard at the requester. `return`: refused, lost, or to be repeated. `accept` while waiting: a
-late result of a lost attempt. `accepted` holds a result or a final failure until it is stored."""
+"""A shard at the requester: as far as its most advanced live attempt is. `return`: that one was refused, given
+back, lost, or is to be repeated. `accept` and `fail` while waiting: by a late result of a lost attempt.
+`accepted` holds a result or a final failure until it is stored."""
 
 EXECUTION: Final[Table] = {
     "taken": {"start": "running", "end": "proposed", "drop": "over"},

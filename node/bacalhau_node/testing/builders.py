@@ -37,9 +37,9 @@ def an_execution(shard: int = 0, attempt: int = 1, *, job: int = 0) -> Execution
     return Execution(a_job_id(job), shard, attempt)
 
 
-def a_result(record: str = "record", *, seconds: float = 0.05) -> Outcome:
+def a_result(record: str = "record", *, answer: str = "answer", seconds: float = 0.05) -> Outcome:
     """A good outcome."""
-    return Outcome(ok=True, record=record, answer="answer", seconds=seconds)
+    return Outcome(ok=True, record=record, answer=answer, seconds=seconds)
 
 
 def a_failure(kind: ErrorKind = "exception", *, seconds: float = 0.05) -> Outcome:

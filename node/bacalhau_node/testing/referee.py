@@ -23,12 +23,18 @@ class Referee:
         self.jobs: dict[JobId, JobRow] = {}
         self._decided: dict[tuple[JobId, int], ShardRow] = {}
         self._offered: dict[Execution, NodeId] = {}
+        self.outvoted: dict[NodeId, None] = {}
+        """The nodes that a journal says have disagreed."""
         self._outcomes: set[tuple[Execution, str]] = set()
+        self._answers: dict[tuple[JobId, int, str], set[int]] = {}
+        """For each answer of a shard, the attempts that gave it."""
         self._ended: dict[JobId, JobChanged] = {}
 
     def ran(self, execution: Execution, outcome: Outcome) -> None:
         """An executor reports this end; nobody else makes outcomes."""
         self._outcomes.add((execution, outcome.record))
+        if outcome.ok:
+            self._answers.setdefault((execution.job, execution.shard, outcome.answer), set()).add(execution.attempt)
 
     def row(self, row: Row) -> None:
         """A requester journals: what is decided never changes, but from accepted to kept or failed."""
@@ -43,9 +49,12 @@ class Referee:
             self._hold(row == msgspec.structs.replace(before, state=after), f"{row} came after {before}")
         if row.state in DECIDED:
             self._decided[(row.job, row.shard)] = row
+        self.outvoted.update(dict.fromkeys(row.disagreed))
         if row.outcome is not None and row.outcome.ok:
             execution = Execution(row.job, row.shard, row.attempt)
             self._hold((execution, row.outcome.record) in self._outcomes, f"nobody made the result of {row}")
+            agreed, wanted = self._answers[(row.job, row.shard, row.outcome.answer)], self.jobs[row.job].spec.agree
+            self._hold(len(agreed) >= wanted, f"{len(agreed)} executions agreed on {row}, {wanted} should have")
 
     def sent(self, to: NodeId, message: Message) -> None:
         """A node speaks: what it may say depends on what is journaled."""
@@ -69,8 +78,11 @@ class Referee:
         self._hold(not self.counts(execution, "accepted"), f"{execution} was forgotten before it was kept")
 
     def told(self, update: ShardChanged | JobChanged) -> None:
-        """Clients are told: nothing new comes after the end of a job."""
+        """Clients are told: nothing new comes after the end of a job, and no outcome before it was decided."""
         ended = self._ended.get(update.job)
+        if isinstance(update, ShardChanged):
+            decided = (update.job, update.shard) in self._decided
+            self._hold(decided or (update.error is None and update.state not in DECIDED), f"{update} is not decided")
         self._hold(ended is None or update == ended, f"{update} came after {ended}")
         if isinstance(update, JobChanged) and update.state in ("Completed", "Failed", "Stopped"):
             self._ended[update.job] = update
