@@ -17,8 +17,11 @@ def _local(imported: frozenset[str], path: Path) -> tuple[dict[str, bytes], froz
     return modules.local(imported, path.resolve().parent)
 
 
-async def script_task(client: Client, source: str, path: Path) -> PythonCell:
-    """The task that runs `source`, the text of `path`, as a cell; raises `SpecError` where it is not Python."""
+async def script_task(client: Client, source: str, path: Path, requires: tuple[str, ...] = ()) -> PythonCell:
+    """The task that runs `source`, the text of `path`, as a cell; raises `SpecError` where it is not Python.
+
+    `requires` are packages that it needs besides those that its text asks for.
+    """
     try:
         tree = ast.parse(source, str(path))
         compile(source, str(path), "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
@@ -26,7 +29,7 @@ async def script_task(client: Client, source: str, path: Path) -> PythonCell:
         raise SpecError(f"{path} is not a Python program: {error}") from error
     said = requirements.declared(source)
     requirements.check_python(said.python, platform.python_version())
-    requires = requirements.merged((), said.requires)
+    requires = requirements.merged(requires, said.requires)
     sent, everything = await asyncio.to_thread(_local, modules.imports(tree), path)
     files = {"cell.py": source.encode(), **{f"modules/{name}": data for name, data in sent.items()}}
     local = {name.partition("/")[0].removesuffix(".py") for name in sent}

@@ -15,8 +15,9 @@ from typing import Literal
 import msgspec
 
 from bacalhau_node import __version__
-from bacalhau_node.errors import BacalhauError
+from bacalhau_node.errors import BacalhauError, SpecError
 from bacalhau_node.folders import data_folder
+from bacalhau_node.layers import installer
 from bacalhau_node.node import open_node
 from bacalhau_node.ports import Capabilities
 
@@ -45,7 +46,7 @@ async def examine() -> list[Finding]:
             findings += map(_executor, node.executors())
         finally:
             await node.close()
-    findings.append(await asyncio.to_thread(_gpu))
+    findings += [_uv(), await asyncio.to_thread(_gpu)]
     return findings
 
 
@@ -81,6 +82,13 @@ def _package(name: str) -> Finding:
         return Finding(name, "ok", importlib.metadata.version(name))
     except importlib.metadata.PackageNotFoundError:
         return Finding(name, "warning", "not installed", f"pip install {name}: without it frames or the live view fail")
+
+
+def _uv() -> Finding:
+    try:
+        return Finding("uv", "ok", f"{installer.find()}: installs what --require asks for")
+    except SpecError as error:
+        return Finding("uv", "warning", str(error), "pip install uv, unless no cell uses --require")
 
 
 def _executor(told: Capabilities) -> Finding:

@@ -160,6 +160,14 @@ async def test_the_longest_unused_goes_first_and_never_one_in_use(tmp_path: Path
 
 
 @pytest.mark.usefixtures("shelf")
+async def test_what_was_half_removed_goes_with_the_next_build(layers: Layers, tmp_path: Path) -> None:
+    (tmp_path / "layers" / ".gone-1234" / "site").mkdir(parents=True)
+    layer = await layers.open(("beta",), TARGET)
+    assert not (tmp_path / "layers" / ".gone-1234").exists()
+    layer.close()
+
+
+@pytest.mark.usefixtures("shelf")
 async def test_too_many_bytes_are_too_many_layers(tmp_path: Path) -> None:
     layers = Layers(tmp_path / "layers", most_bytes=1)
     (await layers.open(("alpha",), TARGET)).close()

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.wheels import wheel
+
 MAIN = "import sys; sys.argv[0] = 'bacalhau-node'; from bacalhau_node.cli import main; main()"
 
 
@@ -47,6 +49,16 @@ def test_a_script_runs_with_the_module_beside_it_and_its_values_are_json(environ
     assert summary["state"] == "Completed"
     assert [shard["value"] for shard in summary["shards"]] == [0, 2, 4]
     assert summary["cid"].startswith("b")
+
+
+def test_packages_come_from_the_line_and_from_the_script(environment, tmp_path):
+    wheel(tmp_path, "alpha", "1.0")
+    wheel(tmp_path, "beta", "2.0")
+    environment |= {"PIP_CONFIG_FILE": "/dev/null", "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path)}
+    script = _script(tmp_path, "# requires: alpha\nimport alpha, beta\nalpha.VERSION + beta.VERSION")
+    done = _run(environment, tmp_path, "run", script, "--require", "beta>=2", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["shards"][0]["value"] == "1.02.0"
 
 
 def test_a_failing_shard_is_named_and_the_exit_code_is_1(environment, tmp_path):
@@ -93,6 +105,12 @@ def test_wrong_usage_is_one_message_and_exit_code_2(environment, tmp_path, words
     assert done.returncode == 2, done.stderr
     assert text in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_packages_are_for_python_files(environment, tmp_path):
+    done = _run(environment, tmp_path, "run", _script(tmp_path, "true", "job.sh"), "--raw", "--require", "alpha")
+    assert done.returncode == 2
+    assert "--require: packages are for a FILE.py" in done.stderr
 
 
 def test_a_shell_script_fails_with_its_own_exit_code_named(environment, tmp_path):

@@ -40,6 +40,7 @@ MOST: Final = 50
 """Layers that are kept."""
 MOST_BYTES: Final = 5 * 1024**3
 """Bytes of all layers that are kept; a single one may be larger."""
+_GONE: Final = ".gone-"
 _LOOK_AGAIN: Final = 0.05
 """Seconds between two looks at a layer that another node builds."""
 
@@ -123,7 +124,9 @@ class Layers:
             raise SpecError(f"packages can't be installed in {folder}: {error}") from error
 
     def _prune(self, newest: Path) -> None:
-        """Remove what is over the limits and used by nobody."""
+        """Remove what is over the limits and used by nobody, and what somebody was killed over while he removed it."""
+        for gone in self._folder.glob(f"{_GONE}*"):
+            shutil.rmtree(gone, ignore_errors=True)
         found = [
             ((folder / "lock").stat().st_mtime, contents.size, folder)
             for folder in self._folder.iterdir()
@@ -139,7 +142,7 @@ class Layers:
         lock = _lock(folder, fcntl.LOCK_EX)
         if lock is None:
             return False
-        gone = self._folder / f".gone-{secrets.token_hex(4)}"
+        gone = self._folder / f"{_GONE}{secrets.token_hex(4)}"
         folder.rename(gone)
         os.close(lock)
         shutil.rmtree(gone, ignore_errors=True)
