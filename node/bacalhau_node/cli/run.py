@@ -40,6 +40,8 @@ _RUN_OPTIONS = (
     click.option("--job-timeout", type=TIME, help="Time for the whole job."),
     click.option("--parallel", type=COUNT, help="At most so many shards at once."),
     click.option("--retries", type=click.IntRange(0, 100), default=0, help="Repeat a failing shard so often."),
+    click.option("--replicas", type=COUNT, default=1, show_default=True, help="Executions of each shard."),
+    click.option("--agree", type=COUNT, default=1, show_default=True, help="How many of them must agree."),
     click.option("--require", "requires", type=PACKAGES, multiple=True, help="A package that FILE.py needs."),
     click.option("--image", metavar="NAME", help="Container image."),
     click.option("--isolation", type=click.Choice(["container", "sandbox", "none"]), help="The least that will do."),
