@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from bacalhau_node import requirements
 from bacalhau_node.errors import SpecError
@@ -38,6 +42,14 @@ def test_a_list_is_cut_between_packages_not_between_versions(text: str, expected
 def test_what_is_no_requirement_is_named(text: str, part: str) -> None:
     with pytest.raises(SpecError, match=part):
         requirements.split(text)
+
+
+@given(st.text() | st.text("abc-._[]<>=!~,; 012@/'\"()"))
+def test_any_text_is_a_list_or_refused(text: str) -> None:
+    with contextlib.suppress(SpecError):
+        parts = requirements.split(text)
+        assert requirements.split(",".join(parts)) == parts
+        assert all(requirements.name_of(part) for part in parts)
 
 
 BLOCK = """\
