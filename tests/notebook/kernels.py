@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty
@@ -21,9 +23,19 @@ SECONDS = 90
 
 
 def environment(data: Path, **more: str) -> dict[str, str]:
-    """The environment of a kernel that keeps everything in `data` and runs shards as plain processes."""
-    path = os.pathsep.join((str(ROOT), str(ROOT / "node")))
+    """The environment of a kernel that keeps everything in `data` and finds no Docker daemon.
+
+    Shards may run in sandboxes, which hide all files but those that Python is imported from; so what a
+    test tells a running shard lies in a folder on the path.
+    """
+    signals(data).mkdir(parents=True, exist_ok=True)
+    path = os.pathsep.join((str(ROOT), str(ROOT / "node"), str(signals(data))))
     return {**os.environ, "PYTHONPATH": path, "BACALHAU_DIR": str(data), "DOCKER_HOST": NO_DOCKER, **more}
+
+
+def signals(data: Path) -> Path:
+    """A folder that tests write and shards see."""
+    return data.parent / "signals"
 
 
 @dataclass
@@ -53,10 +65,12 @@ class Shown:
 
 
 class Kernel:
-    """One kernel and one client of it."""
+    """One kernel and one client of it. `wrap`: a command that starts commands."""
 
-    def __init__(self, cwd: Path, **env: str) -> None:
+    def __init__(self, cwd: Path, *, wrap: Sequence[str] = (), **env: str) -> None:
+        self.signals = signals(cwd / "data")
         self.manager = KernelManager()
+        self.manager.kernel_spec.argv[:1] = (*wrap, sys.executable)
         self.manager.start_kernel(env=environment(cwd / "data", **env), cwd=str(cwd))
         self.client = self.manager.client()
         self.client.start_channels()
