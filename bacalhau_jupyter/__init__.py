@@ -1,6 +1,6 @@
 """Run a notebook cell on shards of your data: `%load_ext bacalhau_jupyter`, then `%%bacalhau`.
 
-From Python: `submit`, `attach`, `jobs` and `connect`, which are in `bacalhau_jupyter.job`; they load
+From Python: `submit`, `attach`, `jobs` and `connect`, which are in `bacalhau_jupyter.asking`; they load
 when they are first used, so that loading the extension takes milliseconds.
 """
 
@@ -9,18 +9,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bacalhau_jupyter.asking import attach, connect, jobs, submit
     from bacalhau_jupyter.failures import JobInterrupted
-    from bacalhau_jupyter.job import Job, attach, connect, jobs, submit
+    from bacalhau_jupyter.job import Job
     from bacalhau_jupyter.result import Result
 
 _HOME = {
     "Job": "job",
     "JobInterrupted": "failures",
     "Result": "result",
-    "attach": "job",
-    "connect": "job",
-    "jobs": "job",
-    "submit": "job",
+    "attach": "asking",
+    "connect": "asking",
+    "jobs": "asking",
+    "submit": "asking",
 }
 
 __all__ = [

@@ -6,8 +6,8 @@ import platform
 import time
 from typing import TYPE_CHECKING, Any
 
-from bacalhau_jupyter import job as jobs
-from bacalhau_jupyter import options, painters, words
+from bacalhau_jupyter import asking, options, painters, words
+from bacalhau_jupyter.job import ANSWER_SECONDS
 from bacalhau_jupyter.record import size
 from bacalhau_jupyter.running import Running
 from bacalhau_jupyter.session import session
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from bacalhau_node.client import JobLine, NodeView
 
-LATER = ("network", "connect")
+LATER = ("network",)
 JOBS_SHOWN = 20
 
 
@@ -37,7 +37,7 @@ def run(shell: Any, line: str) -> object:
         raise SpecError(f"%bacalhau {name}: no such command{hint}")
     least, most, command = COMMANDS[name]
     if not least <= len(arguments) <= most:
-        raise SpecError(f"%bacalhau {line.strip()}: {name} takes {_counted(least, most)}")
+        raise SpecError(f"%bacalhau {line.strip()}: {name} takes {_counted(name, least, most)}")
     answer = command(shell, *arguments)
     if not isinstance(answer, str):
         return answer
@@ -45,9 +45,11 @@ def run(shell: Any, line: str) -> object:
     return None
 
 
-def _counted(least: int, most: int) -> str:
+def _counted(name: str, least: int, most: int) -> str:
     if most == 0:
         return "nothing more"
+    if name == "connect":
+        return "the URL of a node"
     return "a job's id" if most == 1 else "a job's id, and the number of a shard" if least else "at most one word"
 
 
@@ -56,13 +58,13 @@ def _help(_shell: Any) -> str:
 
 
 def _status(_shell: Any) -> str:
-    lines = jobs.jobs()
+    lines = asking.jobs()
     going = [short(line.job) for line in lines if line.state not in FINAL_JOB]
     return "\n".join((_node(_nodes()[0]), f"{len(lines)} jobs, {len(going)} not ended", *going))
 
 
 def _jobs(_shell: Any) -> str:
-    lines = jobs.jobs()
+    lines = asking.jobs()
     shown = [_job(line) for line in lines[:JOBS_SHOWN]] or ["no jobs yet"]
     if len(lines) > JOBS_SHOWN:
         shown.append(f"… {len(lines) - JOBS_SHOWN:,} older ones; bacalhau_jupyter.jobs() has all")
@@ -77,18 +79,18 @@ def _job(line: JobLine) -> str:
 def _logs(_shell: Any, job: str, shard: str = "") -> str:
     if shard and not shard.isdecimal():
         raise SpecError(f"%bacalhau logs {job} {shard}: the number of a shard is needed")
-    return jobs.attach(job).logs(int(shard) if shard else None).rstrip("\n")
+    return asking.attach(job).logs(int(shard) if shard else None).rstrip("\n")
 
 
 def _attach(shell: Any, job: str) -> object:
     """Show a job in this cell: beside what else is done where somebody watches, else to its end."""
     way = painters.resolved("auto", shell=shell)
-    running = Running(jobs.attach(job), options.CellRequest(on_interrupt="detach"), way, shell)
+    running = Running(asking.attach(job), options.CellRequest(on_interrupt="detach"), way, shell)
     return running.go_on() if way in {"widget", "html"} else running.wait()
 
 
 def _cancel(_shell: Any, job: str) -> str:
-    found = jobs.attach(job)
+    found = asking.attach(job)
     found.cancel()
     return f"job {short(found.id)}: asked to stop; what is finished is kept"
 
@@ -97,8 +99,13 @@ def _show_nodes(_shell: Any) -> str:
     return "\n".join(map(_node, _nodes()))
 
 
+def _connect(_shell: Any, address: str) -> str:
+    asking.connect(address)
+    return f"jobs go to {session().node or 'the node in this kernel'} now: {_node(_nodes()[0])}"
+
+
 def _nodes() -> Sequence[NodeView]:
-    return session().call(lambda client: client.nodes(), timeout=jobs.ANSWER_SECONDS)
+    return session().call(lambda client: client.nodes(), timeout=ANSWER_SECONDS)
 
 
 def _node(node: NodeView) -> str:
@@ -112,7 +119,8 @@ def _node(node: NodeView) -> str:
 
 def _config(_shell: Any) -> str:
     versions = f"bacalhau-jupyter {__version__}, Python {platform.python_version()}"
-    return f"{versions}\ndata folder (BACALHAU_DIR): {data_folder()}"
+    where = f"jobs go to: {session().node or 'the node in this kernel'}"
+    return f"{versions}\ndata folder (BACALHAU_DIR): {data_folder()}\n{where}"
 
 
 COMMANDS: dict[str, tuple[int, int, Callable[..., object]]] = {
@@ -121,6 +129,7 @@ COMMANDS: dict[str, tuple[int, int, Callable[..., object]]] = {
     "logs": (1, 2, _logs),
     "attach": (1, 1, _attach),
     "cancel": (1, 1, _cancel),
+    "connect": (1, 1, _connect),
     "nodes": (0, 0, _show_nodes),
     "config": (0, 0, _config),
     "--help": (0, 0, _help),

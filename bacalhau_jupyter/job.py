@@ -1,4 +1,4 @@
-"""A job as an object: its state, its shards, what they printed and returned. And how to get one.
+"""A job as an object: its state, its shards, what they printed and returned.
 
 A `Job` is the truth about a job in a notebook: outputs and widgets are pictures of it and may
 get lost with a page; the job itself stays with its node and can be had again by `attach`.
@@ -8,37 +8,32 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
-import weakref
 from dataclasses import dataclass
 from functools import partial as bound
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bacalhau_jupyter import sending
 from bacalhau_jupyter.failures import CellText, FailedShard, brief, explain
 from bacalhau_jupyter.progress import CODES, DONE, FAILED, STOPPED, JobMonitor
 from bacalhau_jupyter.record import Place, Record
 from bacalhau_jupyter.result import Reader, Result, ShardResult
-from bacalhau_jupyter.session import Session, session
-from bacalhau_node import __version__
+from bacalhau_jupyter.session import Session
 from bacalhau_node.errors import JobFailed, NodeUnreachable, SpecError
 from bacalhau_node.ids import JobId, short
 from bacalhau_node.messages import ShardError
 from bacalhau_node.protocol.events import FINAL_JOB
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Sequence
+    from collections.abc import Generator, Sequence
     from concurrent.futures import Future
 
-    from bacalhau_jupyter.lines import Stream
     from bacalhau_jupyter.view import ShardGrid
-    from bacalhau_node.client import Client, JobLine, JobView, ShardView, Submission
+    from bacalhau_node.client import Client, JobView, ShardView
     from bacalhau_node.messages import Blob, Outcome
     from bacalhau_node.protocol.events import JobState
 
 ANSWER_SECONDS = 10.0
-"""How long the node in this kernel may take for an answer that it only has to look up."""
+"""How long a node may take for an answer that it only has to look up."""
 TAIL = 20
 
 
@@ -68,7 +63,7 @@ class Text(str):
 
 
 class Job:
-    """One job of the node in this kernel. Made by `submit`, `attach` and the magic."""
+    """One job of a node. Made by `asking.submit`, `asking.attach` and the magic."""
 
     def __init__(self, asked: Session, monitor: JobMonitor, place: Place, cell: CellText) -> None:
         self._session = asked
@@ -262,83 +257,6 @@ class Job:
             return target
 
         return Reader(blob=lambda each: asked.call(lambda client: blob(client, each)), folder=folder)
-
-
-# --- getting one ---
-
-_known: weakref.WeakValueDictionary[JobId, Job] = weakref.WeakValueDictionary()
-
-
-def start(
-    prepared: sending.Prepared, *, cell: CellText, hint: Callable[[JobId], str], streams: frozenset[Stream]
-) -> tuple[Job, tuple[str, ...]]:
-    """Submit what was prepared: the job, and sentences for its user. `hint`: how to see all lines of a shard."""
-    asked = session()
-    sent = asked.begin(lambda client: sending.send(client, prepared))
-    try:
-        submission, place = sent.result()
-    except KeyboardInterrupt:
-        sent.add_done_callback(bound(_call_off, asked))
-        raise
-    monitor = JobMonitor(submission, hint=hint(submission.job), streams=streams)
-    job = _known[submission.job] = Job(asked, monitor, place, cell)
-    return job, (*prepared.notes, *submission.notes)
-
-
-def _call_off(asked: Session, sent: Future[tuple[Submission, Place]]) -> None:
-    """A submission was interrupted, and nobody will watch its job: it must not run."""
-    if not sent.cancelled() and sent.exception() is None:
-        job = sent.result()[0].job
-        asked.begin(lambda client: client.cancel(job))
-
-
-def submit(source: str, /, **words: object) -> Job:
-    """Run `source` as a job and return at once. `words` are the options of `%%bacalhau`: `input=["data"], shards=10`.
-
-    Raises `SpecError` for what is wrong with them, and for what only a cell can do (`df`, `out`, `progress`).
-    """
-    namespace = sending.notebook_namespace()
-    prepared = sending.from_python(source, words, namespace)
-    job, _ = start(prepared, cell=CellText(None, tuple(source.split("\n"))), hint=_hint, streams=frozenset())
-    return job
-
-
-def attach(job: str) -> Job:
-    """The job whose id starts with `job`. Raises `SpecError` if there is none, or several."""
-    asked = session()
-    known = asked.call(lambda client: client.find(job), timeout=ANSWER_SECONDS)
-    same = _known.get(known)
-    if same is not None and same.asks(asked):
-        return same
-    submission, place, age = asked.call(lambda client: _submitted(client, known), timeout=ANSWER_SECONDS)
-    monitor = JobMonitor(submission, hint=_hint(known), age=age)
-    found = _known[known] = Job(asked, monitor, place, CellText())
-    return found
-
-
-def jobs() -> list[JobLine]:
-    """All jobs that the node in this kernel knows, newest first."""
-    return list(session().call(lambda client: client.jobs(), timeout=ANSWER_SECONDS))
-
-
-def connect(address: str) -> None:
-    """Name the node that jobs go to. This version has only the one in this kernel: raises `SpecError`."""
-    raise SpecError(f"connect {address}: not in this version ({__version__}); jobs run on the node in this kernel")
-
-
-def _hint(job: JobId) -> str:
-    return f"%bacalhau logs {short(job)} {{shard}}"
-
-
-async def _submitted(client: Client, job: JobId) -> tuple[Submission, Place, float | None]:
-    """The answer that the submission of a job got, made again, and how long ago that was if the job goes on."""
-    from bacalhau_node.client import Submission  # noqa: PLC0415  loaded with the client; it brings the whole node
-
-    view, nodes = await client.job(job), await client.nodes()
-    executor = next((shard.outcome.executor for shard in view.shards if shard.outcome), "")
-    submission = Submission(job, len(view.shards), nodes[0].node, executor)
-    age = None if view.state in FINAL_JOB else time.time() - view.created
-    return submission, sending.place_of(submission, nodes), age
 
 
 # --- small parts ---

@@ -34,7 +34,8 @@ class BacalhauMagics(Magics):
         of the result, and the value of the last expression comes back. The cell's own value is the joined
         DataFrame with `--df`, else the `Result`. `%bacalhau --help` lists all options.
 
-        As a line: `%bacalhau status | jobs | logs ID [SHARD] | attach ID | cancel ID | nodes | config | --help`.
+        As a line: `%bacalhau status | jobs | logs ID [SHARD] | attach ID | cancel ID | nodes | connect URL | config |
+        --help`.
         """
         try:
             return self._command(line) if cell is None else self._cell(line, cell)

@@ -85,6 +85,10 @@ def _image(text: str) -> str:
     return text
 
 
+def _node(text: str) -> str:
+    return text if text == "local" else literals.node_url(text)
+
+
 def _only(*allowed: str) -> Callable[[str], str]:
     def read(text: str) -> str:
         if text not in allowed:
@@ -199,6 +203,7 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         _choice("container-per", "one container per slot of the job, or per shard", ("job", "shard")),
         _choice("network", "what the shard can reach", ("none", "full")),
         Option("require", "packages to install: 'tabulate>=0.9'", metavar="PKG", read=requirements.split, repeats=True),
+        Option("node", "the node to run on; default: see %bacalhau connect", metavar="URL", read=_node),
         Option("raw", "the cell is a shell script, not Python"),
         Option("env", "an environment variable", metavar="K=V", short="e", read=_environment, repeats=True),
         Option("label", "a label of the job", metavar="K=V", short="l", read=literals.pair, repeats=True),
@@ -218,7 +223,6 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         _later("gpu-share", "N"),
         _later("secret", "NAME"),
         _later("constraint", "EXPR"),
-        _later("node", "URL"),
         _later("reuse"),
     ),
 }

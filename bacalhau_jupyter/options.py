@@ -57,6 +57,7 @@ class CellRequest:
     container_per: Literal["job", "shard"] = "job"
     network: Literal["none", "full"] = "none"
     requires: tuple[str, ...] = ()
+    node: str | None = None
     raw: bool = False
     env: dict[str, str] = field(default_factory=dict)
     labels: dict[str, str] = field(default_factory=dict)

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bacalhau_jupyter import job as jobs
-from bacalhau_jupyter import painters, sending
+from bacalhau_jupyter import asking, painters, sending
 from bacalhau_jupyter.cell import Around
 from bacalhau_jupyter.failures import CellText, JobInterrupted, report
 from bacalhau_jupyter.progress import ALL_STREAMS, DONE
+from bacalhau_jupyter.record import size
 from bacalhau_jupyter.session import session
 from bacalhau_node.errors import BacalhauError, SpecError
 from bacalhau_node.ids import JobId, short
@@ -140,11 +140,16 @@ def run(shell: Any, request: CellRequest, body: str) -> object:
     around = Around(namespace=namespace, history=namespace.get("In", []), folder=Path.cwd())
     prepared = sending.prepare(request, body, name=cell.name, first=first, around=around)
     if request.dry_run:
-        print(sending.described(prepared, session().call(lambda client: client.plan(prepared.spec))))  # noqa: T201
+        plan = session(request.node).call(lambda client: client.plan(prepared.spec))
+        print(sending.described(prepared, plan))  # noqa: T201  a cell's output
         return None
     try:
-        job, notes = jobs.start(
-            prepared, cell=cell, hint=_hint(request), streams=STREAMS.get(request.logs, frozenset())
+        job, notes = asking.start(
+            prepared,
+            cell=cell,
+            hint=_hint(request),
+            streams=STREAMS.get(request.logs, frozenset()),
+            sending_told=_sending,
         )
     except KeyboardInterrupt:
         raise JobInterrupted("stopped before the job had started") from None
@@ -155,6 +160,10 @@ def run(shell: Any, request: CellRequest, body: str) -> object:
         print(note)  # noqa: T201  a cell's output
     running = Running(job, request, way, shell)
     return running.go_on() if request.background else running.wait()
+
+
+def _sending(sent: int, total: int) -> None:
+    print(f"\rsending inputs: {size(sent)} of {size(total)}", end="\n" if sent == total else "", flush=True)  # noqa: T201
 
 
 def _hint(request: CellRequest) -> Any:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from bacalhau_node.client import Client, JobPlan, NodeView, Submission
+    from bacalhau_node.ids import JobId
     from bacalhau_node.spec import JobSpec
 
 ONLY_IN_CELLS = {
@@ -44,12 +45,14 @@ class Prepared:
     spec: JobSpec
     files: Mapping[str, bytes]
     notes: tuple[str, ...] = ()
+    node: str | None = None
+    """Where it goes; None: to the node that jobs go to now."""
 
 
 def prepare(request: options.CellRequest, body: str, *, name: str, first: int, around: cells.Around) -> Prepared:
     """Check and bundle a cell. `name` is what tracebacks call it, `first` how many lines stand before its body."""
     if request.raw:
-        return Prepared(spec=options.to_spec(request, Command(shell=body)), files={})
+        return Prepared(spec=options.to_spec(request, Command(shell=body)), files={}, node=request.node)
     cell = cells.read(body, name=name, first=first)
     requires, doubts = _requires(request, cell)
     bundle = cells.bundle(cell, around, variables=request.vars, extra=request.modules, check=not request.no_check)
@@ -62,7 +65,8 @@ def prepare(request: options.CellRequest, body: str, *, name: str, first: int, a
         versions=requirements.beyond(bundle.versions, requires),
         requires=requires,
     )
-    return Prepared(spec=options.to_spec(request, task), files=bundle.files, notes=(*bundle.notes, *doubts))
+    notes = (*bundle.notes, *doubts)
+    return Prepared(spec=options.to_spec(request, task), files=bundle.files, notes=notes, node=request.node)
 
 
 def _requires(request: options.CellRequest, cell: cells.Cell) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -93,23 +97,33 @@ def notebook_namespace() -> Mapping[str, Any]:
     return namespace
 
 
-async def send(client: Client, prepared: Prepared) -> tuple[Submission, Place]:
-    """Store the bundle, submit the job, and say where it runs."""
+async def send(client: Client, prepared: Prepared, *, node: str, made: list[JobId]) -> tuple[Submission, Place]:
+    """Store the bundle, submit the job, and say where it runs. `node`: the URL of the node asked, "" in this kernel.
+
+    The job's id is added to `made` as soon as there is one: whoever stops waiting has to know.
+    """
     spec = prepared.spec
     if isinstance(spec.task, PythonCell):
         task = msgspec.structs.replace(spec.task, bundle=await client.put_bundle(prepared.files))
         spec = msgspec.structs.replace(spec, task=task)
     submission = await client.submit(spec)
+    made.append(submission.job)
     nodes = await client.nodes()
-    return submission, place_of(submission, nodes)
+    return submission, place_of(submission, nodes, node=node)
 
 
-def place_of(submission: Submission, nodes: Sequence[NodeView]) -> Place:
-    """Where the job runs, in words; `nodes` begins with the one in this kernel."""
+async def call_off(client: Client, made: Sequence[JobId]) -> None:
+    """A submission was interrupted, and nobody will watch its job: it must not run."""
+    for job in made:
+        await client.cancel(job)
+
+
+def place_of(submission: Submission, nodes: Sequence[NodeView], *, node: str = "") -> Place:
+    """Where the job runs, in words; `nodes` begins with the one that was asked, whose URL is `node`."""
     here = nodes[0]
     if submission.node != here.node:
         return Place(submission.node, submission.executor)
-    return Place("this machine", submission.executor, here.executor.slots if here.executor else None)
+    return Place(node or "this machine", submission.executor, here.executor.slots if here.executor else None)
 
 
 def described(prepared: Prepared, plan: JobPlan) -> str:

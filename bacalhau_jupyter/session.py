@@ -1,10 +1,13 @@
-"""The one long-lived background thread of a kernel: an asyncio loop and one Client on it.
+"""The long-lived background thread of a kernel: an asyncio loop and one Client on it; one for each node in use.
 
 Theory of operation. While a cell runs, the kernel's own loop stands still, and a cell that
 awaits can't be stopped; so the node lives on a loop of its own in a daemon thread, and the
 main thread waits for answers on a lock, which Stop interrupts. The node opens in the background
 when the extension is loaded and everything that needs it waits for that. It is closed before
 the interpreter takes its thread pools down, so that no container outlives the kernel.
+
+Jobs go to the node that their line names (`--node URL`), else to the one that `%bacalhau connect` named,
+else to `BACALHAU_JUPYTER_NODE`, else to the one in this kernel.
 """
 
 from __future__ import annotations
@@ -21,7 +24,8 @@ from concurrent.futures import TimeoutError as FutureTimeout
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from bacalhau_node.errors import BacalhauError, NodeUnreachable
+from bacalhau_node.errors import BacalhauError, NodeUnreachable, SpecError
+from bacalhau_node.literals import node_url
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
@@ -36,9 +40,15 @@ CLOSE_SECONDS = 2.0
 
 
 class Session:
-    """A loop in a thread, and the client that `open_client` makes there at first use."""
+    """A loop in a thread, and the client that `open_client` makes there at first use.
 
-    def __init__(self, open_client: Callable[[], Awaitable[Client]]) -> None:
+    `node` is the URL of a node elsewhere, "" for the one in this kernel.
+    """
+
+    def __init__(self, open_client: Callable[[], Awaitable[Client]], *, node: str = "") -> None:
+        self.node = node
+        self.uploaded: tuple[int, int] | None = None
+        """(bytes sent, bytes to send) of inputs on their way to a node elsewhere."""
         self._open_client = open_client
         self._opening: asyncio.Task[Client] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -69,7 +79,7 @@ class Session:
         except FutureTimeout as error:
             if future.done():  # the timeout is the answer
                 raise
-            raise NodeUnreachable(f"the node in this kernel did not answer in {timeout} s; try again") from error
+            raise NodeUnreachable(f"{self._name} did not answer in {timeout} s; try again") from error
         finally:
             future.cancel()
 
@@ -110,6 +120,14 @@ class Session:
         if self._folder is not None:
             self._folder.cleanup()
 
+    @property
+    def _name(self) -> str:
+        return f"the node at {self.node}" if self.node else "the node in this kernel"
+
+    def tell(self, sent: int, total: int) -> None:
+        """Note how much of a job's inputs was sent."""
+        self.uploaded = sent, total
+
     # --- on the loop ---
 
     def _run(self) -> None:
@@ -130,7 +148,7 @@ class Session:
         return await asyncio.shield(self._opening)
 
     async def _feed(self, monitor: JobMonitor) -> None:
-        broken: Exception | None = NodeUnreachable("the node of this kernel was closed before the job ended")
+        broken: Exception | None = NodeUnreachable(f"{self._name} was left before the job ended")
         try:
             client = await self._client()
             async for update in client.updates(monitor.submission.job):
@@ -149,26 +167,73 @@ class Session:
             await client.close()
 
 
-# --- the one of this kernel ---
+# --- those of this kernel ---
 
-_current: Session | None = None
+LOCAL = "local"
+"""What names the node in this kernel where a URL is expected."""
+
+_sessions: dict[str, Session] = {}
+_connected: str | None = None
 _lock = threading.Lock()
 
 
-def session() -> Session:
-    """The session of this process, made when it is first asked for and again after it was closed."""
-    global _current  # noqa: PLW0603  one kernel, one node
+def session(node: str | None = None) -> Session:
+    """The session with a node, made when it is first asked for and again after it was closed.
+
+    `node` is a URL or `LOCAL`; without it: the node that jobs go to now. Raises `SpecError` for what is no URL.
+    """
+    where = default_node() if node is None else _address(node)
     with _lock:
-        if _current is None or not _current.open:
-            _current = Session(_open_local)
-            _at_exit(_current.close)
-        return _current
+        found = _sessions.get(where)
+        if found is None or not found.open:
+            found = _sessions[where] = _made(where)
+            _at_exit(found.close)
+        return found
+
+
+def sessions() -> list[Session]:
+    """Those that are open: the one with the node that jobs go to first."""
+    first = session()
+    with _lock:
+        return [first, *(each for each in _sessions.values() if each.open and each is not first)]
+
+
+def default_node() -> str:
+    """The URL of the node that jobs go to; "" for the one in this kernel."""
+    if _connected is not None:
+        return _connected
+    return _address(os.environ.get("BACALHAU_JUPYTER_NODE") or LOCAL)
+
+
+def connect(node: str) -> None:
+    """Let jobs go to this node from now on."""
+    global _connected  # noqa: PLW0603  one kernel, one node that jobs go to
+    _connected = _address(node)
 
 
 def close() -> None:
-    """Close the session of this process, if there is one."""
-    if _current is not None:
-        _current.close()
+    """Close the sessions of this process."""
+    for each in tuple(_sessions.values()):
+        each.close()
+
+
+def _address(node: str) -> str:
+    return "" if node == LOCAL else node_url(node)
+
+
+def _made(node: str) -> Session:
+    if not node:
+        return Session(_open_local)
+
+    async def open_remote() -> Client:
+        try:
+            from bacalhau_node.http_client import HttpClient  # noqa: PLC0415  aiohttp loads when it is needed
+        except ImportError as error:
+            raise SpecError("a node elsewhere needs aiohttp: pip install 'bacalhau-jupyter[http]'") from error
+        return HttpClient(node, progress=made.tell)
+
+    made = Session(open_remote, node=node)
+    return made
 
 
 async def _open_local() -> Client:

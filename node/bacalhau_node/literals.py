@@ -7,10 +7,12 @@ what is wrong, then what would be right.
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import re
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from bacalhau_node.errors import SpecError
 from bacalhau_node.spec import InputSource
@@ -94,6 +96,35 @@ def pair(text: str) -> tuple[str, str]:
     if not equals or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.-]*", key):
         raise SpecError("write KEY=VALUE, the key of letters, digits and '_'")
     return key, value
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def node_url(text: str) -> str:
+    """The URL of a node: `http://127.0.0.1:1234`, `https://host:1234`, `localhost:1234`.
+
+    Beyond this machine only https: a key must not be read on the way.
+    """
+    parts = urlsplit(text if "://" in text else f"//{text}")
+    try:
+        host, port = parts.hostname, parts.port
+    except ValueError as error:
+        raise SpecError(f"{text!r} is not the address of a node: {error}") from error
+    scheme = parts.scheme or ("http" if host and is_loopback(host) else "https")
+    if not host or scheme not in {"http", "https"} or parts.query or parts.fragment or parts.username:
+        raise SpecError(f"{text!r} is not the address of a node: write http://127.0.0.1:1234 or https://host:1234")
+    if scheme == "http" and not is_loopback(host):
+        raise SpecError(f"{text}: over http:// your key and data could be read on the way; use https://")
+    name = f"[{host}]" if ":" in host else host
+    return f"{scheme}://{name}{f':{port}' if port else ''}{parts.path.rstrip('/')}"
 
 
 def nearest(text: str, allowed: Iterable[str]) -> str:

@@ -25,11 +25,12 @@ from typing import Any, Final
 
 import msgspec
 
-from bacalhau_node.api.auth import Caller, is_loopback, own_key, read_keys
+from bacalhau_node.api.auth import Caller, own_key, read_keys
 from bacalhau_node.api.server import ApiServer, bind
 from bacalhau_node.client import LocalClient
 from bacalhau_node.errors import SpecError
 from bacalhau_node.folders import Address
+from bacalhau_node.literals import is_loopback
 from bacalhau_node.node import Node, open_node
 
 log = logging.getLogger(__name__)

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from bacalhau_node.api.auth import OWNER, Caller, Keys, foreign, is_loopback, own_key, read_keys
+from bacalhau_node.api.auth import OWNER, Caller, Keys, foreign, own_key, read_keys
 from bacalhau_node.errors import SpecError
+from bacalhau_node.literals import is_loopback
 
 
 def _line(role: str, key: str, name: str) -> str:

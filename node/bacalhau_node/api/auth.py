@@ -14,7 +14,6 @@ at 127.0.0.1 (DNS rebinding) sends the wrong `Host`.
 from __future__ import annotations
 
 import hmac
-import ipaddress
 import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -90,16 +89,6 @@ def _entry(path: Path, number: int, words: list[str]) -> tuple[bytes, Caller]:
                 f"--keys {path}, line {number}: not a key; a line is: submit|admin SHA256 NAME,"
                 " with the hash in lower-case hex as `printf %s KEY | sha256sum` prints it"
             )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches `host`."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
 
 
 def foreign(headers: Mapping[str, str], *, loopback: bool) -> str | None:

@@ -20,11 +20,12 @@ from aiohttp import web
 from bacalhau_node import __version__
 from bacalhau_node.api import metrics, shapes
 from bacalhau_node.api.answers import TRAFFIC, Handler, Refused, answer, errors
-from bacalhau_node.api.auth import Caller, Keys, foreign, is_loopback
+from bacalhau_node.api.auth import Caller, Keys, foreign
 from bacalhau_node.api.content import Content
 from bacalhau_node.api.jobs import CALLER, Jobs
 from bacalhau_node.client import LocalClient
 from bacalhau_node.errors import NodeUnreachable, SpecError
+from bacalhau_node.literals import is_loopback
 
 KEEPALIVE: Final = 30.0
 """Seconds that a connection may be idle, or take to send its first request's head."""

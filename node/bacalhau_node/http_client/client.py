@@ -19,7 +19,6 @@ from urllib.parse import urlsplit
 from msgspec import structs
 
 from bacalhau_node.api import shapes
-from bacalhau_node.api.auth import is_loopback
 from bacalhau_node.cid import Cid
 from bacalhau_node.client import JobLine, JobPlan, JobView, NodeView, Submission, Update
 from bacalhau_node.content.blocks import BlockStore
@@ -28,9 +27,10 @@ from bacalhau_node.content.unixfs import Imported
 from bacalhau_node.errors import BacalhauError, ContentError, SpecError
 from bacalhau_node.folders import data_folder, servers
 from bacalhau_node.http_client import upload
-from bacalhau_node.http_client.connection import BROKEN, LONG, PATIENCE, Connection, node_url, part
+from bacalhau_node.http_client.connection import BROKEN, LONG, PATIENCE, Connection, part
 from bacalhau_node.http_client.fetch import Memory, fetch
 from bacalhau_node.ids import JobId
+from bacalhau_node.literals import is_loopback, node_url
 from bacalhau_node.plan import make_plan
 from bacalhau_node.protocol.events import FINAL_JOB, JobChanged
 from bacalhau_node.sharding import LocalStamp

@@ -22,8 +22,8 @@ import msgspec
 from yarl import URL
 
 from bacalhau_node.api import shapes
-from bacalhau_node.api.auth import is_loopback
-from bacalhau_node.errors import NodeUnreachable, ProtocolError, SpecError
+from bacalhau_node.errors import NodeUnreachable, ProtocolError
+from bacalhau_node.literals import is_loopback
 
 T = TypeVar("T")
 
@@ -43,22 +43,6 @@ BROKEN: Final = (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, Conn
 """What says that a connection broke, or couldn't be made, and that another may do better."""
 
 _GATEWAY_STATUS = frozenset((502, 504))
-
-
-def node_url(text: str) -> str:
-    """The URL of a node as it is typed: `http://127.0.0.1:1234`, `https://host:1234`, `localhost:1234`."""
-    parts = urlsplit(text if "://" in text else f"//{text}")
-    try:
-        host, port = parts.hostname, parts.port
-    except ValueError as error:
-        raise SpecError(f"{text!r} is not the address of a node: {error}") from error
-    scheme = parts.scheme or ("http" if host and is_loopback(host) else "https")
-    if not host or scheme not in {"http", "https"} or parts.query or parts.fragment or parts.username:
-        raise SpecError(f"{text!r} is not the address of a node: write http://127.0.0.1:1234 or https://host:1234")
-    if scheme == "http" and not is_loopback(host):
-        raise SpecError(f"{text}: over http:// your key and data could be read on the way; use https://")
-    name = f"[{host}]" if ":" in host else host
-    return f"{scheme}://{name}{f':{port}' if port else ''}{parts.path.rstrip('/')}"
 
 
 class Retry:
@@ -83,7 +67,7 @@ class Retry:
 
 
 class Connection:
-    """One node's API. `url` as `node_url` gives it."""
+    """One node's API. `url` as `literals.node_url` gives it."""
 
     def __init__(self, url: str, token: str, *, patience: float = PATIENCE) -> None:
         self.url = url
