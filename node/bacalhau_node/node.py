@@ -1,7 +1,7 @@
 """One node, assembled: folder, store, journal, executors, machines, engine.
 
 Nothing is decided here but which parts make a node. The executors are tried in the order
-container, plain process; each job gets the first that works and can run it.
+container, sandbox, plain process; each job gets the first that works and can run it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from bacalhau_node.engine import Engine
 from bacalhau_node.errors import BugError, ContentError
 from bacalhau_node.executors.docker import DockerExecutor
 from bacalhau_node.executors.process import ProcessExecutor
+from bacalhau_node.executors.sandbox import SandboxExecutor
 from bacalhau_node.folders import NodeFolder, data_folder, take_folder
 from bacalhau_node.ids import JobId
 from bacalhau_node.journal import SqliteJournal
@@ -266,5 +267,6 @@ def _executors(folder: NodeFolder) -> list[Executor]:
     """The executors of this machine, best isolation first."""
     return [
         DockerExecutor(folder.path, node=folder.node, is_alive=folder.is_alive),
+        SandboxExecutor(folder.path / "sandbox"),
         ProcessExecutor(folder.path / "process"),
     ]

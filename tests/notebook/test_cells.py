@@ -117,7 +117,7 @@ def test_commands_about_jobs(kernel):
     name = kernel.run("k.id[:10]").value.strip("'")
     assert name in kernel.run("%bacalhau jobs").text()
     assert kernel.run(f"%bacalhau logs {name}").text() == "words\n"
-    assert "process" in kernel.run("%bacalhau nodes").text()
+    assert re.search(r": (sandbox|process), \d+ slots?,", kernel.run("%bacalhau nodes").text())
     assert "0 not ended" in kernel.run("%bacalhau status").text()
     assert "--shards" in kernel.run("%bacalhau --help").text()
     assert "no job with an id" in kernel.run("%bacalhau logs j-ffffffff").text("stderr")
