@@ -188,7 +188,8 @@ def _where(text: str, place: Place) -> str:
     if not text or "\0" in text:
         raise SpecError("not a path")
     missing = PurePosixPath(_absolute(text, place))
-    raise SpecError(f"no such file or folder: {missing}{nearest(missing.name, place.names(str(missing.parent)))}")
+    where = "" if str(missing) == text else f": {missing}"
+    raise SpecError(f"no such file or folder{where}{nearest(missing.name, place.names(str(missing.parent)))}")
 
 
 def _mount(text: str) -> str:

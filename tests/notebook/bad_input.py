@@ -33,6 +33,8 @@ NO_SANDBOX = {"PATH": str(Path(sys.executable).parent)}
 """The environment of a kernel that finds no bubblewrap."""
 SECONDS = 90
 """How long what is left of a job may take to go: generous, since the machine may be busy."""
+RECORDS = {"journal.sqlite", "lock", "docker-works"}
+"""Files of a node that outlive it."""
 REPORT = ROOT / "artifacts" / "bad-input.md"
 
 
@@ -121,8 +123,8 @@ def _odd_name(name: str, bad: bytes) -> Item:
 CHANGED = "if shard.index == 1:\n    print('on')\n    while inputs[0].stat().st_size == 1: pass\nshard.index"
 
 INPUTS = (
-    _refused("no such folder", "-i '{data}x'", "no such file or folder: .*x; did you mean data"),
-    _refused("no such file for all shards", "--with '{data}/a.cvs'", "no such file .*a.cvs; did you mean a.csv"),
+    _refused("no such folder", "-i '{data}x'", r"--input .*x: no such file or folder; did you mean data"),
+    _refused("no such file for all shards", "--with '{data}/a.cvs'", r"--with .*a\.cvs: no such file or folder; did you mean a\.csv"),
     _refused("a glob without a match", "-i '{data}' --glob '*.tsv'", r"'\*.tsv' matches none of the 3", "  a.csv"),
     _refused("a folder without files", "-i '{data}/new'", "no files", spoil=lambda data: (data / "new").mkdir()),
     _refused("a link to nothing", "-i '{data}'", "d.csv is a link to .*gone.* mend it", spoil=partial(_link, "gone")),
@@ -427,8 +429,10 @@ class Referee:
     def _own_files(self) -> Iterator[str]:
         yield from (f"mount {line}" for line in _mounts() if str(self.folder) in line)
         yield from (f"file {path}" for path in _files(self.folder / "tmp"))
+        yield from (f"file {path}" for path in _files(self.folder / "data" / "store" / "tmp"))
         for node in self._nodes():
-            yield from (f"file {path}" for name in ("work", "slots") for path in _files(node / name))
+            files = (path for path in map(Path, _files(node)) if not path.is_dir())
+            yield from (f"file {path}" for path in files if path.name not in RECORDS)
 
     def _nodes(self) -> list[Path]:
         return list((self.folder / "data" / "nodes").iterdir())

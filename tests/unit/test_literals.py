@@ -129,6 +129,7 @@ def test_a_size_is_told_as_it_was_typed(text):
     [
         ("nope", "no such file or folder: /here/nope"),
         ("dta", "no such file or folder: /here/dta; did you mean data?"),
+        ("/gone", "no such file or folder"),
         ("nope:/m", "no such file or folder: /here/nope:/m"),
         ("", "not a path"),
         ("a\0b", "not a path"),
