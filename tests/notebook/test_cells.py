@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 
 def test_a_cell_returns_the_value_of_its_last_expression(kernel):
     shown = kernel.run("%%bacalhau\n1 + 1")
