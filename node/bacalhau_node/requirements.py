@@ -166,7 +166,10 @@ def declared(source: str, *, first: int = 0) -> Declared:
 
 def _comments(source: str) -> dict[int, str]:
     """The comments that fill a line from its first column: line -> text."""
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    try:
+        tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
+    except (tokenize.TokenError, SyntaxError) as error:
+        raise SpecError(f"the comments of the cell can't be read: {error}") from error
     return {
         token.start[0]: token.string.rstrip()
         for token in tokens

@@ -112,6 +112,11 @@ def test_what_cannot_be_read_is_told_with_its_line(source: str, part: str) -> No
     assert part in str(error.value)
 
 
+def test_text_that_is_no_python_is_refused() -> None:
+    with pytest.raises(SpecError, match="comments of the cell can't be read"):
+        requirements.declared("# requires: alpha\nx = (")
+
+
 def test_an_empty_block_asks_for_nothing() -> None:
     assert requirements.declared("# /// script\n# ///\n") == Declared()
 

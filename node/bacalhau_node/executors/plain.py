@@ -109,14 +109,7 @@ class PlainAgent:
         if group is not None and not group.join(process.pid):
             group = None
         agent = cls(process, group, log, mark)
-        setup = AgentSetup(
-            path=(*((str(layer),) if layer else ()), *search_path()),
-            env={"PYTHONPATH": str(layer)} if layer else {},
-            imports=imports,
-            oom=(group.oom_file,) if group is not None else (),
-            watch=group is None,
-        )
-        agent.slot = AgentSlot(await SocketPipe.over(ours), setup, explain=agent.cause)
+        agent.slot = AgentSlot(await SocketPipe.over(ours), _setup(group, imports, layer), explain=agent.cause)
         return agent
 
     @property
@@ -161,6 +154,18 @@ class PlainAgent:
         elif thorough:
             kill_marked(self.mark)
         self.log.unlink(missing_ok=True)
+
+
+def _setup(group: ControlGroup | None, imports: tuple[str, ...], layer: Path | None) -> AgentSetup:
+    """The agent's first frame. The programs that a shard starts find the job's packages as it does."""
+    first = (str(layer),) if layer is not None else ()
+    return AgentSetup(
+        path=(*first, *search_path()),
+        env={"PYTHONPATH": str(layer)} if layer is not None else {},
+        imports=imports,
+        oom=(group.oom_file,) if group is not None else (),
+        watch=group is None,
+    )
 
 
 def environment(mark: str) -> dict[str, str]:

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
     from bacalhau_node.ports import Target
 
-LONGEST: Final = 600.0
-"""Seconds for one call: a few gigabytes over a slow line."""
+LONGEST: Final = 290.0
+"""Seconds for one call: two of them end before a requester takes the work for lost (`protocol/watch.py`)."""
 _GLIBC: Final = (40, 39, 38, 37, 36, 35, 34, 33, 32, 31, 28, 17)
 """The minor versions of glibc 2 that uv can be told about."""
 _SHOWN: Final = 12
