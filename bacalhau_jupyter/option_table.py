@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from bacalhau_node import literals, requirements
 from bacalhau_node.errors import SpecError
-from bacalhau_node.spec import MAX_REPLICAS, MAX_SHARDS, Sharding
+from bacalhau_node.spec import MAX_GPU_SHARE, MAX_REPLICAS, MAX_SHARDS, Sharding
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -189,6 +189,7 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         Option(
             "gpu", "GPUs (1 without a number)", metavar="[N]", bare="1", read=lambda text: literals.count(text, high=64)
         ),
+        _count("gpu-share", "so many shards on one GPU", high=MAX_GPU_SHARE),
         Option("cpu", "CPU cores: 2 or 0.5", metavar="X", read=literals.cores),
         Option("memory", "memory: 4GB", metavar="SIZE", read=literals.size),
         Option("disk", "disk: 10GB", metavar="SIZE", read=literals.size),
@@ -220,7 +221,6 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         Option("help", "this text", short="h"),
     ),
     "Not in this version": (
-        _later("gpu-share", "N"),
         _later("secret", "NAME"),
         _later("constraint", "EXPR"),
         _later("reuse"),

@@ -199,7 +199,7 @@ _FIELDS = {
     "--require": "requires",
 }
 _SPLITS = ("--shards", "--batch-size", "--shard-size")
-_RESOURCES = {"--cpu": "cpu", "--memory": "memory", "--disk": "disk", "--gpu": "gpus"}
+_RESOURCES = {"--cpu": "cpu", "--memory": "memory", "--disk": "disk", "--gpu": "gpus", "--gpu-share": "gpu_share"}
 _NO_FIELD = frozenset((*_SPLITS, *_RESOURCES, "--publish"))
 
 
@@ -251,6 +251,8 @@ def _check_together(texts: Mapping[str, list[str]]) -> None:
     for flag in _SPLITS[1:]:
         if flag in texts and "--input" not in texts:
             raise SpecError(f"{flag} splits the files of --input; add --input SRC")
+    if "--gpu-share" in texts and "--gpu" not in texts:
+        raise SpecError("--gpu-share says how many shards share one of the cards of --gpu; add --gpu")
     if "--glob" in texts and "--input" not in texts:
         raise SpecError("--glob chooses among the files of --input; add --input SRC")
 

@@ -169,13 +169,15 @@ class LocalClient:
     async def plan(self, spec: JobSpec) -> JobPlan:
         """See `Client`."""
         plan = await self._node.plan(spec)
-        return msgspec.structs.replace(plan, notes=(*plan.notes, *await self._node.environment(spec)))
+        few = self._node.gpu_notes(spec, len(plan.shards))
+        return msgspec.structs.replace(plan, notes=(*plan.notes, *few, *await self._node.environment(spec)))
 
     async def submit(self, spec: JobSpec, *, job: JobId | None = None) -> Submission:
         """See `Client`. `job`: an id that the caller made up."""
         job, plan = await self._node.submit(spec, created=time.time(), job=job)
         self._inputs[job] = tuple(_logical(shard.entries) for shard in plan.shards)
-        notes = (*plan.notes, *self._warning(), *await self._node.preparations(spec))
+        few = self._node.gpu_notes(spec, len(plan.shards))
+        notes = (*plan.notes, *few, *self._warning(), *await self._node.preparations(spec))
         return Submission(job, len(plan.shards), self._node.id, self._node.capabilities.executor, notes)
 
     def _warning(self) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ import msgspec
 
 from bacalhau_node import __version__
 from bacalhau_node.errors import BacalhauError, SpecError
+from bacalhau_node.executors.gpus import NO_DRIVER, detect, listed
 from bacalhau_node.folders import data_folder
 from bacalhau_node.layers import installer
 from bacalhau_node.node import open_node
@@ -102,7 +103,9 @@ def _executor(told: Capabilities) -> Finding:
 
 
 def _gpu() -> Finding:
-    smi = shutil.which("nvidia-smi")
-    if smi is None:
-        return Finding("GPU", "ok", "none found (no NVIDIA driver): jobs with --gpu are refused")
-    return Finding("GPU", "warning", f"a driver is here ({smi})", "this version does not give GPUs to shards yet")
+    cards, problem = detect()
+    if cards:
+        return Finding("GPU", "ok", listed(cards))
+    if problem == NO_DRIVER:
+        return Finding("GPU", "ok", f"none ({NO_DRIVER}): jobs with --gpu are refused")
+    return Finding("GPU", "warning", problem, "jobs with --gpu are refused until it is")

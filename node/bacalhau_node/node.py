@@ -22,6 +22,7 @@ from bacalhau_node.content.blocks import BlockStore
 from bacalhau_node.engine import Engine
 from bacalhau_node.errors import BugError, ContentError
 from bacalhau_node.executors.docker import DockerExecutor
+from bacalhau_node.executors.gpus import Gpus, at_once
 from bacalhau_node.executors.process import ProcessExecutor
 from bacalhau_node.executors.sandbox import SandboxExecutor
 from bacalhau_node.folders import NodeFolder, data_folder, take_folder
@@ -160,6 +161,16 @@ class Node:
         where = (f"environment: {name}, this machine's Python {target.python}",)
         return (*where, self._layers.describe(requires, target)) if requires else where
 
+    def gpu_notes(self, spec: JobSpec, count: int) -> tuple[str, ...]:
+        """What keeps most of the `count` shards of `spec` waiting if GPUs do, in a sentence for its user."""
+        if not spec.resources.gpus or self._refuse(spec) is not None:
+            return ()
+        cards = self._option(spec).capabilities.gpus
+        most = at_once(cards, spec.resources)
+        if most >= min(count, self.slots):
+            return ()
+        return (f"{len(cards)} GPU{'s' * (len(cards) != 1)}: {most} of {count} shards at once, the others queue",)
+
     async def preparations(self, spec: JobSpec) -> tuple[str, ...]:
         """What has to be done before the first shard of `spec` can start, in sentences for its user."""
         requires = spec.task.requires if isinstance(spec.task, PythonCell) else ()
@@ -202,9 +213,13 @@ class Node:
         return "; ".join([*best, *better]) or "no executor works on this node"
 
     def _choose(self, spec: JobSpec) -> tuple[Executor, str]:
+        option = self._option(spec)
+        return option.executor, option.capabilities.executor
+
+    def _option(self, spec: JobSpec) -> _Option:
         for option in self._working():
             if option.executor.check(spec) is None:
-                return option.executor, option.capabilities.executor
+                return option
         raise BugError(f"a job was taken that no executor can run: {self._refuse(spec)}")
 
     # --- end ---
@@ -265,8 +280,9 @@ async def open_node(
 
 def _executors(folder: NodeFolder) -> list[Executor]:
     """The executors of this machine, best isolation first."""
+    gpus = Gpus(folder.root / "gpus")
     return [
-        DockerExecutor(folder.path, node=folder.node, is_alive=folder.is_alive),
-        SandboxExecutor(folder.path / "sandbox"),
-        ProcessExecutor(folder.path / "process"),
+        DockerExecutor(folder.path, node=folder.node, is_alive=folder.is_alive, gpus=gpus),
+        SandboxExecutor(folder.path / "sandbox", gpus=gpus),
+        ProcessExecutor(folder.path / "process", gpus=gpus),
     ]

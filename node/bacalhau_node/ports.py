@@ -22,6 +22,15 @@ from bacalhau_node.spec import InputSource, Isolation, JobSpec
 # --- executor ---
 
 
+class Gpu(msgspec.Struct, frozen=True, kw_only=True):
+    """A card, or a slice of one (MIG). `memory` in bytes; `minor`: the number of its device file, None for a slice."""
+
+    uuid: str
+    name: str
+    memory: int
+    minor: int | None = None
+
+
 class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     """What an executor can do here, found by running one real thing. `problem` says why it can't."""
 
@@ -32,6 +41,7 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     python: str
     versions: Mapping[str, str] = {}
     limits_enforced: bool = True
+    gpus: tuple[Gpu, ...] = ()
     problem: str | None = None
 
 

@@ -22,6 +22,10 @@ Isolation = Literal["container", "sandbox", "none"]
 ISOLATION_RANK: dict[str, int] = {"none": 0, "sandbox": 1, "container": 2}
 
 
+MAX_GPU_SHARE = 64
+"""Bound on the shards that share a card (a guess: each needs some hundred megabytes for its driver's context)."""
+
+
 class InputSource(msgspec.Struct, frozen=True, kw_only=True):
     """Where data comes from, and where a shard finds it.
 

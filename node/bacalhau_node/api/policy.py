@@ -19,7 +19,7 @@ from bacalhau_node.cid import Cid
 from bacalhau_node.errors import ContentError, SpecError
 from bacalhau_node.ports import ContentStore
 from bacalhau_node.sharding import mounts
-from bacalhau_node.spec import ISOLATION_RANK, InputSource, JobSpec, PythonCell
+from bacalhau_node.spec import ISOLATION_RANK, MAX_GPU_SHARE, InputSource, JobSpec, PythonCell
 
 OWNER_LABEL = "bacalhau.owner"
 """The label that holds whose job it is: the name of its key, nothing for the node's owner."""
@@ -87,7 +87,7 @@ def _check_numbers(spec: JobSpec) -> None:
         ("resources.memory", take.memory, 1, 10**18),
         ("resources.disk", take.disk, 1, 10**18),
         ("resources.gpus", take.gpus, 0, 1024),
-        ("resources.gpu_share", take.gpu_share, 1, 1),
+        ("resources.gpu_share", take.gpu_share, 1, MAX_GPU_SHARE),
     )
     for name, value, low, high in bounds:
         if value is not None and not (math.isfinite(value) and low <= value <= high):

@@ -168,7 +168,8 @@ def nodes(node: str | None, as_json: bool) -> None:  # noqa: FBT001 - click pass
         click.echo(msgspec.json.encode(found))
     for each in () if as_json else found:
         can = each.executor
-        click.echo(f"{each.node}  {f'{can.executor}, {can.slots} slots, Python {can.python}' if can else '?'}")
+        cards = f", {len(can.gpus)} GPU{'s' * (len(can.gpus) != 1)}" if can and can.gpus else ""
+        click.echo(f"{each.node}  {f'{can.executor}, {can.slots} slots, Python {can.python}{cards}' if can else '?'}")
 
 
 COMMANDS: tuple[Any, ...] = (list_jobs, describe, logs, get, cancel, nodes)

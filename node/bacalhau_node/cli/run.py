@@ -19,7 +19,7 @@ from bacalhau_node.cli.printing import closing_line, follow, summary
 from bacalhau_node.client import Client, JobView
 from bacalhau_node.download import download
 from bacalhau_node.errors import SpecError
-from bacalhau_node.spec import MAX_SHARDS, Command, JobSpec, PythonCell, Resources, Sharding
+from bacalhau_node.spec import MAX_GPU_SHARE, MAX_SHARDS, Command, JobSpec, PythonCell, Resources, Sharding
 
 SIZE, TIME = Literal("SIZE", literals.size), Literal("TIME", literals.seconds)
 COUNT, CORES = Literal("N", literals.count), Literal("X", literals.cores)
@@ -36,6 +36,7 @@ _RUN_OPTIONS = (
     click.option("--memory", type=SIZE, help="Memory of one shard."),
     click.option("--disk", type=SIZE, help="Disk of one shard."),
     click.option("--gpu", "gpus", type=click.IntRange(min=0), is_flag=False, flag_value=1, default=0, metavar="[N]"),
+    click.option("--gpu-share", type=click.IntRange(1, MAX_GPU_SHARE), default=1, help="So many shards on one GPU."),
     click.option("--timeout", type=TIME, help="Time for one shard."),
     click.option("--job-timeout", type=TIME, help="Time for the whole job."),
     click.option("--parallel", type=COUNT, help="At most so many shards at once."),
@@ -120,7 +121,9 @@ def _spec(task: PythonCell | Command, given: dict[str, Any]) -> JobSpec:
         inputs=tuple(literals.source(text, place) for text in take("inputs")),
         shared=tuple(literals.source(text, place) for text in take("shared")),
         sharding=_sharding(take("shards"), take("batch_size"), take("shard_size")),
-        resources=Resources(cpu=take("cpu"), memory=take("memory"), disk=take("disk"), gpus=take("gpus")),
+        resources=Resources(
+            cpu=take("cpu"), memory=take("memory"), disk=take("disk"), gpus=take("gpus"), gpu_share=take("gpu_share")
+        ),
         env=dict(take("env")),
         labels=dict(take("labels")),
         **given,

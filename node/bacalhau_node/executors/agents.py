@@ -23,7 +23,16 @@ import msgspec
 from bacalhau_node.executors import staging
 from bacalhau_node.executors.attach import DaemonError
 from bacalhau_node.executors.containers import Recipe
-from bacalhau_node.executors.layout import LAYER, NoEnvironment, NoProgram, Shape, Site, SlotFolder, memory_text
+from bacalhau_node.executors.layout import (
+    LAYER,
+    NoEnvironment,
+    NoProgram,
+    Shape,
+    Site,
+    SlotFolder,
+    gpu_label,
+    memory_text,
+)
 from bacalhau_node.executors.limits import DEFAULT_DISK
 from bacalhau_node.executors.slot import AgentLost, AgentSetup, AgentSlot, agent_job, shard_run
 from bacalhau_node.messages import ShardError
@@ -123,18 +132,21 @@ class AgentContainer:
             raise
 
     def _recipe(self, python: str) -> Recipe:
+        devices, gpus = self._site.cards(self.shape)
         return Recipe(
             image=self._site.image(self.shape),
             command=(python, "-s", "-u", "/slot/agent/__main__.py"),
             entrypoint=(),
             environment=self._site.variables(self.shape),
             mounts=self.folder.mounts(self._site),
-            labels=self._site.labels(slot=str(self._number)),
+            labels=self._site.labels(slot=str(self._number), **gpu_label(self.shape)),
             user=self._site.inside,
             folder="/slot/work",
             memory=self.shape.memory,
             cpu=self.shape.cpu,
             network=self.shape.network,
+            devices=devices,
+            gpus=gpus,
         )
 
     async def _greet(self, imports: tuple[str, ...]) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
 from bacalhau_node.errors import ContentError
 from bacalhau_node.executors.attach import DaemonError
+from bacalhau_node.executors.gpus import NO_RUNTIME, Gpus, NoGpu, devices, no_runtime
 from bacalhau_node.executors.layout import NoEnvironment, size_text
 from bacalhau_node.executors.limits import memory_per_slot, usable_cores
 from bacalhau_node.executors.slot import RECALLED, AgentLost, warm_imports
@@ -34,12 +35,13 @@ W = TypeVar("W", bound=Workshop)
 class BoxedExecutor(Generic[W]):
     """Most of an executor. `called`: what it is, in a sentence that says that it can't be used.
 
-    `slots`: shards at once; None: usable cores.
+    `slots`: shards at once; None: usable cores. `gpus`: the cards of the node, for all of its executors.
     """
 
     called: str
 
-    def __init__(self, *, slots: int | None = None) -> None:
+    def __init__(self, *, gpus: Gpus, slots: int | None = None) -> None:
+        self._gpus = gpus
         self._slots = slots or usable_cores()
         self._memory = memory_per_slot(self._slots)
         self._workshop: W | None = None
@@ -51,11 +53,11 @@ class BoxedExecutor(Generic[W]):
     def _unusable(self) -> str:
         return f"{self.called} can't be used on this node: {self._problem}"
 
-    def _too_much(self, wanted: Resources) -> str | None:
-        """What this machine has not, or can't give to one shard."""
+    def _too_much(self, wanted: Resources, *, whole: bool = True) -> str | None:
+        """What this machine has not, or can't give to one shard. `whole`: a shard can't get a slice of a card."""
         most = self._memory * self._slots
-        if wanted.gpus:
-            return f"--gpu: this node has no GPU ({_no_gpu()})"
+        if (lack := self._gpus.lack(wanted, whole=whole)) is not None:
+            return lack
         if wanted.memory is not None and wanted.memory > most:
             return f"--memory {size_text(wanted.memory)}: this node can give a shard at most {size_text(most)}"
         if wanted.cpu > self._slots:
@@ -71,13 +73,17 @@ class BoxedExecutor(Generic[W]):
         assert current is not None
         self._runs.add(current)
         try:
-            return await self._run(workshop, task, await workshop.shape(task), emit)
-        except NoEnvironment as error:
+            shape = await workshop.shape(task)
+            holding = self._gpus.hold(task.execution, task.spec.resources, whole=shape.image is None)
+            async with holding as cards:
+                shape = replace(shape, gpus=tuple(card.uuid for card in cards), devices=devices(cards))
+                return await self._run(workshop, task, shape, emit)
+        except (NoEnvironment, NoGpu) as error:
             return _failed("environment", error)
         except ContentError as error:
             return _failed("input", error)
         except (DaemonError, OSError) as error:
-            return _failed("node", error)
+            return _failed("environment", NoGpu(NO_RUNTIME)) if no_runtime(error) else _failed("node", error)
         finally:
             self._runs.discard(current)
 
@@ -96,6 +102,9 @@ class BoxedExecutor(Generic[W]):
                         if end.started or lost >= TRIES:
                             return await container.explain(end)
                         continue
+                    finally:
+                        if shape.gpus:
+                            await container.remove()  # before its cards are another shard's
                     workshop.learn(task.execution.job, outcome.seconds)
                     return outcome
             except NeedsRoot as needed:
@@ -122,12 +131,6 @@ class BoxedExecutor(Generic[W]):
         """Have boxes ready, with these modules preloaded."""
         if self._workshop is not None:
             self._workshop.warm(warm_imports(imports))
-
-
-def _no_gpu() -> str:
-    if Path("/proc/driver/nvidia/version").exists():
-        return "there is an NVIDIA driver, but this version gives no GPU to shards"
-    return "no NVIDIA driver found"
 
 
 def _failed(kind: ErrorKind, error: Exception) -> RawOutcome:

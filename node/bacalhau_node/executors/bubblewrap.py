@@ -140,6 +140,7 @@ def options(bubblewrap: Bubblewrap, root: Root, recipe: Recipe, group: ControlGr
         *bubblewrap.rights_options(network=network),
         *root.options,
         *("--proc", "/proc", "--dev", "/dev"),
+        *(word for path in recipe.devices for word in ("--dev-bind", str(path), str(path))),
         *("--perms", "1777", "--size", half, "--tmpfs", "/dev/shm"),  # noqa: S108 - in the sandbox
         *("--perms", "1777", "--size", half, "--tmpfs", "/tmp"),  # noqa: S108 - in the sandbox
         *("--size", str(RUN_SIZE), "--tmpfs", "/run"),

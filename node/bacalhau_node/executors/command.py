@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final, Literal
 from bacalhau_node.executors import staging
 from bacalhau_node.executors.attach import DaemonError
 from bacalhau_node.executors.containers import Recipe
-from bacalhau_node.executors.layout import NoProgram, Shape, Site, SlotFolder, memory_text, size_text
+from bacalhau_node.executors.layout import NoProgram, Shape, Site, SlotFolder, gpu_label, memory_text, size_text
 from bacalhau_node.executors.limits import DEFAULT_DISK
 from bacalhau_node.executors.slot import shard_run
 from bacalhau_node.messages import ShardError
@@ -77,10 +77,11 @@ async def _remove(site: Site, container: str, folder: SlotFolder) -> None:
 def _recipe(site: Site, task: ShardTask, shape: Shape, folder: SlotFolder, number: int) -> Recipe:
     command = task.spec.task
     assert isinstance(command, Command)
-    named = {"job": task.execution.job, "slot": str(number)}
+    named = {"job": task.execution.job, "slot": str(number), **gpu_label(shape)}
     if task.spec.timeout is not None:
         named["deadline"] = str(int(time.time() + task.spec.timeout) + GRACE_SECONDS)
     identity = shard_run(task, locate=lambda _, mount: mount, outputs="/outputs", work="/slot/work", scratch="").env
+    devices, gpus = site.cards(shape)
     return Recipe(
         image=site.image(shape),
         command=command.argv if command.shell is None else (),
@@ -95,6 +96,8 @@ def _recipe(site: Site, task: ShardTask, shape: Shape, folder: SlotFolder, numbe
         network=shape.network,
         log="local",
         stdin=False,
+        devices=devices,
+        gpus=gpus,
     )
 
 

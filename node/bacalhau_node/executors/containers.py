@@ -57,6 +57,7 @@ class Label(StrEnum):
     LIFE = "io.bacalhau-jupyter.life"
     JOB = "io.bacalhau-jupyter.job"
     SLOT = "io.bacalhau-jupyter.slot"
+    GPUS = "io.bacalhau-jupyter.gpus"
     DEADLINE = "io.bacalhau-jupyter.deadline"
 
 
@@ -76,7 +77,8 @@ class Recipe:
     `entrypoint` replaces the image's own (an empty tuple clears it), None keeps it. `folder` is
     where the program starts, None: where the image says. `log`:
     "none" for a container whose stream is read as it comes, "local" for one that may have to be
-    read again.
+    read again. `devices`: device files that it may open. `gpus`: UUIDs of the cards that the daemon's NVIDIA
+    runtime gives it, with the driver's libraries.
     """
 
     image: str
@@ -92,6 +94,8 @@ class Recipe:
     network: Literal["none", "bridge"] = "none"
     log: Literal["none", "local"] = "none"
     stdin: bool = True
+    devices: tuple[Path, ...] = ()
+    gpus: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +120,10 @@ class DaemonInfo:
 
 _NO_LOG: Final = {"Type": "none"}
 _LOCAL_LOG: Final = {"Type": "local", "Config": {"max-size": "10m", "max-file": "1", "compress": "false"}}
+
+
+_NO_GPU: Final = {"NVIDIA_VISIBLE_DEVICES": "void"}
+"""Where NVIDIA's runtime is the daemon's default, an image could otherwise give itself every card by a variable."""
 
 
 @dataclass(slots=True)
@@ -356,9 +364,11 @@ def _create(api: Any, recipe: Recipe) -> str:
     can't name paths with colons. Memory and swap have one limit, so that there is no swap. The
     temporary folder is executable: compilers such as numba's load what they write there.
     """
-    from docker.types import Mount as BindMount  # noqa: PLC0415 - see `_in_thread`
+    from docker.types import DeviceRequest  # noqa: PLC0415 - see `_in_thread`
+    from docker.types import Mount as BindMount  # noqa: PLC0415 - likewise
 
     half = recipe.memory // 2
+    wanted = [DeviceRequest(device_ids=list(recipe.gpus), capabilities=[["gpu", "compute", "utility"]])]
     config = api.create_host_config(
         mounts=[
             BindMount(mount.target, str(mount.source), type="bind", read_only=not mount.writable)
@@ -378,13 +388,15 @@ def _create(api: Any, recipe: Recipe) -> str:
         nano_cpus=int(recipe.cpu * 1e9),
         shm_size=half,
         init=True,
+        devices=[f"{path}:{path}:rw" for path in recipe.devices],
+        device_requests=wanted if recipe.gpus else None,
         log_config=_NO_LOG if recipe.log == "none" else _LOCAL_LOG,
     )
     made = api.create_container(
         recipe.image,
         command=list(recipe.command),
         entrypoint=None if recipe.entrypoint is None else list(recipe.entrypoint),
-        environment=dict(recipe.environment),
+        environment={**recipe.environment, **({} if recipe.gpus else _NO_GPU)},
         user=recipe.user,
         working_dir=recipe.folder,
         labels=dict(recipe.labels),

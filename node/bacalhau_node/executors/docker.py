@@ -21,6 +21,7 @@ from bacalhau_node.executors.base_image import Environments
 from bacalhau_node.executors.boxed import BoxedExecutor
 from bacalhau_node.executors.command import run_command
 from bacalhau_node.executors.containers import DEFAULT_HOST
+from bacalhau_node.executors.gpus import Gpus
 from bacalhau_node.executors.layout import NoEnvironment
 from bacalhau_node.executors.plant import Plant, open_plant
 from bacalhau_node.ports import Capabilities, Target
@@ -39,7 +40,8 @@ class DockerExecutor(BoxedExecutor[Plant]):
     """Implements `ports.Executor` with isolation "container".
 
     `folder` is the node's own (its slots lie in it, on the store's file system). `is_alive` says
-    whether a node of this data folder runs now. `slots`: shards at once; None: usable cores.
+    whether a node of this data folder runs now. `slots`: shards at once; None: usable cores. `gpus`: the cards
+    of the node.
     """
 
     called = "Docker"
@@ -51,8 +53,9 @@ class DockerExecutor(BoxedExecutor[Plant]):
         node: NodeId,
         slots: int | None = None,
         is_alive: Callable[[NodeId], bool] = lambda _: True,
+        gpus: Gpus | None = None,
     ) -> None:
-        super().__init__(slots=slots)
+        super().__init__(slots=slots, gpus=gpus or Gpus(folder / "gpus"))
         self._folder, self._node, self._is_alive = folder, node, is_alive
         self._host = os.environ.get("DOCKER_HOST") or DEFAULT_HOST
 
@@ -61,6 +64,7 @@ class DockerExecutor(BoxedExecutor[Plant]):
     async def probe(self) -> Capabilities:
         """Find the daemon and start a container; later probes only ask whether it is still there."""
         async with self._probing:
+            await self._gpus.look()
             try:
                 await self._try()
                 self._problem = None
@@ -75,6 +79,7 @@ class DockerExecutor(BoxedExecutor[Plant]):
             memory_per_slot=self._memory,
             python=".".join(usual.python.split(".")[:2]),
             versions=usual.versions,
+            gpus=self._gpus.cards,
             limits_enforced=plant is None or plant.info.limits,
             problem=self._problem,
         )
@@ -92,9 +97,11 @@ class DockerExecutor(BoxedExecutor[Plant]):
                 slots=self._slots,
                 memory=self._memory,
                 is_alive=self._is_alive,
+                cards=self._gpus.cards,
             )
             self._workshop = plant = await opening
         plant.warm()
+        await plant.try_cards(self._gpus.cards)
 
     def check(self, spec: JobSpec) -> str | None:
         """Why containers of this node can never run `spec`, or None."""
@@ -105,7 +112,10 @@ class DockerExecutor(BoxedExecutor[Plant]):
         cell, plant = spec.task, self._workshop
         if isinstance(cell, PythonCell) and spec.image is None and plant and (lack := plant.environments.lack(cell)):
             return lack
-        return self._too_much(spec.resources)
+        lack = self._too_much(spec.resources, whole=spec.image is None)
+        if lack is None and spec.resources.gpus and plant:
+            return plant.no_cards_for_image if spec.image else plant.no_cards
+        return lack
 
     async def target(self, spec: JobSpec) -> Target:
         """The Python that containers for `spec` have; see `ports.Executor`."""

@@ -19,8 +19,6 @@ from bacalhau_node.spec import ISOLATION_RANK, JobSpec, PythonCell, Resources
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-_NVIDIA: Final = Path("/proc/driver/nvidia/version")
-
 _DISTRIBUTION: Final = re.compile(r"([^-]+)-([^-]+)(?:-py[0-9.]+)?\.(?:dist|egg)-info")
 """How installers name the folder that describes a distribution: name, version, sometimes the Python."""
 
@@ -47,10 +45,6 @@ def _refused(spec: JobSpec) -> str | None:
 
 def _too_large(resources: Resources) -> str | None:
     """What this machine has not."""
-    if resources.gpus and not _NVIDIA.exists():
-        return "--gpu: this node has no GPU (no NVIDIA driver found)"
-    if resources.gpus:
-        return "--gpu: this node runs shards as plain processes, which are given none"
     if resources.memory is not None and resources.memory > usable_memory():
         return (
             f"--memory {size_text(resources.memory)}: this node can give a shard at most {size_text(usable_memory())}"

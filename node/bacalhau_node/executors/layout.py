@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
 from bacalhau_node.errors import SpecError
-from bacalhau_node.executors import staging
+from bacalhau_node.executors import gpus, staging
 from bacalhau_node.executors.containers import Label, Mount
 from bacalhau_node.executors.environment import HostEnvironment, collapse, user_variables
 from bacalhau_node.executors.runtime import Runtime
@@ -68,6 +68,7 @@ class Shape:
     `targets` are mounts outside of `/inputs` and `/shared`; `files` are single files that lie at a
     place of their own: (target, path); `roots` are folders bound whole, for files too large to
     copy that can't be linked; `layer` holds packages that count before those of the environment.
+    `gpus` are the UUIDs of its cards, `devices` the device files to open them by.
     """
 
     image: str | None = None
@@ -82,6 +83,8 @@ class Shape:
     files: tuple[tuple[str, Path], ...] = ()
     roots: tuple[Path, ...] = ()
     layer: Path | None = None
+    gpus: tuple[str, ...] = ()
+    devices: tuple[Path, ...] = ()
 
     def root_places(self) -> dict[Path, str]:
         """Where the roots lie in the container."""
@@ -121,7 +124,15 @@ class Site:
         """The environment of a container: the image's own stays below it."""
         known = self.host.variables(os.environ) if shape.image is None else user_variables(os.environ)
         threads = str(max(1, round(shape.cpu)))
+        known |= gpus.variables(shape.gpus) if shape.gpus else {}
         return known | dict.fromkeys(_THREAD_VARIABLES, threads)
+
+    def cards(self, shape: Shape) -> tuple[tuple[Path, ...], tuple[str, ...]]:
+        """(device files, UUIDs to ask the runtime for) of a box of this shape.
+
+        The host environment has the driver's libraries of this machine: the device files are all that it lacks.
+        """
+        return (shape.devices, ()) if shape.image is None else ((), shape.gpus)
 
 
 class SlotFolder:
@@ -170,6 +181,11 @@ class SlotFolder:
             staging.clear(folder)
         own = [file for file in files if file.mount not in dict(self.shape.files)]
         staging.stage(own, self.places, reader, roots=self.shape.root_places())
+
+
+def gpu_label(shape: Shape) -> dict[str, str]:
+    """What a container's labels say of its cards."""
+    return {"gpus": ",".join(shape.gpus)} if shape.gpus else {}
 
 
 def memory_text(limit: int) -> str:

@@ -21,19 +21,20 @@ from typing import TYPE_CHECKING, Final
 from bacalhau_node.executors.agents import AgentContainer
 from bacalhau_node.executors.attach import DaemonError
 from bacalhau_node.executors.base_image import Environments, advice, find
-from bacalhau_node.executors.containers import Daemon, DaemonInfo, Label
+from bacalhau_node.executors.containers import Daemon, DaemonInfo, Label, Recipe
 from bacalhau_node.executors.environment import Interpreter, describe
 from bacalhau_node.executors.fit import installed, own_target
+from bacalhau_node.executors.gpus import NO_RUNTIME, devices, no_runtime
 from bacalhau_node.executors.images import Images
 from bacalhau_node.executors.layout import NoEnvironment, NoProgram, Shape, Site
 from bacalhau_node.executors.staging import Reader
 from bacalhau_node.executors.workshop import Workshop, new_slots, shard_user
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from bacalhau_node.ids import NodeId
-    from bacalhau_node.ports import ShardTask, Target
+    from bacalhau_node.ports import Gpu, ShardTask, Target
     from bacalhau_node.spec import JobSpec
 
 _PYTHONS: Final = ("python3", "python")
@@ -48,6 +49,11 @@ class Plant(Workshop):
         self.daemon, self.info = daemon, info
         self.images = Images(daemon)
         self.environments = Environments({})
+        self.no_cards: str | None = None
+        """Why a usual container can't get a GPU, where there are some."""
+        self.no_cards_for_image: str | None = None
+        """Why a container of a job's own image can't."""
+        self._tried_cards = False
         self._pythons: dict[str, str] = {}
         self._reaping: asyncio.Task[None] | None = None
 
@@ -109,6 +115,37 @@ class Plant(Workshop):
         await self.images.close()
         await super().close()
 
+    # --- GPUs ---
+
+    async def try_cards(self, cards: Sequence[Gpu]) -> None:
+        """Start containers with the first card, once; again while that fails: a runtime may have been installed."""
+        if not cards or (self._tried_cards and not self.no_cards and not self.no_cards_for_image):
+            return
+        self.no_cards, self.no_cards_for_image = await asyncio.gather(
+            self._card_problem(cards[0]), self._runtime_problem(cards[0])
+        )
+        self._tried_cards = True
+
+    async def _card_problem(self, card: Gpu) -> str | None:
+        shape = replace(self.usual, gpus=(card.uuid,), devices=devices([card]))
+        try:
+            container = await self._start(shape, ())
+        except (DaemonError, NoEnvironment) as error:
+            return f"--gpu: containers of this node can't be given a GPU: {error}"
+        await container.remove()
+        return None
+
+    async def _runtime_problem(self, card: Gpu) -> str | None:
+        """A daemon without the NVIDIA runtime says so only when a container starts; nothing needs to run in it."""
+        container = await self.daemon.create(_card_question(self.site, card.uuid))
+        try:
+            await self.daemon.start(container)
+        except DaemonError as error:
+            return NO_RUNTIME if no_runtime(error) else None
+        finally:
+            await self.daemon.remove(container)
+        return None
+
     # --- what dead nodes left ---
 
     def reap_later(self, is_alive: Callable[[NodeId], bool]) -> None:
@@ -133,10 +170,38 @@ class Plant(Workshop):
         return beside and not is_alive(labels.get(Label.NODE, ""))
 
 
+def _card_question(site: Site, card: str) -> Recipe:
+    """A container with a card, of the image that is always here; there is no program in it."""
+    return Recipe(
+        image=site.host.tag,
+        command=("/none",),
+        entrypoint=(),
+        environment={},
+        mounts=(),
+        labels=site.labels(slot="question"),
+        user=site.inside,
+        folder="/",
+        memory=256 * 1024**2,
+        cpu=1.0,
+        stdin=False,
+        gpus=(card,),
+    )
+
+
 async def open_plant(
-    host: str, folder: Path, *, node: NodeId, slots: int, memory: int, is_alive: Callable[[NodeId], bool]
+    host: str,
+    folder: Path,
+    *,
+    node: NodeId,
+    slots: int,
+    memory: int,
+    is_alive: Callable[[NodeId], bool],
+    cards: Sequence[Gpu] = (),
 ) -> Plant:
-    """Make the daemon at `host` work for this node. Raises `DaemonError` or `NoEnvironment`, which say why it can't."""
+    """Make the daemon at `host` work for this node. Raises `DaemonError` or `NoEnvironment`, which say why it can't.
+
+    `cards`: the GPUs of this machine. What a dead node left may have one: then it is removed before this returns.
+    """
     if importlib.util.find_spec("docker") is None:
         raise NoEnvironment("the docker package is not installed: pip install 'bacalhau-jupyter[docker]'")
     daemon = Daemon(host)
@@ -144,7 +209,10 @@ async def open_plant(
     try:
         await daemon.ping()
         plant = await _found(daemon, folder, node=node, slots=slots, memory=memory)
-        plant.reap_later(is_alive)
+        if cards:
+            await plant.reap(is_alive)
+        else:
+            plant.reap_later(is_alive)
         plant.environments.versions, plant.environments.base = await asyncio.gather(
             asyncio.to_thread(installed), find(plant.images, plant.site)
         )

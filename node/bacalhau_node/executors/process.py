@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from bacalhau_node.executors.fit import installed, misfit, own_target, python_version
+from bacalhau_node.executors.gpus import Gpus, NoGpu, variables
 from bacalhau_node.executors.limits import DEFAULT_DISK, ControlGroup, memory_per_slot, usable_cores, usable_memory
 from bacalhau_node.executors.plain import GROUP_PREFIX, PlainAgent
 from bacalhau_node.executors.slot import RECALLED, AgentLost, ShardRun, agent_job, shard_run, warm_imports
@@ -75,11 +76,14 @@ class _Seat:
 class ProcessExecutor:
     """Runs shards as plain processes. `folder` is for its own small files; `slots` shards run at once.
 
+    `gpus`: the cards of the node.
+
     Implements `ports.Executor` with isolation "none".
     """
 
-    def __init__(self, folder: Path, *, slots: int | None = None) -> None:
+    def __init__(self, folder: Path, *, slots: int | None = None, gpus: Gpus | None = None) -> None:
         self._folder = folder
+        self._gpus = gpus or Gpus(folder / "gpus")
         self._slots = slots or usable_cores()
         self._memory = memory_per_slot(self._slots)
         self._most_spares = min(self._slots, max(1, usable_memory() // 10 // SPARE_MEMORY))
@@ -98,6 +102,7 @@ class ProcessExecutor:
     async def probe(self) -> Capabilities:
         """Start one agent for real; it stays as a spare."""
         problem = None
+        await self._gpus.look()
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             await asyncio.to_thread(ControlGroup.tidy, GROUP_PREFIX)
@@ -119,13 +124,14 @@ class ProcessExecutor:
             memory_per_slot=self._memory,
             python=python_version(),
             versions=self._versions,
+            gpus=self._gpus.cards,
             limits_enforced=bool(self._spares and self._spares[0].group is not None),
             problem=problem,
         )
 
     def check(self, spec: JobSpec) -> str | None:
         """Why plain processes can never run `spec`, or None."""
-        return misfit(spec, self._versions)
+        return misfit(spec, self._versions) or self._gpus.lack(spec.resources)
 
     async def target(self, spec: JobSpec) -> Target:
         """The interpreter of this process, whatever the job."""
@@ -134,10 +140,17 @@ class ProcessExecutor:
 
     async def run(self, task: ShardTask, emit: Callable[[ExecutorEvent], None]) -> RawOutcome:
         """Run one execution; see `ports.Executor`."""
+        try:
+            async with self._gpus.hold(task.execution, task.spec.resources) as cards:
+                return await self._run(task, tuple(card.uuid for card in cards), emit)
+        except NoGpu as error:
+            return RawOutcome(ok=False, exit_code=-1, error=ShardError("environment", message=str(error)))
+
+    async def _run(self, task: ShardTask, cards: tuple[str, ...], emit: Callable[[ExecutorEvent], None]) -> RawOutcome:
         cause, left = "", RESTARTS
         while left:
             try:
-                return await self._run_once(task, emit)
+                return await self._run_once(task, cards, emit)
             except AgentLost as lost:
                 if lost.started:
                     return _lost_outcome(lost)
@@ -213,22 +226,31 @@ class ProcessExecutor:
 
     # --- slots ---
 
-    async def _run_once(self, task: ShardTask, emit: Callable[[ExecutorEvent], None]) -> RawOutcome:
+    async def _run_once(
+        self, task: ShardTask, cards: tuple[str, ...], emit: Callable[[ExecutorEvent], None]
+    ) -> RawOutcome:
         seat = await self._acquire(task.execution.job)
         try:
             agent = await self._agent_for(seat, task)
-            run, places = self._shard_run(task), (task.scratch / "value", task.scratch / "outputs")
+            run, places = self._shard_run(task, cards), (task.scratch / "value", task.scratch / "outputs")
             try:
                 outcome = await agent.slot.run(run, host_scratch=places[0], host_outputs=places[1], emit=emit)
             except AgentLost as lost:
                 if lost.cause != RECALLED:
                     await asyncio.shield(self._spawn(agent.end()))
                 raise
-            seat.learned(outcome.seconds)
+            if not cards:
+                seat.learned(outcome.seconds)
             return await _checked(outcome)
         finally:
+            if cards:  # its interpreter is nobody else's, and gone before its cards are
+                await asyncio.shield(self._spawn(self._empty(seat)))
             seat.runs -= 1
             self._serve_waiting()
+
+    async def _empty(self, seat: _Seat) -> None:
+        async with seat.lock:
+            await self._vacate(seat)
 
     async def _agent_for(self, seat: _Seat, task: ShardTask) -> PlainAgent:
         """An agent of the task's job in the slot. Raises `AgentLost` when there can be none."""
@@ -298,19 +320,21 @@ class ProcessExecutor:
             if self._closed:
                 return
             work = agent_job(task, bundle=str(task.bundle))
-            self._imports = work.imports
-            seat.agent = await self._take_agent(work.imports, task.layer)
+            if not task.spec.resources.gpus:
+                self._imports = work.imports
+            fresh = task.layer is not None or task.spec.resources.gpus > 0
+            seat.agent = await (self._start(work.imports, task.layer) if fresh else self._take_agent(work.imports))
             seat.agent.limit(task.spec.resources.memory or self._memory)
             seat.agent.slot.bind(work)
 
-    async def _take_agent(self, imports: tuple[str, ...], layer: Path | None) -> PlainAgent:
-        """An agent for a job; a job with a layer gets a new one: a spare may have loaded what the layer brings."""
-        while self._spares and layer is None:
+    async def _take_agent(self, imports: tuple[str, ...]) -> PlainAgent:
+        """A spare if there is one. Not for a job with a layer, of which a spare may have loaded another version."""
+        while self._spares:
             spare = self._spares.pop()
             if spare.alive:
                 return spare
             await spare.end()
-        return await self._start(imports, layer)
+        return await self._start(imports)
 
     @staticmethod
     async def _vacate(seat: _Seat) -> None:
@@ -318,7 +342,7 @@ class ProcessExecutor:
         if agent is not None:
             await agent.end()
 
-    def _shard_run(self, task: ShardTask) -> ShardRun:
+    def _shard_run(self, task: ShardTask, cards: tuple[str, ...]) -> ShardRun:
         run = shard_run(
             task,
             locate=lambda path, _: str(path),
@@ -328,6 +352,8 @@ class ProcessExecutor:
             memory=task.spec.resources.memory or self._memory,
             disk=task.spec.resources.disk or DEFAULT_DISK,
         )
+        if cards or self._gpus.cards:  # without --gpu it sees none, as in a container
+            run = msgspec.structs.replace(run, env={**run.env, **variables(cards)})
         if not isinstance(task.spec.task, Command):
             return run
         places = {"BACALHAU_INPUTS": str(_links(task)), "BACALHAU_OUTPUTS": run.outputs}

@@ -25,6 +25,7 @@ from bacalhau_node.executors.boxed import BoxedExecutor
 from bacalhau_node.executors.bubblewrap import Root, find
 from bacalhau_node.executors.environment import Interpreter, describe
 from bacalhau_node.executors.fit import installed, mismatch, own_target, python_version
+from bacalhau_node.executors.gpus import Gpus
 from bacalhau_node.executors.layout import NoEnvironment, Site
 from bacalhau_node.executors.limits import ControlGroup
 from bacalhau_node.executors.plain import GROUP_PREFIX
@@ -40,18 +41,20 @@ if TYPE_CHECKING:
 class SandboxExecutor(BoxedExecutor[Workshop]):
     """Implements `ports.Executor` with isolation "sandbox".
 
-    `folder` is its own, on the store's file system. `slots`: shards at once; None: usable cores.
+    `folder` is its own, on the store's file system. `slots`: shards at once; None: usable cores. `gpus`: the
+    cards of the node.
     """
 
     called = "sandboxes"
 
-    def __init__(self, folder: Path, *, slots: int | None = None) -> None:
-        super().__init__(slots=slots)
+    def __init__(self, folder: Path, *, slots: int | None = None, gpus: Gpus | None = None) -> None:
+        super().__init__(slots=slots, gpus=gpus or Gpus(folder / "gpus"))
         self._folder = folder
 
     async def probe(self) -> Capabilities:
         """Run one sandbox for real; it stays as a spare."""
         async with self._probing:
+            await self._gpus.look()
             try:
                 if self._workshop is None:
                     opening = _open(self._folder, slots=self._slots, memory=self._memory)
@@ -67,6 +70,7 @@ class SandboxExecutor(BoxedExecutor[Workshop]):
             memory_per_slot=self._memory,
             python=python_version(),
             versions=self._versions,
+            gpus=self._gpus.cards,
             limits_enforced=workshop is None or not workshop.site.watched,
             problem=self._problem,
         )

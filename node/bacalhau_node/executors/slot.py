@@ -24,7 +24,7 @@ from bacalhau_node.errors import BugError, ProtocolError
 from bacalhau_node.executors.link import AgentLink, Pipe, Reply, ValueHead, frame
 from bacalhau_node.ids import Execution
 from bacalhau_node.ports import ExecutorEvent, RawOutcome, RawValue, ShardLines, ShardStarted, ShardTask
-from bacalhau_node.spec import PythonCell
+from bacalhau_node.spec import JobSpec, PythonCell
 
 WARM_MODULES = ("numpy", "pandas", "polars", "pyarrow")
 """Modules that may be imported before a fork: their import alone starts no thread and opens no device."""
@@ -117,7 +117,7 @@ def agent_job(task: ShardTask, *, bundle: str) -> AgentJob:
         bundle=bundle,
         name=cell.name,
         line_offset=cell.line_offset,
-        imports=warm_imports(cell.imports),
+        imports=ahead(task.spec),
         env=task.spec.env,
     )
 
@@ -158,6 +158,16 @@ def shard_run(
 def warm_imports(imports: tuple[str, ...]) -> tuple[str, ...]:
     """Those of a cell's imports that an agent may load before it forks, sorted."""
     return tuple(name for name in WARM_MODULES if name in imports)
+
+
+def ahead(spec: JobSpec) -> tuple[str, ...]:
+    """What the agents of a job load before its shards start: nothing where a shard has a GPU of its own.
+
+    Nothing of a driver may be open in a process that forks.
+    """
+    if spec.resources.gpus or not isinstance(spec.task, PythonCell):
+        return ()
+    return warm_imports(spec.task.imports)
 
 
 def seed_of(execution: Execution) -> int:

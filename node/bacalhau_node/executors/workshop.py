@@ -18,10 +18,9 @@ from bacalhau_node.executors.crew import Crew, Need
 from bacalhau_node.executors.environment import collapse
 from bacalhau_node.executors.layout import Image, Shape, Site, roots_of, shape_of
 from bacalhau_node.executors.program import copy_agent
-from bacalhau_node.executors.slot import warm_imports
+from bacalhau_node.executors.slot import ahead
 from bacalhau_node.executors.spares import Spares
 from bacalhau_node.executors.staging import Reader, destroy
-from bacalhau_node.spec import PythonCell
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -90,14 +89,13 @@ class Workshop:
 
     def need(self, task: ShardTask, shape: Shape) -> Need:
         """What the run of a shard needs."""
-        cell = task.spec.task
         return Need(
             job=task.execution.job,
             shape=shape,
-            imports=warm_imports(cell.imports) if isinstance(cell, PythonCell) else (),
+            imports=ahead(task.spec),
             shares=self.shares(shape),
-            rides=not task.files and self._jobs.get(task.execution.job, JobFacts()).short,
-            once=task.spec.container_per == "shard",
+            rides=not task.files and not shape.gpus and self._jobs.get(task.execution.job, JobFacts()).short,
+            once=task.spec.container_per == "shard" or bool(shape.gpus),
         )
 
     def learn(self, job: JobId, seconds: float) -> None:
@@ -106,7 +104,8 @@ class Workshop:
             self._jobs[job].short = seconds < SHORT
 
     async def _hire(self, need: Need) -> AgentContainer:
-        self._imports = need.imports
+        if not need.shape.gpus:
+            self._imports = need.imports
         spare = await self.spares.take() if need.shape == self.usual else None
         return spare or await self._start(need.shape, need.imports)
 
