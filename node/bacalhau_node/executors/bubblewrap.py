@@ -43,8 +43,6 @@ if TYPE_CHECKING:
     from bacalhau_node.executors.containers import Recipe
     from bacalhau_node.executors.limits import ControlGroup
 
-RUN_SIZE: Final = 16 * 1024**2
-"""Bytes of `/run`."""
 PROBE_SECONDS: Final = 20
 """How long the first sandbox of a node may take on a busy machine; milliseconds is usual."""
 HOST_NAME: Final = "shard"
@@ -52,7 +50,7 @@ _NAMES: Final = ("hosts", "resolv.conf", "nsswitch.conf")
 """Files of `/etc` by which names become addresses; shown to a shard that may use the network."""
 _HIDDEN: Final = ("/proc/kcore", "/proc/keys", "/proc/timer_list")
 """What other processes of the machine do."""
-_MADE: Final = frozenset({"dev", "proc", "run", "tmp"})
+_MADE: Final = frozenset({"dev", "proc", "tmp"})
 """Folders of the root that are mounts of their own kind."""
 _SETPRIV: Final = Path("/usr/bin/setpriv")
 
@@ -143,7 +141,6 @@ def options(bubblewrap: Bubblewrap, root: Root, recipe: Recipe, group: ControlGr
         *(word for path in recipe.devices for word in ("--dev-bind", str(path), str(path))),
         *("--perms", "1777", "--size", half, "--tmpfs", "/dev/shm"),  # noqa: S108 - in the sandbox
         *("--perms", "1777", "--size", half, "--tmpfs", "/tmp"),  # noqa: S108 - in the sandbox
-        *("--size", str(RUN_SIZE), "--tmpfs", "/run"),
         *_names(root, network=network),
         *_bound((*recipe.mounts, *_counters(group)), root),
         *(word for path in _HIDDEN if Path(path).exists() for word in ("--ro-bind", str(root.empty), path)),
