@@ -90,7 +90,7 @@ class Running:
         if failure is not None and not (self.request.partial and DONE in record.states):
             raise failure
         if failure is not None:
-            print(failure, file=sys.stderr)  # noqa: T201  a cell's output
+            print(report(failure), file=sys.stderr)  # noqa: T201  a cell's output
         result = self.job.result(partial=True)
         if self.request.df is None:
             return result if self.job.returned() else None

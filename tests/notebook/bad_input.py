@@ -306,6 +306,12 @@ VALUES = (
         kept="[0, a 0 1, 2]",
     ),
     Item(
+        name="a shard that fails, with --partial",
+        cell=f"{DF} --partial\n1 / (shard.index - 1)",
+        says=("ZeroDivisionError: division by zero in shard 1", "----> 2 1 / ", "2 finished", "value\\n0"),
+        kept="[-1.0, 1.0]",
+    ),
+    Item(
         name="a --reduce that fails",
         cell=f"{DF} --reduce \"df.groupby('nope').sum()\"\n{{{{'a': 1}}}}",
         says=(r"--reduce df.groupby\('nope'\).sum\(\): KeyError: 'nope'", r"\(result = j\.result\(\)\)"),
