@@ -215,10 +215,11 @@ class JobMonitor:
 
     def _shard(self, update: ShardChanged) -> None:
         shard = update.shard
-        if update.attempt < self._attempts.get(shard, 0) or self._states[shard] in {DONE, FAILED, STOPPED}:
+        code, ends = CODES[update.state], {DONE, FAILED, STOPPED}
+        older = update.attempt < self._attempts.get(shard, 0)
+        if self._states[shard] in ends or (older and code not in ends):  # an end counts whatever attempt it is of
             return
         self._attempt(shard, update.attempt)
-        code = CODES[update.state]
         self._states[shard] = RETRYING if update.attempt > 1 and code in {WAITING, RUNNING} else code
         if code == RUNNING and self._running_since is None:
             self._running_since = self._clock()

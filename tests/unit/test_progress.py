@@ -57,6 +57,14 @@ def test_a_late_word_about_an_older_attempt_changes_nothing():
     assert one.tail(0) == ()
 
 
+def test_the_end_of_an_older_attempt_counts():
+    one = monitor()
+    one.feed(shard(0, "running", attempt=2))
+    one.feed(shard(0, "accepted", attempt=1))
+    one.feed(shard(0, "kept", attempt=1))
+    assert one.snapshot().states[0] == DONE
+
+
 def test_a_final_state_stays():
     one = monitor()
     one.feed(shard(0, "kept"))

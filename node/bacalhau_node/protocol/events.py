@@ -39,7 +39,10 @@ class JobRow(msgspec.Struct, frozen=True, tag="job"):
 
 
 class Tried(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """An attempt whose result would still count, and the node that it was offered to. `live`: its lease runs."""
+    """An attempt whose result would still count, and the node that it was offered to.
+
+    `live`: its lease runs, or it has ended and waits for others that agree.
+    """
 
     attempt: int
     node: NodeId

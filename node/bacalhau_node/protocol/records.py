@@ -200,7 +200,8 @@ class Job:
 
     def shard_row(self, shard: Shard) -> ShardRow:
         """One of its shards for the journal."""
-        tried = tuple(Tried(attempt, node, attempt in shard.live) for attempt, node in shard.tried.items())
+        going = {*shard.live, *(vote.execution.attempt for vote in shard.votes)}
+        tried = tuple(Tried(attempt, node, attempt in going) for attempt, node in shard.tried.items())
         row = ShardRow(
             self.id, shard.index, shard.state, shard.attempts, lost=shard.lost, killed=shard.killed, failed=shard.failed
         )

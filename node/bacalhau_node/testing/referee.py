@@ -30,6 +30,15 @@ class Referee:
         """For each answer of a shard, the attempts that gave it."""
         self._ended: dict[JobId, JobChanged] = {}
 
+    @property
+    def runs(self) -> int:
+        """How many executions came to an end, whichever counted."""
+        return len(self._outcomes)
+
+    def accepted(self, job: JobId) -> int:
+        """How many of a job's shards have an outcome that counts, as journaled."""
+        return sum(row.outcome is not None for (owner, _), row in self._decided.items() if owner == job)
+
     def ran(self, execution: Execution, outcome: Outcome) -> None:
         """An executor reports this end; nobody else makes outcomes."""
         self._outcomes.add((execution, outcome.record))

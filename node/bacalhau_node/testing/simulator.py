@@ -7,7 +7,8 @@ equal traces, bit for bit and on every run of Python, so a failing seed is a reg
 
 The network delays every message by chance (which reorders them), loses some and repeats some;
 messages of a node to itself arrive at once. A crash takes a node's memory, its work and its
-timers; what it had journaled is there when it comes back. A `Referee` watches rows and messages.
+timers; what it had journaled is there when it comes back. A `partition` loses everything between two parts
+of the network. A `Referee` watches rows and messages.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import random
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -133,6 +134,10 @@ class Simulation:
         self.now = 0.0
         self.steps = 0
         self.messages = 0
+        self.received: Counter[NodeId] = Counter()
+        """How many messages each node got from others."""
+        self.finished: dict[JobId, float] = {}
+        """When each job ended."""
         self.referee = Referee()
         self.ends: dict[JobId, ev.JobChanged] = {}
         self._weather = weather or Weather()
@@ -143,6 +148,7 @@ class Simulation:
         names = [f"n-{n:04d}" for n in range(nodes)]
         self._places = {name: _Place(Host(name, slots=slots, referee=self.referee)) for name in names}
         self._requesters: dict[NodeId, None] = {}
+        self._apart: frozenset[NodeId] = frozenset()
 
     @property
     def nodes(self) -> list[NodeId]:
@@ -175,6 +181,12 @@ class Simulation:
         """Let a node die in its turn number `turn` (from 1), after the commit and before any effect."""
         self._places[node].broken[turn] = down
 
+    def partition(self, nodes: Iterable[NodeId], *, at: float, until: float) -> None:
+        """Lose all messages between these nodes and the others for a while."""
+        part = frozenset(nodes)
+        self._later(at, partial(self._divide, part))
+        self._later(until, partial(self._divide, frozenset()))
+
     def turns(self, node: NodeId) -> int:
         """How many events the node has handled."""
         return self._places[node].turns
@@ -192,6 +204,9 @@ class Simulation:
     def _later(self, at: float, action: Callable[[], None]) -> None:
         self._count += 1
         heapq.heappush(self._agenda, (max(at, self.now), self._count, action))
+
+    def _divide(self, part: frozenset[NodeId]) -> None:
+        self._apart = part
 
     def _hand_in(self, node: NodeId, job: ev.Submitted) -> None:
         if node not in self._requesters:
@@ -253,6 +268,7 @@ class Simulation:
         self.referee.told(update)
         if isinstance(update, ev.JobChanged) and update.state in ev.FINAL_JOB:
             self.ends[update.job] = update
+            self.finished.setdefault(update.job, self.now)
 
     def _ring(self, node: NodeId, timer: ev.Timer, *, at: float, life: int) -> None:
         place = self._places[node]
@@ -267,9 +283,12 @@ class Simulation:
         if to == sender:
             self._soon(to, event)
             return
+        if (sender in self._apart) != (to in self._apart):
+            return
         weather = self._weather
         copies = (self._chance.random() >= weather.lost) + (self._chance.random() < weather.repeated)
         for _ in range(copies):
+            self.received[to] += 1
             self._later(self.now + self._chance.uniform(*weather.latency), lambda: self._feed(to, event))
 
     def _work(self, node: NodeId) -> None:
