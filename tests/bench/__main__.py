@@ -13,7 +13,19 @@ from pathlib import Path
 
 from tests.bench import harness
 
-CASES = ("importing", "first", "hello", "stream", "core", "fanout", "containers", "glob", "results", "killed")
+CASES = (
+    "importing",
+    "first",
+    "hello",
+    "stream",
+    "core",
+    "simulation",
+    "fanout",
+    "containers",
+    "glob",
+    "results",
+    "killed",
+)
 CASE_SECONDS = 300
 
 
@@ -69,6 +81,7 @@ def write_table() -> None:
 
 def main(names: list[str]) -> int:
     """Run, write; the number of cases that did not end well."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # cases end with us
     broken = [pair for pair in plan(names) if not run_case(*pair)]
     write_table()
     for name, executor in broken:
