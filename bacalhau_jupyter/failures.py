@@ -144,7 +144,10 @@ def explain(
     for group in groups[:MAX_GROUPS]:
         shard = shards.get(group.shards[0], FailedShard(group.shards[0]))
         which = f"shard {shard.index}: " if len(group.shards) > 1 else ""
-        lines += [str(group).replace(headline(group.error), f"{RED}{headline(group.error)}{RESET}", 1), f"  {which}{shard}"]
+        lines += [
+            str(group).replace(headline(group.error), f"{RED}{headline(group.error)}{RESET}", 1),
+            f"  {which}{shard}",
+        ]
         lines += group.error.message.split("\n")[1:]
         lines += [line for frame in _worth_showing(group.error.frames) for line in _drawn(frame, cell)]
         lines += group.error.notes
