@@ -19,7 +19,6 @@ CASES = (
     "hello",
     "stream",
     "core",
-    "simulation",
     "fanout",
     "containers",
     "glob",
