@@ -74,8 +74,12 @@ def find_docker() -> str | None:
 
 
 @contextmanager
-def private_docker(dockerd: str) -> Iterator[str]:
-    """Run a daemon of our own and yield its address; stop it and remove all of its files afterwards."""
+def private_docker(dockerd: str, *, programs: Path | None = None) -> Iterator[str]:
+    """Run a daemon of our own and yield its address; stop it and remove all of its files afterwards.
+
+    `programs`: a folder in which it looks for helper programs before anywhere else.
+    """
+    found = os.pathsep.join([*([str(programs)] if programs else []), os.environ.get("PATH", os.defpath)])
     folder = Path(tempfile.mkdtemp(prefix="dockerd-"))
     host = f"unix://{folder}/d.sock"
     options = ["--data-root", folder / "data", "--exec-root", folder / "exec", "--pidfile", folder / "pid", "-H", host]
@@ -85,6 +89,7 @@ def private_docker(dockerd: str) -> Iterator[str]:
             stdout=log,
             stderr=log,
             start_new_session=True,
+            env={**os.environ, "PATH": found},
         )
     try:
         _wait_for(host, daemon, folder / "log")

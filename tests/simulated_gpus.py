@@ -7,10 +7,14 @@ with it show is detection, allocation and what is asked of the system; never tha
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import os
 import shutil
+import stat
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -44,7 +48,7 @@ int nvmlDeviceGetCount_v2(unsigned *count) { for (*count = 0; word(*count, 0, sc
 int nvmlDeviceGetHandleByIndex_v2(unsigned index, unsigned long *handle) { *handle = at(index, 0); return 0; }
 int nvmlDeviceGetUUID(unsigned long h, char *into, unsigned size) { return named(h, into, size) ? 0 : 2; }
 int nvmlDeviceGetName(unsigned long h, char *into, unsigned size) { strcpy(into, "Simulated GPU"); return 0; }
-int nvmlDeviceGetMinorNumber(unsigned long h, unsigned *minor) { *minor = (h - 1) / 16; return 0; }
+int nvmlDeviceGetMinorNumber(unsigned long h, unsigned *minor) { *minor = 200 + (h - 1) / 16; return 0; }
 int nvmlDeviceGetMemoryInfo(unsigned long h, unsigned long long *of) {
     of[0] = 16000000000ull; of[1] = of[0]; of[2] = 0; return 0;
 }
@@ -78,6 +82,24 @@ def simulated_driver() -> Path:
 def load_simulated_driver() -> None:
     """Have it in this process: the loader then takes it for the driver's library of that name."""
     ctypes.CDLL(str(simulated_driver() / "libnvidia-ml.so.1"))
+
+
+@pytest.fixture
+def device_files() -> Iterator[list[str]]:
+    """The names of device files where those of the first two cards would be: what is written to them goes nowhere."""
+    paths = [Path("/dev/nvidia200"), Path("/dev/nvidia201")]
+    made = []
+    try:
+        for path in paths:
+            with contextlib.suppress(FileExistsError):
+                os.mknod(path, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+                made.append(path)
+                path.chmod(0o666)
+    except PermissionError:
+        pytest.skip("only root can make device files")
+    yield [path.name for path in paths]
+    for path in made:
+        path.unlink()
 
 
 def simulate(monkeypatch: pytest.MonkeyPatch, cards: str) -> None:

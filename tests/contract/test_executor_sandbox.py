@@ -26,6 +26,8 @@ from bacalhau_node.testing.executor_suite import (
     until,
     value,
 )
+from tests.simulated_gpus import device_files as device_files
+from tests.simulated_gpus import simulate
 
 pytestmark = pytest.mark.sandbox
 
@@ -131,3 +133,31 @@ async def test_a_node_that_is_killed_leaves_no_sandbox(tmp_path: Path) -> None:
     node.kill()
     await node.wait()
     await until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in children))
+
+
+async def test_shards_that_run_at_once_see_the_device_file_of_their_own_simulated_card_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device_files: list[str]
+) -> None:
+    """No CUDA program runs here: the card and its file are simulated."""
+    cards = {"GPU-aaaa": device_files[0], "GPU-bbbb": device_files[1]}
+    simulate(monkeypatch, ",".join(cards))
+    executor = SandboxExecutor(tmp_path / "node", slots=4)
+    assert (await executor.probe()).problem is None
+    bench = ShardBench(executor, tmp_path)
+    try:
+        files = "[name for name in os.listdir('/dev') if name.startswith('nvidia')]"
+        source = f"""
+            import os
+            files = {files}
+            for name in files:
+                open('/dev/' + name, 'wb').write(b'x')
+            [os.environ.get('CUDA_VISIBLE_DEVICES'), files]
+        """
+        runs = [bench.run(source, shard=number, resources=Resources(gpus=1)) for number in range(3)]
+        seen = [value(outcome) for outcome in await asyncio.gather(*runs)]
+        assert {uuid for uuid, _ in seen} == cards.keys()
+        assert all(names == [cards[uuid]] for uuid, names in seen)
+        assert value(await bench.run(source)) == [None, []]
+        assert executor._gpus.table == {}
+    finally:
+        await executor.close()

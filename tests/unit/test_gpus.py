@@ -68,7 +68,7 @@ def test_the_simulated_driver_is_found_as_a_real_one_is_by_the_loader_and_answer
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, env=environment, check=True)
     cards, problem = msgspec.json.decode(done.stdout, type=tuple[tuple[Gpu, ...], str])
     assert problem == ""
-    assert [(each.uuid, each.minor) for each in cards] == [("GPU-aaaa", 0), ("MIG-1", None), ("MIG-2", None)]
+    assert [(each.uuid, each.minor) for each in cards] == [("GPU-aaaa", 200), ("MIG-1", None), ("MIG-2", None)]
     assert {(each.name, each.memory) for each in cards} == {("Simulated GPU", 16 * GB)}
 
 
