@@ -19,6 +19,7 @@ CASES = (
     "hello",
     "stream",
     "core",
+    "simulation",
     "fanout",
     "containers",
     "glob",
