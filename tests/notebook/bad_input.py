@@ -240,8 +240,8 @@ BODIES = (
     _one_of_three(
         "a job that never ends, with --job-timeout",
         "time.sleep(600)",
-        "ran longer than its --job-timeout of 3 s; 2 finished",
-        options="--job-timeout 3",
+        "ran longer than its --job-timeout of 10 s; 2 finished",
+        options="--job-timeout 10",
     ),
     _one_of_three(
         "a cell that never ends, with Stop",
