@@ -124,7 +124,11 @@ CHANGED = "if shard.index == 1:\n    print('on')\n    while inputs[0].stat().st_
 
 INPUTS = (
     _refused("no such folder", "-i '{data}x'", r"--input .*x: no such file or folder; did you mean data"),
-    _refused("no such file for all shards", "--with '{data}/a.cvs'", r"--with .*a\.cvs: no such file or folder; did you mean a\.csv"),
+    _refused(
+        "no such file for all shards",
+        "--with '{data}/a.cvs'",
+        r"--with .*a\.cvs: no such file or folder; did you mean a\.csv",
+    ),
     _refused("a glob without a match", "-i '{data}' --glob '*.tsv'", r"'\*.tsv' matches none of the 3", "  a.csv"),
     _refused("a folder without files", "-i '{data}/new'", "no files", spoil=lambda data: (data / "new").mkdir()),
     _refused("a link to nothing", "-i '{data}'", "d.csv is a link to .*gone.* mend it", spoil=partial(_link, "gone")),
