@@ -1,4 +1,9 @@
-"""`%%bacalhau` and `%bacalhau`: parse, call, display. Nothing is decided here."""
+"""`%%bacalhau` and `%bacalhau`: parse, call, display. Nothing is decided here.
+
+This is all that `%load_ext` waits for, so everything but IPython is imported where it is used.
+"""
+
+# ruff: noqa: PLC0415
 
 from __future__ import annotations
 
@@ -9,10 +14,7 @@ from IPython.core.completer import SimpleCompletion, context_matcher
 from IPython.core.error import UsageError
 from IPython.core.magic import Magics, line_cell_magic, magics_class, no_var_expand, output_can_be_silenced
 
-from bacalhau_jupyter.failures import brief
-from bacalhau_jupyter.option_table import OPTIONS
 from bacalhau_node.errors import BacalhauError, BugError, SpecError
-from bacalhau_node.ids import short
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -45,10 +47,12 @@ class BacalhauMagics(Magics):
         except BugError:
             raise
         except BacalhauError as error:
+            from bacalhau_jupyter.failures import brief
+
             raise brief(error) from None
 
     def _cell(self, line: str, cell: str) -> object:
-        from bacalhau_jupyter import options, running  # noqa: PLC0415  loading the extension stays quick
+        from bacalhau_jupyter import options, running
 
         assert self.shell is not None  # IPython sets it
         request = options.parse(line, options.notebook(self.shell.user_ns))
@@ -58,7 +62,7 @@ class BacalhauMagics(Magics):
         return running.run(self.shell, request, cell)
 
     def _command(self, line: str) -> object:
-        from bacalhau_jupyter import commands  # noqa: PLC0415  loading the extension stays quick
+        from bacalhau_jupyter import commands
 
         return commands.run(self.shell, line)
 
@@ -68,7 +72,7 @@ def load(shell: Any) -> None:
     unload(shell)
     shell.register_magics(BacalhauMagics)
     shell.Completer.custom_matchers.append(complete_options)
-    from bacalhau_jupyter.session import session  # noqa: PLC0415  starts a thread
+    from bacalhau_jupyter.session import session
 
     _tell_unfinished(shell, session().begin(_unfinished))
 
@@ -97,6 +101,8 @@ def _tell_unfinished(shell: Any, answer: Future[tuple[str, ...]]) -> None:
             return
         if parent is not None:
             getattr(shell, "set_thread_parent", shell.set_parent)(parent)
+        from bacalhau_node.ids import short
+
         left = answer.result()
         names = ", ".join(f"`%bacalhau attach {short(job)}`" for job in left[:5])
         print(f"{len(left)} unfinished job{'s' * (len(left) != 1)}: {names}", flush=True)  # noqa: T201  a cell's output
@@ -112,6 +118,8 @@ def complete_options(context: CompletionContext) -> SimpleMatcherResult:
     """Options and their choices, on the line of the magic only."""
     if context.cursor_line != 0 or not context.line_with_cursor.startswith("%%bacalhau "):
         return {"completions": []}
+    from bacalhau_jupyter.option_table import OPTIONS
+
     words = context.line_with_cursor[: context.cursor_position].split(" ")
     option = OPTIONS.get(words[-2])
     names = option.choices if option and option.choices else tuple(OPTIONS) if words[-1].startswith("-") else ()

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from bacalhau_node.errors import BacalhauError, NodeUnreachable, SpecError
-from bacalhau_node.literals import node_url
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
@@ -63,10 +62,6 @@ class Session:
     def open(self) -> bool:
         """Whether it can be asked: not closed, and not the copy of a session in a forked process."""
         return not self._closed and self._process == os.getpid()
-
-    def warm_up(self) -> None:
-        """Begin to open the client, and return at once."""
-        self._begin(self._client())
 
     def call(self, ask: Callable[[Client], Awaitable[T]], *, timeout: float | None = None) -> T:
         """What `ask` answers, from any thread but the loop's own; an interrupt cancels it.
@@ -218,7 +213,11 @@ def close() -> None:
 
 
 def _address(node: str) -> str:
-    return "" if node == LOCAL else node_url(node)
+    if node == LOCAL:
+        return ""
+    from bacalhau_node.literals import node_url  # noqa: PLC0415  loading the extension stays quick
+
+    return node_url(node)
 
 
 def _made(node: str) -> Session:

@@ -22,8 +22,6 @@ from bacalhau_node.spec import JobSpec
 INLINE_LIMIT = 64 * 1024
 """Values and texts up to this size travel inside the message (DESIGN section 3)."""
 
-ERROR_KINDS = ("exception", "exit", "signal", "memory", "timeout", "disk", "output", "input", "environment", "node")
-
 ErrorKind = Literal[
     "exception",  # the cell raised: `name`, `message` and `frames` say what and where
     "exit",  # it ended with an exit code of its own
