@@ -33,13 +33,13 @@ def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return shelf
 
 
-@pytest.fixture(
-    params=[
-        "process",
-        pytest.param("sandbox", marks=pytest.mark.sandbox),
-        pytest.param("docker", marks=pytest.mark.docker),
-    ]
-)
+BOXES = [
+    pytest.param("sandbox", marks=pytest.mark.sandbox),
+    pytest.param("docker", marks=pytest.mark.docker),
+]
+
+
+@pytest.fixture(params=["process", *BOXES])
 async def client(
     request: pytest.FixtureRequest, tmp_path: Path, shelf: Path, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[LocalClient]:
@@ -115,6 +115,20 @@ async def test_what_a_layer_brings_is_not_what_was_loaded_before(client: LocalCl
     async for _ in client.updates(submission.job):
         pass
     assert _value(await client.job(submission.job)) == b'"0.0"'
+
+
+@pytest.mark.parametrize("client", BOXES, indirect=True)
+async def test_no_shard_can_change_what_others_will_import(client: LocalClient) -> None:
+    source = """\
+import alpha, os, pathlib
+place, tried = pathlib.Path(alpha.__file__), []
+for change in (lambda: place.write_text(""), place.unlink, (place.parent / "new.py").touch, lambda: place.chmod(0o777)):
+    try:
+        change()
+    except OSError as error:
+        tried.append(type(error).__name__)
+len(tried)"""
+    assert _value(await _ran(client, source, "alpha")) == b"4"
 
 
 async def test_a_package_that_does_not_exist_fails_every_shard_alike(client: LocalClient) -> None:
