@@ -308,6 +308,11 @@ async def test_folders_are_downloaded_whole_and_never_over_something(client: Cli
         await client.download(outcome.outputs, tmp_path / "no" / "such" / "folder")
 
 
+async def test_a_bundle_has_the_cid_that_every_client_gives_it(side: Side) -> None:
+    files = {"cell.py": b"1", "vars/ü.json": b"{}", "vars/a/b": b"x" * 300_000, "modules/empty": b""}
+    assert await side.client.put_bundle(files) == await side.node.put_bundle(files)
+
+
 async def test_a_large_bundle_arrives(client: Client) -> None:
     cell = b"(pathlib.Path(big.__file__).parent / 'data.bin').stat().st_size"
     files = {"cell.py": b"import big, pathlib\n" + cell, "modules/big.py": b"", "modules/data.bin": b"y" * 2_500_000}

@@ -212,6 +212,17 @@ async def test_what_is_wrong_with_a_body_is_said_in_one_sentence(api, path, body
     assert await api.local.jobs() == []
 
 
+async def test_a_cell_may_come_with_its_job(api):
+    body = {"job": ID, "spec": {"task": {"type": "cell", "bundle": "any"}}, "files": {"cell.py": b"6 * 7"}}
+    assert (await api.ask("POST", "/v0/jobs", body))[0] == 200
+    view = await api.ended(ID)
+    assert view["state"] == "Completed"
+    assert view["spec"]["task"]["bundle"] == await api.local.put_bundle({"cell.py": b"6 * 7"})
+    assert (await api.ask("POST", "/v0/jobs", body))[0] == 200
+    odd = {**body, "job": a_job_id(2), "files": {"../cell.py": b""}}
+    assert (await api.ask("POST", "/v0/jobs", odd))[0] == 400
+
+
 async def test_a_cell_that_was_not_sent_is_asked_for(api):
     spec = {"task": {"type": "cell", "bundle": NOWHERE}}
     status, answer = await api.ask("POST", "/v0/jobs", {"job": ID, "spec": spec})

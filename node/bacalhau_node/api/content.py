@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 
 from aiohttp import web
 
-from bacalhau_node.api import shapes
+from bacalhau_node.api import policy, shapes
 from bacalhau_node.api.answers import Refused, Stream, answer, body, read
 from bacalhau_node.cid import Cid
 from bacalhau_node.client import LocalClient
@@ -21,8 +21,6 @@ IMPORTS = 4
 
 PART = 1024 * 1024
 """Bytes that are read from disk at once and then sent, or received and then checked."""
-
-BUNDLE_FILES = 10_000
 
 _RANGE = re.compile(r"bytes=([0-9]{1,18})-([0-9]{0,18})")
 
@@ -50,10 +48,7 @@ class Content:
     async def bundle(self, request: web.Request) -> web.Response:
         """Store a cell's folder."""
         asked, _ = await read(request, shapes.BundleRequest)
-        if len(asked.files) > BUNDLE_FILES or sum(map(len, asked.files.values())) > shapes.MAX_BUNDLE:
-            raise SpecError(f"a bundle of over {shapes.MAX_BUNDLE} bytes: send it as an archive to /v0/car")
-        for path in asked.files:
-            _check_path(path)
+        policy.check_files(asked.files)
         return answer(shapes.BundleAnswer(await self._client.put_bundle(asked.files)))
 
     async def missing(self, request: web.Request) -> web.Response:
@@ -126,12 +121,6 @@ class Content:
 
 def _cid(text: str) -> Cid:
     return Cid.parse(text)
-
-
-def _check_path(path: str) -> None:
-    steps = path.split("/")
-    if not all(steps) or {".", ".."} & set(steps) or "\0" in path or len(path) > 4096:
-        raise SpecError(f"{path[:200]!r} is not a path below the bundle's folder")
 
 
 def _file_size(reader: Reader) -> int:

@@ -13,6 +13,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Iterator
 
+import msgspec
 from aiohttp import web
 
 from bacalhau_node.api import policy, shapes
@@ -23,7 +24,7 @@ from bacalhau_node.errors import NodeUnreachable, SpecError
 from bacalhau_node.feed import Feed, Update
 from bacalhau_node.ids import JobId
 from bacalhau_node.protocol.events import CancelRequested
-from bacalhau_node.spec import JobSpec
+from bacalhau_node.spec import JobSpec, PythonCell
 
 CALLER = web.RequestKey("caller", Caller)
 
@@ -65,7 +66,8 @@ class Jobs:
     async def submit(self, request: web.Request) -> web.Response:
         """Start a job, once however often it is asked for."""
         asked, data = await read(request, shapes.SubmitRequest)
-        spec = self._admitted(request, asked.spec, data)
+        spec = self._admitted(request, await self._with_bundle(asked), data)
+        policy.check_bundle(spec, self._client.node.content)
         job, feeds = asked.job, self._client.node.engine.feeds
         if job not in self._flying and job not in feeds:
             if self.draining:
@@ -75,6 +77,15 @@ class Jobs:
         if (flying[0] if flying else _spec(feeds[job])) != spec:
             raise Refused(409, SpecError(f"{job} is another job already: choose an id that is new"))
         return answer(await asyncio.shield(flying[1]) if flying else self._again(job, feeds[job]))
+
+    async def _with_bundle(self, asked: shapes.SubmitRequest) -> JobSpec:
+        """The spec, with the cell's folder that came along stored and named."""
+        spec = asked.spec
+        if not asked.files or not isinstance(spec.task, PythonCell):
+            return spec
+        policy.check_files(asked.files)
+        bundle = await self._client.put_bundle(asked.files)
+        return msgspec.structs.replace(spec, task=msgspec.structs.replace(spec.task, bundle=bundle))
 
     def _begin(self, job: JobId, spec: JobSpec) -> None:
         task = asyncio.create_task(self._client.submit(spec, job=job))
@@ -102,7 +113,7 @@ class Jobs:
 
     def _admitted(self, request: web.Request, spec: JobSpec, data: bytes) -> JobSpec:
         policy.known_fields(shapes.decode(data, dict)["spec"], policy.plain(spec))
-        return policy.admitted(spec, request[CALLER], self._client.node.content)
+        return policy.admitted(spec, request[CALLER])
 
     # --- looking ---
 

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from bacalhau_node.api.auth import Caller
+from bacalhau_node.api.shapes import MAX_BUNDLE
 from bacalhau_node.cid import Cid
 from bacalhau_node.errors import ContentError, SpecError
 from bacalhau_node.ports import ContentStore
@@ -26,6 +27,8 @@ OWNER_LABEL = "bacalhau.owner"
 
 OTHERS_TIMEOUT = 3600.0
 
+BUNDLE_FILES = 10_000
+
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 _LONGEST = 366 * 86_400.0
 
@@ -35,16 +38,30 @@ def owner(spec: JobSpec) -> str:
     return spec.labels.get(OWNER_LABEL, "")
 
 
-def admitted(spec: JobSpec, caller: Caller, content: ContentStore) -> JobSpec:
-    """The spec as it will run; raises `SpecError` for what no spec may say, `ContentError` for a bundle not sent."""
+def admitted(spec: JobSpec, caller: Caller) -> JobSpec:
+    """The spec as it will run; raises `SpecError` for what no spec may say."""
     _check_numbers(spec)
     _check_names(spec)
     for source in (*spec.inputs, *spec.shared):
         _check_source(source)
     mounts(spec)
+    return spec if caller.role == "admin" else _for_others(spec, caller)
+
+
+def check_bundle(spec: JobSpec, content: ContentStore) -> None:
+    """Raise `ContentError` for a cell whose folder was not sent."""
     if isinstance(spec.task, PythonCell) and not content.has(spec.task.bundle):
         raise ContentError(f"the cell's folder {spec.task.bundle} is not on this node: send it first")
-    return spec if caller.role == "admin" else _for_others(spec, caller)
+
+
+def check_files(files: Mapping[str, bytes]) -> None:
+    """Raise `SpecError` for a cell's folder that is too large, or has a path that leads out of it."""
+    if len(files) > BUNDLE_FILES or sum(map(len, files.values())) > MAX_BUNDLE:
+        raise SpecError(f"a bundle of over {MAX_BUNDLE} bytes: send it as an archive to /v0/car")
+    for path in files:
+        steps = path.split("/")
+        if not all(steps) or {".", ".."} & set(steps) or "\0" in path or len(path) > 4096:
+            raise SpecError(f"{path[:200]!r} is not a path below the bundle's folder")
 
 
 def known_fields(given: object, read: object, where: str = "spec") -> None:

@@ -35,10 +35,11 @@ HEARTBEAT: Final = 10.0
 
 
 class SubmitRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Start a job under an id that the client made up."""
+    """Start a job under an id that the client made up; `files`: the cell's folder, where it is small."""
 
     job: JobId
     spec: JobSpec
+    files: dict[str, bytes] = {}
 
 
 class PlanRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

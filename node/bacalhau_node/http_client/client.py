@@ -12,6 +12,7 @@ import contextlib
 import os
 import tempfile
 import uuid
+from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -35,9 +36,12 @@ from bacalhau_node.plan import make_plan
 from bacalhau_node.protocol.events import FINAL_JOB, JobChanged
 from bacalhau_node.sharding import LocalStamp
 from bacalhau_node.sources.local import LocalSource
-from bacalhau_node.spec import InputSource, JobSpec
+from bacalhau_node.spec import InputSource, JobSpec, PythonCell
 
 CALL_OFF_SECONDS = 2.0
+BUNDLES_KEPT = 8
+"""Small folders of cells that may still be submitted; each is at most `shapes.MAX_BUNDLE`."""
+
 LONGEST_EVENT = 64 * 1024 * 1024
 """Bytes of one event; a shard's text comes in much smaller ones."""
 
@@ -65,16 +69,20 @@ class HttpClient:
         self._connection = Connection(self.url, key, patience=patience)
         self._progress = progress
         self._hashed: dict[LocalStamp, Imported] = {}
+        self._bundles: OrderedDict[str, dict[str, bytes]] = OrderedDict()
         self._store: BlockStore | None = None
         self._opening = asyncio.Lock()
 
     # --- jobs ---
 
     async def put_bundle(self, files: Mapping[str, bytes]) -> str:
-        """See `client.Client`."""
+        """See `client.Client`. A small one is only named here, and goes along with the job's submission."""
         if sum(map(len, files.values())) <= shapes.MAX_BUNDLE:
-            body = shapes.BundleRequest(dict(files))
-            return (await self._connection.ask("POST", "/v0/bundle", shapes.BundleAnswer, body=body)).cid
+            bundle = upload.folder_cid(files)
+            self._bundles[bundle] = dict(files)
+            if len(self._bundles) > BUNDLES_KEPT:
+                self._bundles.popitem(last=False)
+            return bundle
         with tempfile.TemporaryDirectory(prefix="bacalhau-") as name:
             return await self._send_folder(Path(name), files)
 
@@ -102,7 +110,8 @@ class HttpClient:
     async def submit(self, spec: JobSpec) -> Submission:
         """See `client.Client`. Asked again under the same id when the connection breaks, so there is one job."""
         spec, notes = await self._uploaded(spec)
-        body = shapes.SubmitRequest(f"j-{uuid.uuid4()}", spec)
+        files = self._bundles.get(spec.task.bundle, {}) if isinstance(spec.task, PythonCell) else {}
+        body = shapes.SubmitRequest(f"j-{uuid.uuid4()}", spec, files)
         try:
             submission = await self._connection.ask("POST", "/v0/jobs", Submission, body=body, seconds=LONG)
         except asyncio.CancelledError:

@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -25,7 +25,15 @@ from bacalhau_node.api import shapes
 from bacalhau_node.cid import Cid
 from bacalhau_node.content import car
 from bacalhau_node.content.dagpb import PbLink
-from bacalhau_node.content.unixfs import MAX_DEPTH, PROFILES, Imported, import_file, import_links, leaf_block
+from bacalhau_node.content.unixfs import (
+    MAX_DEPTH,
+    PROFILES,
+    Imported,
+    import_bytes,
+    import_file,
+    import_links,
+    leaf_block,
+)
 from bacalhau_node.errors import BugError, ContentError, SpecError
 from bacalhau_node.http_client.connection import BROKEN, LONG, Connection
 from bacalhau_node.sharding import Entry, LocalStamp, select, shown
@@ -67,14 +75,10 @@ class Tree:
 
     def add(self, entries: Iterable[Entry]) -> str:
         """The root CID of a folder that holds these entries at their paths."""
-        root: dict[str, object] = {}
-        for entry in entries:
-            *folders, name = entry.path.rstrip("/").split("/")
-            below = root
-            for folder in folders:
-                below = below.setdefault(folder, {})  # type: ignore[assignment]  # a path is a file's or a folder's
-            below[name] = {} if entry.path.endswith("/") else entry
-        return str(Cid(self._folder(root, 0).cid))
+        items: Iterable[tuple[str, object]] = (
+            (entry.path.rstrip("/"), {} if entry.path.endswith("/") else entry) for entry in entries
+        )
+        return str(Cid(self._folder(_nested(items), 0).cid))
 
     def read(self, cid: bytes) -> bytes:
         """The bytes of one block, checked; raises `ContentError` when its file has changed."""
@@ -132,6 +136,39 @@ class Tree:
 
     def _sink(self, cid: bytes, block: bytes) -> None:
         self.blocks.setdefault(cid, block)
+
+
+def folder_cid(files: Mapping[str, bytes]) -> str:
+    """The CID of a folder with these files, by relative path; nothing is kept of it."""
+
+    def node(content: dict[str, object]) -> PbLink:
+        found = []
+        for name, item in sorted(content.items(), key=lambda pair: os.fsencode(pair[0])):
+            if isinstance(item, dict):
+                link = node(item)
+            else:
+                done = import_bytes(item, _nowhere, profile=PROFILE)  # type: ignore[arg-type]  # a folder or bytes
+                link = PbLink(done.cid, b"", done.tsize)
+            found.append(PbLink(link.cid, os.fsencode(name), link.tsize))
+        return import_links(found, _nowhere, profile=PROFILE)
+
+    return str(Cid(node(_nested(files.items())).cid))
+
+
+def _nested(items: Iterable[tuple[str, object]]) -> dict[str, object]:
+    """(path, what lies there) as folders in folders."""
+    root: dict[str, object] = {}
+    for path, item in items:
+        *folders, name = path.split("/")
+        below = root
+        for folder in folders:
+            below = below.setdefault(folder, {})  # type: ignore[assignment]  # a path is a file's or a folder's
+        below[name] = item
+    return root
+
+
+def _nowhere(_cid: bytes, _block: bytes) -> None:
+    """A sink for blocks that only their names are wanted of."""
 
 
 # --- which files ---
