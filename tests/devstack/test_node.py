@@ -15,10 +15,14 @@ from msgspec import structs
 
 from bacalhau_node.client import LocalClient, ShardText
 from bacalhau_node.errors import ContentError, SpecError
+from bacalhau_node.executors.gpus import Gpus
 from bacalhau_node.executors.process import ProcessExecutor
+from bacalhau_node.ids import Execution
 from bacalhau_node.node import open_node
 from bacalhau_node.protocol.events import JobChanged, ShardChanged
-from bacalhau_node.spec import InputSource, JobSpec, PythonCell, Sharding
+from bacalhau_node.spec import InputSource, JobSpec, PythonCell, Resources, Sharding
+from bacalhau_node.testing.builders import a_job_id
+from tests.simulated_gpus import simulate
 
 SUM = "sum(int(line) for path in inputs for line in path.read_text().split())"
 
@@ -232,3 +236,65 @@ async def test_a_job_is_found_by_the_start_of_its_id(client: LocalClient) -> Non
     assert await client.find(submission.job[2:10]) == submission.job
     with pytest.raises(SpecError, match="no job"):
         await client.find("ffffffff-0")
+
+
+async def test_a_job_with_more_shards_than_simulated_gpus_says_so_queues_them_and_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    simulate(monkeypatch, "GPU-aaaa,GPU-bbbb")
+    root = tmp_path / "data"
+    client = LocalClient(await open_node(root, executors=[ProcessExecutor(root / "process", slots=4)]))
+    try:
+        (seen,) = await client.nodes()
+        assert seen.executor is not None
+        assert [card.uuid for card in seen.executor.gpus] == ["GPU-aaaa", "GPU-bbbb"]
+        source = f"import os\nprint(os.environ['CUDA_VISIBLE_DEVICES'])\n{SUM}"
+        spec = await _spec(
+            client, source, _numbers(tmp_path / "in"), sharding=Sharding(n=6), resources=Resources(gpus=1)
+        )
+        note = "2 GPUs: 2 of 6 shards at once, the others queue"
+        assert note in (await client.plan(spec)).notes
+        submission = await client.submit(spec)
+        assert note in submission.notes
+        updates = await _finished(client, submission.job)
+        assert (await client.job(submission.job)).state == "Completed"
+        texts = [update.text.strip() for update in updates if isinstance(update, ShardText)]
+        assert len(texts) == 6
+        assert set(texts) == {"GPU-aaaa", "GPU-bbbb"}
+        few = structs.replace(spec, resources=Resources(gpus=3))
+        refused = await client.submit(few)
+        assert not any("at once" in note for note in refused.notes)
+        await _finished(client, refused.job)
+        assert "--gpu 3: this node has 2 GPUs: Simulated GPU" in (await client.job(refused.job)).reason
+    finally:
+        await client.close()
+
+
+async def test_the_simulated_gpu_of_a_node_that_is_killed_is_free_for_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    simulate(monkeypatch, "GPU-aaaa")
+    held = "import asyncio, sys\nfrom pathlib import Path\nfrom bacalhau_node.executors.gpus import Gpus\n"
+    held += "from bacalhau_node.ids import Execution\nfrom bacalhau_node.ports import Gpu\n"
+    held += "from bacalhau_node.spec import Resources\nasync def main():\n"
+    held += "    gpus = Gpus(Path(sys.argv[1]), find=lambda: ((Gpu(uuid='GPU-aaaa', name='', memory=1),), ''))\n"
+    held += "    await gpus.look()\n    async with gpus.hold(Execution('j', 0, 1), Resources(gpus=1)):\n"
+    held += "        print('held', flush=True)\n        await asyncio.sleep(600)\nasyncio.run(main())\n"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", held, str(tmp_path / "gpus")]
+    other = await asyncio.create_subprocess_exec(*command, env=environment, stdout=subprocess.PIPE)
+    assert other.stdout is not None
+    assert await other.stdout.readline() == b"held\n"
+    gpus = Gpus(tmp_path / "gpus")
+    await gpus.look()
+    waiting = asyncio.create_task(_held_once(gpus))
+    done, _ = await asyncio.wait({waiting}, timeout=0.1)
+    assert not done
+    other.kill()
+    await other.wait()
+    assert await asyncio.wait_for(waiting, 60) == "GPU-aaaa"
+
+
+async def _held_once(gpus: Gpus) -> str:
+    async with gpus.hold(Execution(a_job_id(1), 0, 1), Resources(gpus=1)) as (card,):
+        return card.uuid

@@ -119,6 +119,12 @@ def test_gpu_takes_a_number_and_never_the_next_option():
     assert parse("--shards 10 --gpu").resources == Resources(gpus=1)
 
 
+def test_a_gpu_can_be_shared_by_so_many_shards_where_one_is_asked_for():
+    assert parse("--gpu --gpu-share 3").resources == Resources(gpus=1, gpu_share=3)
+    with pytest.raises(SpecError, match="add --gpu"):
+        parse("--gpu-share 3")
+
+
 @pytest.mark.parametrize(
     ("line", "field", "value"),
     [
