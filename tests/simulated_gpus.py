@@ -1,8 +1,9 @@
 """A simulated NVIDIA driver: `libnvidia-ml.so.1` from a few lines of C, for the real `nvidia-ml-py` to talk to.
 
-It knows the cards that `SIMULATED_GPUS` lists: "GPU-a,GPU-b+MIG-1+MIG-2" is a whole card and one that
-is cut into two slices. Without the variable it answers as a driver that is not loaded. What tests
-with it show is detection, allocation and what is asked of the system; never that a CUDA program runs.
+It knows the cards that `SIMULATED_GPUS` lists: "GPU-a,GPU-b+MIG-1+MIG-2,GPU-c+" is a whole card, one
+that is cut into two slices, and one that may be cut and is not yet. Without the variable it answers
+as a driver that is not loaded. What tests with it show is detection, allocation and what is asked of
+the system; never that a CUDA program runs.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ int nvmlDeviceGetMigMode(unsigned long h, unsigned *now, unsigned *later) {
 int nvmlDeviceGetMaxMigDeviceCount(unsigned long h, unsigned *count) { *count = 7; return 0; }
 int nvmlDeviceGetMigDeviceHandleByIndex(unsigned long h, unsigned index, unsigned long *handle) {
     *handle = at((h - 1) / 16, index + 1);
-    return named(*handle, scratch, 96) ? 0 : 6;
+    return named(*handle, scratch, 96) && *scratch ? 0 : 6;
 }
 """
 

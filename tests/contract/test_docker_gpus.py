@@ -106,7 +106,7 @@ async def test_the_notebooks_own_python_gets_its_simulated_card_without_a_runtim
         assert value(both)[0] == "GPU-aaaa,GPU-bbbb"
 
 
-async def test_what_a_dead_node_left_is_removed_before_a_node_with_simulated_cards_takes_a_job(
+async def test_what_a_dead_node_left_is_removed_before_a_node_gives_a_simulated_card_away(
     tmp_path: Path, docker_host: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It may have a card."""
@@ -121,9 +121,17 @@ async def test_what_a_dead_node_left_is_removed_before_a_node_with_simulated_car
     labels = {label.value: text for label, text in own.items()}
     api = docker.APIClient(base_url=docker_host)
     try:
-        left = api.create_container(shell_image(docker_host), command=["sleep", "600"], labels=labels)["Id"]
-        api.start(left)
-        async with opened(tmp_path, docker_host, monkeypatch, "GPU-aaaa"):
+
+        def leave() -> str:
+            left = api.create_container(shell_image(docker_host), command=["sleep", "600"], labels=labels)["Id"]
+            api.start(left)
+            return str(left)
+
+        left = leave()
+        async with opened(tmp_path, docker_host, monkeypatch, "GPU-aaaa") as bench:
+            assert left not in [each["Id"] for each in api.containers(all=True)]
+            left = leave()
+            assert value(await bench.run("1", resources=ONE)) == 1
             assert left not in [each["Id"] for each in api.containers(all=True)]
     finally:
         api.close()

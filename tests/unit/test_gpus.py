@@ -61,7 +61,7 @@ def test_the_simulated_driver_is_found_as_a_real_one_is_by_the_loader_and_answer
     environment = {
         **os.environ,
         "LD_LIBRARY_PATH": str(simulated_driver()),
-        VARIABLE: "GPU-aaaa,GPU-bbbb+MIG-1+MIG-2",
+        VARIABLE: "GPU-aaaa,GPU-bbbb+MIG-1+MIG-2,GPU-cccc+",
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
     }
     environment.pop("CUDA_VISIBLE_DEVICES", None)
@@ -230,6 +230,17 @@ async def test_cards_that_go_away_fail_those_who_wait_for_them(tmp_path: Path) -
     with pytest.raises(NoGpu):
         async with gpus.hold(execution(3), ONE):
             pass
+
+
+async def test_a_card_that_cannot_be_locked_fails_the_shard_that_wants_it_and_nobody_else(tmp_path: Path) -> None:
+    shards = Shards(await some(tmp_path / "locks", card("a"), card("b")))
+    await shards.start(execution(1))
+    (tmp_path / "locks" / "GPU-b").mkdir()
+    with pytest.raises(NoGpu, match="GPU-b"):
+        await shards.gpus._take(execution(2), Resources(gpus=1), whole=False)
+    assert shards.gpus.table == {"GPU-a": (execution(1),)}
+    await shards.end(execution(1))
+    assert shards.gpus.table == {}
 
 
 STEPS = st.lists(

@@ -76,7 +76,8 @@ class BoxedExecutor(Generic[W]):
             shape = await workshop.shape(task)
             holding = self._gpus.hold(task.execution, task.spec.resources, whole=shape.image is None)
             async with holding as cards:
-                shape = replace(shape, gpus=tuple(card.uuid for card in cards), devices=devices(cards))
+                if cards:
+                    shape = replace(shape, gpus=tuple(card.uuid for card in cards), devices=devices(cards))
                 return await self._run(workshop, task, shape, emit)
         except (NoEnvironment, NoGpu) as error:
             return _failed("environment", error)

@@ -128,6 +128,8 @@ class DockerExecutor(BoxedExecutor[Plant]):
         self, workshop: Plant, task: ShardTask, shape: Shape, emit: Callable[[ExecutorEvent], None]
     ) -> RawOutcome:
         """A cell in a container of the crew; a command in one of its own."""
+        if shape.gpus:  # a command's container outlives a node that is killed, and may have this very card
+            await workshop.reap(self._is_alive)
         if isinstance(task.spec.task, Command):
             async with workshop.crew.turn(workshop.shares(shape)):
                 return await run_command(workshop.site, task, shape, number=workshop.number(), emit=emit)

@@ -91,24 +91,24 @@ def _cards(nvml: Any) -> Iterator[Gpu]:
     for index in range(nvml.nvmlDeviceGetCount()):
         try:
             card = nvml.nvmlDeviceGetHandleByIndex(index)
-            slices = list(_slices(nvml, card))
-            if slices:
-                yield from (_described(nvml, each, minor=None) for each in slices)
+            if _is_cut(nvml, card):
+                yield from (_described(nvml, each, minor=None) for each in _slices(nvml, card))
             else:
                 yield _described(nvml, card, minor=nvml.nvmlDeviceGetMinorNumber(card))
         except (nvml.NVMLError_GpuIsLost, nvml.NVMLError_NoPermission):
             continue  # of no use to anybody; the others are
 
 
-def _slices(nvml: Any, card: Any) -> Iterator[Any]:
-    """The slices that a card is cut into; none for a whole one, one too old for it, and under an old driver."""
+def _is_cut(nvml: Any, card: Any) -> bool:
+    """Whether a card is used by its slices only; there may be none yet."""
     try:
-        if nvml.nvmlDeviceGetMigMode(card)[0] != nvml.NVML_DEVICE_MIG_ENABLE:
-            return
-        most = nvml.nvmlDeviceGetMaxMigDeviceCount(card)
-    except (nvml.NVMLError_NotSupported, nvml.NVMLError_FunctionNotFound):
-        return
-    for index in range(most):
+        return bool(nvml.nvmlDeviceGetMigMode(card)[0] == nvml.NVML_DEVICE_MIG_ENABLE)
+    except (nvml.NVMLError_NotSupported, nvml.NVMLError_FunctionNotFound):  # an older card, an older driver
+        return False
+
+
+def _slices(nvml: Any, card: Any) -> Iterator[Any]:
+    for index in range(nvml.nvmlDeviceGetMaxMigDeviceCount(card)):
         with contextlib.suppress(nvml.NVMLError_NotFound):  # indexes have gaps
             yield nvml.nvmlDeviceGetMigDeviceHandleByIndex(card, index)
 
@@ -283,7 +283,11 @@ class Gpus:
             self._again = None
         while self._waiting:
             waiter = self._waiting[0]
-            cards = () if waiter.granted.done() else self._grant(waiter)
+            try:
+                cards = () if waiter.granted.done() else self._grant(waiter)
+            except OSError as error:
+                waiter.granted.set_exception(NoGpu(f"a GPU can't be locked for this node: {error}"))
+                cards = ()
             if cards is None:
                 return
             self._waiting.pop(0)
@@ -294,14 +298,17 @@ class Gpus:
         """As many cards as wanted, the least shared first, now in the table; None if there are too few."""
         taken: list[Gpu] = []
         elsewhere = False
-        for card in sorted(self._fitting(waiter.count, whole=waiter.whole), key=self._users):
+        try:
+            for card in sorted(self._fitting(waiter.count, whole=waiter.whole), key=self._users):
+                if len(taken) < waiter.count:
+                    got = self._try(card, waiter)
+                    elsewhere |= got is None
+                    taken += [card] if got else []
+        finally:
             if len(taken) < waiter.count:
-                got = self._try(card, waiter)
-                elsewhere |= got is None
-                taken += [card] if got else []
+                self._drop(waiter.execution, taken)
         if len(taken) == waiter.count:
             return tuple(taken)
-        self._drop(waiter.execution, taken)
         if elsewhere:
             self._again = asyncio.get_running_loop().call_later(ELSEWHERE_SECONDS, self._serve)
         return None
