@@ -4,9 +4,10 @@ Theory of operation. Everything that happens to a node becomes an event in one i
 **turn** takes all events that are waiting, steps the requester and the compute machine,
 commits every journal row and every new block of the turn in one transaction, and only then
 carries out the effects: so nobody is told of a decision that a crash could undo, and a
-thousand shards cost a handful of commits. Effects that take time (running a shard, keeping
-a result) become tasks whose end is the next event. This file is the only place that owns
-tasks and timers.
+thousand shards cost a handful of commits. A message from one of the two machines to the other
+is an event of the same turn: both recover from the same journal, so neither can remember
+what the other forgot. Effects that take time (running a shard, keeping a result) become
+tasks whose end is the next event. This file is the only place that owns tasks and timers.
 
 A busy loop is not a dead node: a timer that fires late by more than a quarter of the lease
 is armed once more for as long as it was late, so that heartbeats which queued up meanwhile
@@ -18,14 +19,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 from typing import Protocol, TypeVar
 
 from bacalhau_node import wire
 from bacalhau_node.errors import BacalhauError, ContentError, ProtocolError
 from bacalhau_node.feed import Feed, ShardText
 from bacalhau_node.ids import Execution, JobId, NodeId
-from bacalhau_node.messages import Accept, Cancel, Kept, Lines, Message, Offer, Outcome, Recall, Reject
+from bacalhau_node.messages import Accept, Cancel, Kept, Lines, Offer, Outcome, Recall, Reject
 from bacalhau_node.ports import ContentStore, Journal, Transport
 from bacalhau_node.protocol import events as ev
 from bacalhau_node.protocol.compute import Compute
@@ -53,6 +54,10 @@ class Work(Protocol):
 
     async def release(self, job: JobId) -> None:
         """No execution of `job` is held any more."""
+        ...
+
+    def ended(self, job: JobId) -> None:
+        """The job of this node has its final state."""
         ...
 
     async def keep(self, order: ev.Keep) -> None:
@@ -121,7 +126,8 @@ class Engine:
             self._record(row)
         for feed in self.feeds.values():
             feed.restore()
-        self._finish(list(effects))
+        self._finish(list(self._routed(list(effects))))
+        self._turn()
 
     async def close(self) -> None:
         """Stop every task and timer; what was decided is in the journal."""
@@ -145,8 +151,16 @@ class Engine:
         now = self._loop.time()
         while self._inbox:
             event = self._inbox.popleft()
-            effects += (self._compute if _for_compute(event) else self._requester).step(event, now)
+            effects += self._routed((self._compute if _for_compute(event) else self._requester).step(event, now))
         self._finish(effects)
+
+    def _routed(self, effects: list[ev.Effect]) -> Iterator[ev.Effect]:
+        """The effects that go outside; what a machine of this node says to the other goes into the inbox."""
+        for effect in effects:
+            if isinstance(effect, ev.Send) and effect.to == self._transport.node:
+                self._inbox.append(ev.Received(effect.to, effect.message))
+            else:
+                yield effect
 
     def _finish(self, effects: list[ev.Effect]) -> None:
         rows = [effect.row for effect in effects if isinstance(effect, ev.Write)]
@@ -169,7 +183,7 @@ class Engine:
             case ev.Write():
                 pass  # committed before
             case ev.Send(to, message):
-                self._send(to, message)
+                self._spawn(self._transport.send(to, wire.encode(message)))
             case ev.SetTimer(timer, at):
                 self._set_timer(timer, at)
             case ev.Notify(update):
@@ -189,16 +203,12 @@ class Engine:
                 pass  # the store is shared with the requester of this process, which pinned it
 
     def _publish(self, update: ev.ShardChanged | ev.JobChanged) -> None:
+        if isinstance(update, ev.JobChanged) and update.state in ev.FINAL_JOB:
+            self._work.ended(update.job)
         if feed := self.feeds.get(update.job):
             feed.publish(update)
 
     # --- messages ---
-
-    def _send(self, to: NodeId, message: Message) -> None:
-        if to == self._transport.node:
-            self.post(ev.Received(to, message))
-        else:
-            self._spawn(self._transport.send(to, wire.encode(message)))
 
     async def _receive(self) -> None:
         async for sender, data in self._transport.received():
