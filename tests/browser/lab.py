@@ -16,7 +16,7 @@ from typing import Any
 import nbformat
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from tests.notebook.kernels import environment
+from tests.notebook.kernels import environment, signals
 
 SECONDS = 90
 FLAGS = (
@@ -36,6 +36,7 @@ class Lab:
 
     def __init__(self, root: Path, address: str, browser: Browser) -> None:
         self.root, self.address, self.browser = root, address, browser
+        self.signals = signals(root.parent / "data")
 
     def write(self, name: str, *cells: str) -> Path:
         """A notebook of these code cells in the server's folder."""

@@ -28,18 +28,18 @@ while shard.index > 1 and not os.path.exists({str(go)!r}): time.sleep(0.02)
 shard.index"""
 
 
-def test_a_running_job_is_seen_and_read_and_keys_stay_in_it(lab, tmp_path):
-    lab.write("running.ipynb", LOAD, waiting(tmp_path / "go", fail=True))
+def test_a_running_job_is_seen_and_read_and_keys_stay_in_it(lab):
+    lab.write("running.ipynb", LOAD, waiting(lab.signals / "running-it", fail=True))
     with lab.open("running.ipynb") as page:
         begin(page)
         bar = page.get_by_role("progressbar", name="Shards finished")
         expect(bar).to_have_attribute("aria-valuetext", "2 of 24 shards finished, 1 failed", timeout=LONG)
         expect(page.locator(".bj-tile")).to_have_count(24)
         expect(page.get_by_text("KeyError: 'carrier' in shard 1", exact=True)).to_be_visible()
-        expect(page.locator(".bj-title")).to_contain_text("24 shards on this machine (process, ")
+        expect(page.locator(".bj-title")).to_contain_text("24 shards on this machine (")
         shot(page, "running-light")
         keys_stay_in_the_view(page)
-        (tmp_path / "go").touch()
+        (lab.signals / "running-it").touch()
         expect(page.get_by_alt_text("24 shards: 23 done, 1 failed")).to_be_visible(timeout=LONG)
         expect(page.locator(".bj-job")).to_have_count(0)
         expect(page.locator(".jp-OutputArea")).to_contain_text(["Cell In[2], line 4"])
@@ -67,9 +67,11 @@ def keys_stay_in_the_view(page):
     assert page.locator(".bj-tile[tabindex='0']").count() == 1
 
 
-def test_the_record_is_there_after_saving_and_reopening_without_a_kernel(lab, tmp_path):
-    (tmp_path / "go").touch()
-    path = lab.write("finished.ipynb", LOAD, waiting(tmp_path / "go", shards=6).replace("0.02", "0.5") + "\n")
+def test_the_record_is_there_after_saving_and_reopening_without_a_kernel(lab):
+    (lab.signals / "record-kernel").touch()
+    path = lab.write(
+        "finished.ipynb", LOAD, waiting(lab.signals / "record-kernel", shards=6).replace("0.02", "0.5") + "\n"
+    )
     path.write_text(path.read_text().replace("import os, time", "import os, time; time.sleep(0.4)"))
     with lab.open("finished.ipynb") as page:
         begin(page)
@@ -93,9 +95,9 @@ def test_the_record_is_there_after_saving_and_reopening_without_a_kernel(lab, tm
 
 
 @pytest.mark.parametrize(("width", "dark"), [(420, False), (1100, True)])
-def test_the_view_fits_a_narrow_page_and_a_dark_one(lab, tmp_path, width, dark):
+def test_the_view_fits_a_narrow_page_and_a_dark_one(lab, width, dark):
     name = f"look-{width}.ipynb"
-    lab.write(name, LOAD, waiting(tmp_path / "go", shards=300, options="--logs none"))
+    lab.write(name, LOAD, waiting(lab.signals / f"view-{width}", shards=300, options="--logs none"))
     with lab.open(name, width=width, dark=dark) as page:
         begin(page)
         expect(page.locator(".bj-tile")).to_have_count(300, timeout=LONG)
@@ -104,12 +106,14 @@ def test_the_view_fits_a_narrow_page_and_a_dark_one(lab, tmp_path, width, dark):
         assert page.evaluate(
             "() => { const e = document.querySelector('.bj-job'); return e.scrollWidth <= e.clientWidth; }"
         )
-        (tmp_path / "go").touch()
+        (lab.signals / f"view-{width}").touch()
         expect(page.get_by_alt_text("300 shards: 300 done")).to_be_visible(timeout=LONG)
 
 
-def test_the_button_of_a_background_job_cancels_it(lab, tmp_path):
-    lab.write("background.ipynb", LOAD, waiting(tmp_path / "never", shards=4, options="--background -o job"), "1 + 1")
+def test_the_button_of_a_background_job_cancels_it(lab):
+    lab.write(
+        "background.ipynb", LOAD, waiting(lab.signals / "never", shards=4, options="--background -o job"), "1 + 1"
+    )
     with lab.open("background.ipynb") as page:
         begin(page)
         button = page.get_by_role("button", name="Cancel")
@@ -119,15 +123,15 @@ def test_the_button_of_a_background_job_cancels_it(lab, tmp_path):
         expect(page.get_by_alt_text("4 shards: 2 done, 2 stopped")).to_be_visible(timeout=LONG)
 
 
-def test_a_page_that_is_reloaded_shows_the_background_job_to_its_end(lab, tmp_path):
-    lab.write("reload.ipynb", LOAD, waiting(tmp_path / "go", shards=4, options="--background -o job"))
+def test_a_page_that_is_reloaded_shows_the_background_job_to_its_end(lab):
+    lab.write("reload.ipynb", LOAD, waiting(lab.signals / "page-end", shards=4, options="--background -o job"))
     with lab.open("reload.ipynb") as page:
         begin(page)
         expect(page.locator(".bj-chip[data-code='2']")).to_have_text("2 done", timeout=LONG)
         command(page, "docmanager:save")
         page.reload()
         expect(page.locator(".bj-chip[data-code='2']")).to_have_text("2 done", timeout=LONG)
-        (tmp_path / "go").touch()
+        (lab.signals / "page-end").touch()
         expect(page.locator(".bj-state").or_(page.get_by_alt_text("4 shards: 4 done"))).to_have_text(
             re.compile("Completed|^$"), timeout=LONG
         )

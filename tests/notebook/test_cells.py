@@ -17,8 +17,8 @@ def test_a_cell_without_a_value_shows_only_what_it_printed(kernel):
     assert shown.value == ""
 
 
-def test_a_line_is_in_the_cell_while_its_shard_runs(kernel, tmp_path):
-    signal = tmp_path / "go"
+def test_a_line_is_in_the_cell_while_its_shard_runs(kernel):
+    signal = kernel.signals / "line"
     body = (
         f"import os, time\nprint('waiting')\nwhile not os.path.exists({str(signal)!r}): time.sleep(0.01)\nprint('went')"
     )
