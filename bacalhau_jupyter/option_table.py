@@ -114,6 +114,12 @@ def _environment(text: str) -> tuple[str, str]:
     return key, value
 
 
+def _secret(text: str) -> str:
+    if not text.isidentifier() or not text.isascii():
+        raise SpecError("the name of an environment variable is needed, never its value")
+    return text
+
+
 def _shards(text: str) -> Sharding:
     if text == "auto":
         return Sharding(by="auto")
@@ -207,6 +213,13 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         Option("node", "the node to run on; default: see %bacalhau connect", metavar="URL", read=_node),
         Option("raw", "the cell is a shell script, not Python"),
         Option("env", "an environment variable", metavar="K=V", short="e", read=_environment, repeats=True),
+        Option(
+            "secret",
+            "an environment variable of yours: masked, never stored",
+            metavar="NAME",
+            read=_secret,
+            repeats=True,
+        ),
         Option("label", "a label of the job", metavar="K=V", short="l", read=literals.pair, repeats=True),
         _count("replicas", "executions of each shard", high=MAX_REPLICAS),
         _count("agree", "how many of them must agree", high=MAX_REPLICAS),
@@ -221,7 +234,6 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         Option("help", "this text", short="h"),
     ),
     "Not in this version": (
-        _later("secret", "NAME"),
         _later("constraint", "EXPR"),
         _later("reuse"),
     ),

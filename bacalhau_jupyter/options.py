@@ -60,6 +60,7 @@ class CellRequest:
     node: str | None = None
     raw: bool = False
     env: dict[str, str] = field(default_factory=dict)
+    secrets: tuple[str, ...] = ()
     labels: dict[str, str] = field(default_factory=dict)
     pin: bool = False
     background: bool = False
@@ -196,6 +197,7 @@ _FIELDS = {
     "--glob": "globs",
     "--module": "modules",
     "--label": "labels",
+    "--secret": "secrets",
     "--require": "requires",
 }
 _SPLITS = ("--shards", "--batch-size", "--shard-size")
@@ -212,6 +214,7 @@ def _request(texts: Mapping[str, list[str]], notebook: Notebook) -> CellRequest:
             fields[_FIELDS.get(flag, OPTIONS[flag].field)] = _joined(flag, each)
     splits = [values[flag][0] for flag in _SPLITS if flag in values]
     resources = {name: values[flag][0] for flag, name in _RESOURCES.items() if flag in values}
+    _check_secrets(fields.get("secrets", ()), fields.get("vars", ()))
     return CellRequest(**fields, sharding=splits[0] if splits else None, resources=Resources(**resources))
 
 
@@ -227,6 +230,8 @@ def _value(option: Option, text: str, notebook: Notebook) -> Any:
 
 
 def _joined(flag: str, each: list[Any]) -> object:
+    if flag == "--secret":
+        return tuple(dict.fromkeys(each))
     if flag in ("--vars", "--require"):
         return tuple(dict.fromkeys(name for names in each for name in names))
     if flag in ("--env", "--label"):
@@ -255,6 +260,12 @@ def _check_together(texts: Mapping[str, list[str]]) -> None:
         raise SpecError("--gpu-share says how many shards share one of the cards of --gpu; add --gpu")
     if "--glob" in texts and "--input" not in texts:
         raise SpecError("--glob chooses among the files of --input; add --input SRC")
+
+
+def _check_secrets(secrets: Iterable[str], stored: Iterable[str]) -> None:
+    """Raise `SpecError` for a secret among the variables that go with the job: those are stored."""
+    for name in set(secrets) & set(stored):
+        raise SpecError(f"--secret {name} is in --vars too, which are stored: leave it out there")
 
 
 # --- help ---

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from bacalhau_jupyter import options
 from bacalhau_jupyter.record import Place
 from bacalhau_node import requirements
 from bacalhau_node.errors import SpecError
+from bacalhau_node.masking import gathered
 from bacalhau_node.spec import Command, PythonCell
 
 if TYPE_CHECKING:
@@ -47,12 +49,15 @@ class Prepared:
     notes: tuple[str, ...] = ()
     node: str | None = None
     """Where it goes; None: to the node that jobs go to now."""
+    secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
 def prepare(request: options.CellRequest, body: str, *, name: str, first: int, around: cells.Around) -> Prepared:
     """Check and bundle a cell. `name` is what tracebacks call it, `first` how many lines stand before its body."""
+    secrets = gathered(request.secrets, os.environ, around.namespace)
     if request.raw:
-        return Prepared(spec=options.to_spec(request, Command(shell=body)), files={}, node=request.node)
+        spec = options.to_spec(request, Command(shell=body))
+        return Prepared(spec=spec, files={}, node=request.node, secrets=secrets)
     cell = cells.read(body, name=name, first=first)
     requires, doubts = _requires(request, cell)
     bundle = cells.bundle(cell, around, variables=request.vars, extra=request.modules, check=not request.no_check)
@@ -66,7 +71,8 @@ def prepare(request: options.CellRequest, body: str, *, name: str, first: int, a
         requires=requires,
     )
     notes = (*bundle.notes, *doubts)
-    return Prepared(spec=options.to_spec(request, task), files=bundle.files, notes=notes, node=request.node)
+    spec = options.to_spec(request, task)
+    return Prepared(spec=spec, files=bundle.files, notes=notes, node=request.node, secrets=secrets)
 
 
 def _requires(request: options.CellRequest, cell: cells.Cell) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -106,7 +112,7 @@ async def send(client: Client, prepared: Prepared, *, node: str, made: list[JobI
     if isinstance(spec.task, PythonCell):
         task = msgspec.structs.replace(spec.task, bundle=await client.put_bundle(prepared.files))
         spec = msgspec.structs.replace(spec, task=task)
-    submission = await client.submit(spec)
+    submission = await client.submit(spec, secrets=prepared.secrets)
     made.append(submission.job)
     nodes = await client.nodes()
     return submission, place_of(submission, nodes, node=node)

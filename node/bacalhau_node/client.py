@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 import msgspec
@@ -27,6 +28,8 @@ from bacalhau_node.protocol.events import JobChanged as JobChanged
 from bacalhau_node.protocol.events import ShardChanged as ShardChanged
 from bacalhau_node.sharding import Entry
 from bacalhau_node.spec import JobSpec
+
+NONE: Mapping[str, str] = MappingProxyType({})
 
 
 class Submission(msgspec.Struct, frozen=True):
@@ -95,8 +98,11 @@ class Client(Protocol):
         """List the inputs and split them, without a job; raises `SpecError` or `ContentError`."""
         ...
 
-    async def submit(self, spec: JobSpec) -> Submission:
-        """List, plan, journal, start; the job exists when this returns."""
+    async def submit(self, spec: JobSpec, *, secrets: Mapping[str, str] = NONE) -> Submission:
+        """List, plan, journal, start; the job exists when this returns. `secrets`: a value for each of `spec.secrets`.
+
+        The node holds them in memory until the job ends, and shards find them in their environment.
+        """
         ...
 
     def updates(self, job: JobId) -> AsyncIterator[Update]:
@@ -172,9 +178,9 @@ class LocalClient:
         few = self._node.gpu_notes(spec, len(plan.shards))
         return msgspec.structs.replace(plan, notes=(*plan.notes, *few, *await self._node.environment(spec)))
 
-    async def submit(self, spec: JobSpec, *, job: JobId | None = None) -> Submission:
+    async def submit(self, spec: JobSpec, *, secrets: Mapping[str, str] = NONE, job: JobId | None = None) -> Submission:
         """See `Client`. `job`: an id that the caller made up."""
-        job, plan = await self._node.submit(spec, created=time.time(), job=job)
+        job, plan = await self._node.submit(spec, created=time.time(), secrets=secrets, job=job)
         self._inputs[job] = tuple(_logical(shard.entries) for shard in plan.shards)
         few = self._node.gpu_notes(spec, len(plan.shards))
         notes = (*plan.notes, *few, *self._warning(), *await self._node.preparations(spec))

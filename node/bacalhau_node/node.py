@@ -12,7 +12,7 @@ import logging
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ import msgspec
 
 from bacalhau_node.content.blocks import BlockStore
 from bacalhau_node.engine import Engine
-from bacalhau_node.errors import BugError, ContentError
+from bacalhau_node.errors import BugError, ContentError, SpecError
 from bacalhau_node.executors.docker import DockerExecutor
 from bacalhau_node.executors.gpus import Gpus, at_once
 from bacalhau_node.executors.process import ProcessExecutor
@@ -29,6 +29,7 @@ from bacalhau_node.folders import NodeFolder, data_folder, take_folder
 from bacalhau_node.ids import JobId
 from bacalhau_node.journal import SqliteJournal
 from bacalhau_node.layers.store import Layers
+from bacalhau_node.masking import Secrets
 from bacalhau_node.plan import JobPlan, make_plan, read_blocks, store_plan
 from bacalhau_node.ports import Capabilities, ContentStore, Executor, Journal, Source, Transport
 from bacalhau_node.protocol import events as ev
@@ -121,14 +122,20 @@ class Node:
         """List and split the inputs of `spec`."""
         return await asyncio.to_thread(make_plan, spec, self._sources, slots=self.slots)
 
-    async def submit(self, spec: JobSpec, *, created: float, job: JobId | None = None) -> tuple[JobId, JobPlan]:
+    async def submit(
+        self, spec: JobSpec, *, created: float, secrets: Mapping[str, str], job: JobId | None = None
+    ) -> tuple[JobId, JobPlan]:
         """Plan, journal and start a job; it exists when this returns. `job`: an id that its client made up."""
+        entrusted = Secrets(secrets)
+        if set(secrets) != set(spec.secrets):
+            raise SpecError(f"secrets {sorted(spec.secrets)} are named, and values for {sorted(secrets)} were sent")
         await self.probe_again()
         if spec.pin:
             spec = await asyncio.to_thread(self._pin, spec)
         plan = await self.plan(spec)
         stored = store_plan(plan, self.content)
         job = job or f"j-{uuid.uuid4()}"
+        self._runner.entrust(job, entrusted)
         self.engine.settle(ev.Submitted(job, spec, stored.root, stored.blocks, created))
         return job, plan
 
@@ -158,7 +165,8 @@ class Node:
             where = (f"environment: {name}, the image {spec.image}",)
             return (*where, f"packages: {', '.join(requires)}, for the Python of the image") if requires else where
         target = await executor.target(spec)
-        where = (f"environment: {name}, this machine's Python {target.python}",)
+        whose = "this machine's" if target.executable else "the base image's"
+        where = (f"environment: {name}, {whose} Python {target.python}",)
         return (*where, self._layers.describe(requires, target)) if requires else where
 
     def gpu_notes(self, spec: JobSpec, count: int) -> tuple[str, ...]:

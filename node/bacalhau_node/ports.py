@@ -14,6 +14,7 @@ import msgspec
 
 from bacalhau_node.cid import Cid
 from bacalhau_node.ids import Execution, JobId, NodeId
+from bacalhau_node.masking import NO_SECRETS, Secrets
 from bacalhau_node.messages import ShardError, ValueKind
 from bacalhau_node.protocol.events import Row
 from bacalhau_node.sharding import Entry, Reference
@@ -82,6 +83,7 @@ class ShardTask(msgspec.Struct, frozen=True, kw_only=True):
     packages that goes in front of those of its environment (None: it needs no others). `files` come in
     plan order. `scratch` is a folder of this execution on the store's file system, which does not
     exist yet: the executor makes it when it has something to return by path, and leaves that there.
+    `secrets` become environment variables of the shard; nothing else of them may be written anywhere.
     """
 
     execution: Execution
@@ -91,6 +93,7 @@ class ShardTask(msgspec.Struct, frozen=True, kw_only=True):
     scratch: Path
     bundle: Path | None = None
     layer: Path | None = None
+    secrets: Secrets = NO_SECRETS
 
 
 class RawValue(msgspec.Struct, frozen=True):

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import msgspec
 
@@ -21,6 +21,7 @@ from bacalhau_node.content.records import encode_outcome, seal
 from bacalhau_node.errors import BacalhauError, ContentError, SpecError
 from bacalhau_node.ids import Execution, JobId
 from bacalhau_node.layers.store import Layer, Layers
+from bacalhau_node.masking import NO_SECRETS, MaskedStream, Secrets
 from bacalhau_node.messages import INLINE_LIMIT, Blob, ErrorKind, Lines, Outcome, ShardError, Value
 from bacalhau_node.plan import read_shard
 from bacalhau_node.ports import (
@@ -40,6 +41,11 @@ from bacalhau_node.spec import InputSource, JobSpec, PythonCell
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+Stream = Literal["stdout", "stderr"]
+
+GONE = "its secrets ({}) are gone with the node's memory: submit it again"
+"""Why a job that a restarted node goes on with can't run its shards."""
 
 INLINE_FILES = 64
 """So many files are opened and checked on the loop (a few microseconds each); more go to a thread."""
@@ -75,14 +81,27 @@ class Runner:
         self._folder, self._content, self._sources, self._choose = folder, content, sources, choose
         self._layers = layers
         self._jobs: dict[JobId, _Job] = {}
+        self._secrets: dict[JobId, Secrets] = {}
+
+    def entrust(self, job: JobId, secrets: Secrets) -> None:
+        """Hold the values of a job's secrets, in memory and nowhere else, until `ended`."""
+        if secrets:
+            self._secrets[job] = secrets
+
+    def ended(self, job: JobId) -> None:
+        """The job has ended: forget its secrets."""
+        self._secrets.pop(job, None)
 
     async def execute(self, run: Run, progress: Callable[[Event | Lines], None]) -> Outcome:
         """Run one execution to its outcome; only cancellation is raised."""
         execution = run.execution
+        secrets = self._secrets.get(execution.job, NO_SECRETS)
+        if missing := [name for name in run.spec.secrets if name not in secrets.values]:
+            return self._failed("environment", SpecError(GONE.format(", ".join(missing))))
         job = self._job(run)
         scratch = job.folder / f"{execution.shard}.{execution.attempt}"
         try:
-            return await self._execute(run, job, scratch, progress)
+            return await self._execute(run, job, scratch, progress=progress, secrets=secrets)
         except ContentError as error:
             return self._failed("input", error)
         except BacalhauError as error:
@@ -120,7 +139,9 @@ class Runner:
             self._jobs[run.execution.job] = job
         return job
 
-    async def _execute(self, run: Run, job: _Job, scratch: Path, progress: Callable[[Event | Lines], None]) -> Outcome:
+    async def _execute(
+        self, run: Run, job: _Job, scratch: Path, *, progress: Callable[[Event | Lines], None], secrets: Secrets
+    ) -> Outcome:
         if not job.ready:
             async with job.lock:
                 await self._prepare(job, run.spec)
@@ -146,9 +167,15 @@ class Runner:
             scratch=scratch,
             bundle=job.bundle,
             layer=job.layer.path if job.layer is not None else None,
+            secrets=secrets,
         )
-        raw = await job.executor.run(task, _telling(run.execution, progress))
+        told = _Telling(run.execution, progress, secrets)
+        try:
+            raw = await job.executor.run(task, told)
+        finally:
+            told.end()
         await _in_thread_if(heavy, check)
+        raw = await asyncio.to_thread(_masked, raw, secrets) if secrets else raw
         return await self._name(raw, job.name)
 
     async def _prepare(self, job: _Job, spec: JobSpec) -> None:
@@ -252,30 +279,69 @@ def _named(path: Path, entry: Entry, folder: Path, mount: str) -> Path:
     return named
 
 
-def _telling(execution: Execution, progress: Callable[[Event | Lines], None]) -> Callable[[ExecutorEvent], None]:
-    def emit(event: ExecutorEvent) -> None:
-        if isinstance(event, ShardLines):
-            progress(Lines(execution, event.stream, event.text))
-        else:
-            progress(ExecutionStarted(execution))
+class _Telling:
+    """What an executor emits, told to the engine, without secrets."""
 
-    return emit
+    def __init__(self, execution: Execution, progress: Callable[[Event | Lines], None], secrets: Secrets) -> None:
+        self._execution, self._progress = execution, progress
+        self._streams: dict[Stream, MaskedStream] = {name: MaskedStream(secrets) for name in ("stdout", "stderr")}
+
+    def __call__(self, event: ExecutorEvent) -> None:
+        if isinstance(event, ShardLines):
+            self._tell(event.stream, self._streams[event.stream].feed(event.text))
+        else:
+            self._progress(ExecutionStarted(self._execution))
+
+    def end(self) -> None:
+        """Nothing more comes: tell what was held back."""
+        for name, stream in self._streams.items():
+            self._tell(name, stream.end())
+
+    def _tell(self, stream: Stream, text: str) -> None:
+        if text:
+            self._progress(Lines(self._execution, stream, text))
+
+
+def _masked(raw: RawOutcome, secrets: Secrets) -> RawOutcome:
+    """The outcome with secrets masked in its text, its error, and a value that is a text for people.
+
+    Other values, and files, are what the cell made them.
+    """
+    value = raw.value
+    if value.kind in ("repr", "mime") and isinstance(value.data, bytes):
+        value = msgspec.structs.replace(value, data=secrets.mask_bytes(value.data))
+    return msgspec.structs.replace(
+        raw,
+        value=value,
+        stdout=secrets.mask_bytes(raw.stdout),
+        stderr=secrets.mask_bytes(raw.stderr),
+        error=raw.error and _rewritten(raw.error, secrets.mask),
+    )
 
 
 def _printable(outcome: Outcome) -> Outcome:
     """The outcome with an error that every format can carry: lone surrogates become escapes."""
     if outcome.error is None:
         return outcome
-    plain = msgspec.to_builtins(outcome.error)
-    return msgspec.structs.replace(outcome, error=msgspec.convert(_escaped(plain), ShardError))
+    return msgspec.structs.replace(outcome, error=_rewritten(outcome.error, _escaped))
 
 
-def _escaped(value: object) -> object:
-    if isinstance(value, str):
-        return value.encode("utf-8", "backslashreplace").decode("utf-8")
-    if isinstance(value, dict):
-        return {key: _escaped(item) for key, item in value.items()}
-    return [_escaped(item) for item in value] if isinstance(value, list | tuple) else value
+def _rewritten(error: ShardError, change: Callable[[str], str]) -> ShardError:
+    """The error with every text in it changed."""
+
+    def changed(value: object) -> object:
+        if isinstance(value, str):
+            return change(value)
+        if isinstance(value, dict):
+            return {key: changed(item) for key, item in value.items()}
+        return [changed(item) for item in value] if isinstance(value, list | tuple) else value
+
+    plain = msgspec.to_builtins(msgspec.structs.replace(error, kind="node"))
+    return msgspec.structs.replace(msgspec.convert(changed(plain), ShardError), kind=error.kind)
+
+
+def _escaped(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 async def _in_thread_if(heavy: bool, work: Callable[[], T]) -> T:  # noqa: FBT001 - reads as a sentence

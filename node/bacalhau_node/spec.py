@@ -98,6 +98,7 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     `replicas`: executions of each shard, on different nodes where there are so many. `agree`: how many of them
     have to give equal answers (or to fail alike) for one to count; with 1 the first to end does.
+    `secrets` are the names of environment variables whose values never stand in a spec (see `masking`).
     """
 
     task: PythonCell | Command
@@ -117,10 +118,13 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
     container_per: Literal["job", "shard"] = "job"
     network: Literal["none", "full"] = "none"
     env: dict[str, str] = {}
+    secrets: tuple[str, ...] = ()
     labels: dict[str, str] = {}
     pin: bool = False
 
     def __post_init__(self) -> None:
+        if twice := sorted(set(self.secrets) & set(self.env)):
+            raise SpecError(f"--secret {twice[0]}: --env sets it too; one of them is possible")
         if not 1 <= self.replicas <= MAX_REPLICAS:
             raise SpecError(f"--replicas {self.replicas}: from 1 to {MAX_REPLICAS} are possible")
         if not 1 <= self.agree <= self.replicas:

@@ -2,7 +2,7 @@
 
 | request | answer |
 |---|---|
-| `POST /v0/jobs` `{job, spec, files}` | the `Submission`; asking again with the same id never makes a second job |
+| `POST /v0/jobs` `{job, spec, files, secrets}` | the `Submission`; the same id again never makes a second job |
 | `GET /v0/jobs`, `GET /v0/jobs/find?prefix=`, `GET /v0/jobs/ID` | `[JobLine]`, `{job}`, `JobView` |
 | `POST /v0/jobs/ID/cancel` | asks for the end |
 | `GET /v0/jobs/ID/updates` | server-sent events `job`, `shard`, `text`; resumed by `Last-Event-ID` or `?since=` |

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import msgspec
 from aiohttp import web
@@ -72,7 +72,7 @@ class Jobs:
         if job not in self._flying and job not in feeds:
             if self.draining:
                 raise NodeUnreachable("this node is shutting down and takes no more jobs: try again, or ask another")
-            self._begin(job, spec)
+            self._begin(job, spec, asked.secrets)
         flying = self._flying.get(job)
         if (flying[0] if flying else _spec(feeds[job])) != spec:
             raise Refused(409, SpecError(f"{job} is another job already: choose an id that is new"))
@@ -87,8 +87,8 @@ class Jobs:
         bundle = await self._client.put_bundle(asked.files)
         return msgspec.structs.replace(spec, task=msgspec.structs.replace(spec.task, bundle=bundle))
 
-    def _begin(self, job: JobId, spec: JobSpec) -> None:
-        task = asyncio.create_task(self._client.submit(spec, job=job))
+    def _begin(self, job: JobId, spec: JobSpec, secrets: Mapping[str, str]) -> None:
+        task = asyncio.create_task(self._client.submit(spec, secrets=secrets, job=job))
         self._flying[job] = spec, task
         task.add_done_callback(lambda done: self._landed(job, done))
 

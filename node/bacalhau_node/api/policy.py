@@ -116,6 +116,9 @@ def _check_names(spec: JobSpec) -> None:
         for name, value in pairs.items():
             if not _NAME.fullmatch(name) or "\0" in value:
                 raise SpecError(f"{what} {name!r}: names are of letters, digits and '_', and no value holds a null")
+    for name in spec.secrets:
+        if not _NAME.fullmatch(name):
+            raise SpecError(f"secret {name!r}: names are of letters, digits and '_'")
     if OWNER_LABEL in spec.labels:
         raise SpecError(f"the label {OWNER_LABEL} is set by the node: leave it out")
 

@@ -40,6 +40,7 @@ class SubmitRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     job: JobId
     spec: JobSpec
     files: dict[str, bytes] = {}
+    secrets: dict[str, str] = {}
 
 
 class PlanRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -12,7 +12,7 @@ from typing import Any
 import click
 import msgspec
 
-from bacalhau_node import filesystem, literals, requirements
+from bacalhau_node import filesystem, literals, masking, requirements
 from bacalhau_node.bundle import script_task
 from bacalhau_node.cli.common import FAILED, NODE, Literal, finish, options, reach
 from bacalhau_node.cli.printing import closing_line, follow, summary
@@ -49,6 +49,9 @@ _RUN_OPTIONS = (
     click.option("--container-per", type=click.Choice(["job", "shard"]), default="job", show_default=True),
     click.option("--network", type=click.Choice(["none", "full"]), default="none", show_default=True),
     click.option("-e", "--env", type=PAIR, multiple=True, metavar="K=V", help="An environment variable."),
+    click.option(
+        "--secret", "secrets", multiple=True, metavar="NAME", help="A variable of yours; masked, never stored."
+    ),
     click.option("-l", "--label", "labels", type=PAIR, multiple=True, metavar="K=V", help="A label of the job."),
     click.option("--raw", is_flag=True, help="FILE is a shell script."),
     click.option("--pin", is_flag=True, help="Give local inputs a CID and keep them."),
@@ -83,7 +86,8 @@ async def _one_job(
 ) -> JobView:
     async with reach(node) as client:
         task = await _task(client, file, command, given)
-        submission = await client.submit(_spec(task, given))
+        spec = _spec(task, given)
+        submission = await client.submit(spec, secrets=masking.gathered(spec.secrets, os.environ))
         where = f"{submission.count} shard{'s' * (submission.count != 1)} on {submission.node} ({submission.executor})"
         for note in (f"job {submission.job}: {where}", *submission.notes):
             click.echo(note, err=True)

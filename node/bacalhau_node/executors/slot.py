@@ -147,7 +147,7 @@ def shard_run(
         inputs=tuple(locate(file.path, file.mount) for file in own),
         logical=tuple(file.logical for file in own),
         shared=tuple(locate(file.path, file.mount) for file in task.files if file.shared),
-        env=_identity(execution, task.count),
+        env={**task.secrets.values, **_identity(execution, task.count)},
         timeout=task.spec.timeout or 0.0,
         memory=memory,
         disk=disk,

@@ -21,7 +21,7 @@ from msgspec import structs
 
 from bacalhau_node.api import shapes
 from bacalhau_node.cid import Cid
-from bacalhau_node.client import JobLine, JobPlan, JobView, NodeView, Submission, Update
+from bacalhau_node.client import NONE, JobLine, JobPlan, JobView, NodeView, Submission, Update
 from bacalhau_node.content.blocks import BlockStore
 from bacalhau_node.content.reader import Reader
 from bacalhau_node.content.unixfs import Imported
@@ -107,11 +107,11 @@ class HttpClient:
         spec, _ = await self._uploaded(spec)
         return await self._connection.ask("POST", "/v0/plan", JobPlan, body=shapes.PlanRequest(spec), seconds=LONG)
 
-    async def submit(self, spec: JobSpec) -> Submission:
+    async def submit(self, spec: JobSpec, *, secrets: Mapping[str, str] = NONE) -> Submission:
         """See `client.Client`. Asked again under the same id when the connection breaks, so there is one job."""
         spec, notes = await self._uploaded(spec)
         files = self._bundles.get(spec.task.bundle, {}) if isinstance(spec.task, PythonCell) else {}
-        body = shapes.SubmitRequest(f"j-{uuid.uuid4()}", spec, files)
+        body = shapes.SubmitRequest(f"j-{uuid.uuid4()}", spec, files, dict(secrets))
         try:
             submission = await self._connection.ask("POST", "/v0/jobs", Submission, body=body, seconds=LONG)
         except asyncio.CancelledError:
