@@ -26,10 +26,11 @@ from typing import Any, Final
 import msgspec
 
 from bacalhau_node.api.auth import Caller, own_key, read_keys
+from bacalhau_node.api.selection import read_selection
 from bacalhau_node.api.server import ApiServer, bind
 from bacalhau_node.client import LocalClient
 from bacalhau_node.errors import SpecError
-from bacalhau_node.folders import Address
+from bacalhau_node.folders import Address, data_folder
 from bacalhau_node.literals import is_loopback
 from bacalhau_node.node import Node, open_node
 
@@ -77,6 +78,7 @@ async def serve(settings: Settings, ready: Callable[[Ready], None]) -> None:
     """Serve until a signal ends it; raises `SpecError` for settings that can't be."""
     host, port = address(settings.api)
     others, tls = _checked(settings, loopback=is_loopback(host))
+    rules = await asyncio.to_thread(lambda: read_selection(settings.data or data_folder()))
     bound = bind(host, port)
     try:
         node = await open_node(settings.data, serving=settings.api)
@@ -84,7 +86,7 @@ async def serve(settings: Settings, ready: Callable[[Ready], None]) -> None:
         bound.close()
         raise
     client = LocalClient(node)
-    server = ApiServer(client, [*others, *_own(node, loopback=is_loopback(host))], tls=tls)
+    server = ApiServer(client, [*others, *_own(node, loopback=is_loopback(host))], tls=tls, rules=rules)
     stopping = _Stopping(server.drain)
     try:
         await server.start(bound)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Coroutine, Iterator, Mapping
 
 import msgspec
 from aiohttp import web
@@ -19,6 +19,7 @@ from aiohttp import web
 from bacalhau_node.api import policy, shapes
 from bacalhau_node.api.answers import TRAFFIC, Refused, Stream, answer, read
 from bacalhau_node.api.auth import Caller
+from bacalhau_node.api.selection import Probe, Selection
 from bacalhau_node.client import JobView, LocalClient, Submission, the_one
 from bacalhau_node.errors import NodeUnreachable, SpecError
 from bacalhau_node.feed import Feed, Update
@@ -43,9 +44,10 @@ _EVENT_ID = re.compile(r"([0-9a-f]+)-([0-9]{1,15})")
 class Jobs:
     """The handlers; `draining` refuses new jobs."""
 
-    def __init__(self, client: LocalClient) -> None:
+    def __init__(self, client: LocalClient, rules: Selection) -> None:
         self.draining = False
         self._client = client
+        self._rules, self._probe = rules, Probe(rules)
         self._flying: dict[JobId, tuple[JobSpec, asyncio.Task[Submission]]] = {}
         self._answered: OrderedDict[JobId, Submission] = OrderedDict()
 
@@ -72,7 +74,8 @@ class Jobs:
         if job not in self._flying and job not in feeds:
             if self.draining:
                 raise NodeUnreachable("this node is shutting down and takes no more jobs: try again, or ask another")
-            self._begin(job, spec, asked.secrets)
+            policy.check_selected(spec, request[CALLER], self._rules, self._client.node.content)
+            self._begin(job, spec, self._start(job, spec, request[CALLER], asked.secrets))
         flying = self._flying.get(job)
         if (flying[0] if flying else _spec(feeds[job])) != spec:
             raise Refused(409, SpecError(f"{job} is another job already: choose an id that is new"))
@@ -87,8 +90,13 @@ class Jobs:
         bundle = await self._client.put_bundle(asked.files)
         return msgspec.structs.replace(spec, task=msgspec.structs.replace(spec.task, bundle=bundle))
 
-    def _begin(self, job: JobId, spec: JobSpec, secrets: Mapping[str, str]) -> None:
-        task = asyncio.create_task(self._client.submit(spec, secrets=secrets, job=job))
+    async def _start(self, job: JobId, spec: JobSpec, caller: Caller, secrets: Mapping[str, str]) -> Submission:
+        if caller.role != "admin":
+            await self._probe.ask(job, spec, caller)
+        return await self._client.submit(spec, secrets=secrets, job=job)
+
+    def _begin(self, job: JobId, spec: JobSpec, start: Coroutine[object, object, Submission]) -> None:
+        task = asyncio.create_task(start)
         self._flying[job] = spec, task
         task.add_done_callback(lambda done: self._landed(job, done))
 
@@ -109,11 +117,14 @@ class Jobs:
     async def plan(self, request: web.Request) -> web.Response:
         """List and split, no more."""
         asked, data = await read(request, shapes.PlanRequest)
-        return answer(await self._client.plan(self._admitted(request, asked.spec, data)))
+        spec = self._admitted(request, asked.spec, data)
+        policy.check_selected(spec, request[CALLER], self._rules, self._client.node.content)
+        return answer(await self._client.plan(spec))
 
     def _admitted(self, request: web.Request, spec: JobSpec, data: bytes) -> JobSpec:
         policy.known_fields(shapes.decode(data, dict)["spec"], policy.plain(spec))
-        return policy.admitted(spec, request[CALLER])
+        usual = self._client.node.capabilities.memory_per_slot
+        return policy.admitted(spec, request[CALLER], self._rules, usual_memory=usual)
 
     # --- looking ---
 

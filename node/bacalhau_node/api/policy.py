@@ -2,7 +2,8 @@
 
 The magic and the command line check what people type; here nothing was checked by anybody. Local paths
 name files of the client's machine, never of the node's: clients upload what they name. A job of somebody
-else is isolated at least by a sandbox, has no network, and ends after an hour a shard.
+else is isolated at least by a sandbox, has no network, and ends after an hour a shard, unless the owner's
+rules (`selection`) say otherwise.
 """
 
 from __future__ import annotations
@@ -15,17 +16,16 @@ from typing import Any
 import msgspec
 
 from bacalhau_node.api.auth import Caller
+from bacalhau_node.api.selection import Selection
 from bacalhau_node.api.shapes import MAX_BUNDLE
 from bacalhau_node.cid import Cid
-from bacalhau_node.errors import ContentError, SpecError
+from bacalhau_node.errors import ContentError, NoCapacity, SpecError
 from bacalhau_node.ports import ContentStore
 from bacalhau_node.sharding import mounts
 from bacalhau_node.spec import ISOLATION_RANK, MAX_GPU_SHARE, InputSource, JobSpec, PythonCell
 
 OWNER_LABEL = "bacalhau.owner"
 """The label that holds whose job it is: the name of its key, nothing for the node's owner."""
-
-OTHERS_TIMEOUT = 3600.0
 
 BUNDLE_FILES = 10_000
 
@@ -38,14 +38,17 @@ def owner(spec: JobSpec) -> str:
     return spec.labels.get(OWNER_LABEL, "")
 
 
-def admitted(spec: JobSpec, caller: Caller) -> JobSpec:
-    """The spec as it will run; raises `SpecError` for what no spec may say."""
+def admitted(spec: JobSpec, caller: Caller, rules: Selection, *, usual_memory: int) -> JobSpec:
+    """The spec as it will run; raises `SpecError` for what no spec may say.
+
+    `usual_memory`: what a shard gets on this node that doesn't say.
+    """
     _check_numbers(spec)
     _check_names(spec)
     for source in (*spec.inputs, *spec.shared):
         _check_source(source)
     mounts(spec)
-    return spec if caller.role == "admin" else _for_others(spec, caller)
+    return spec if caller.role == "admin" else _for_others(spec, caller, rules, usual_memory=usual_memory)
 
 
 def check_bundle(spec: JobSpec, content: ContentStore) -> None:
@@ -81,14 +84,23 @@ def plain(spec: JobSpec) -> Any:
     return msgspec.to_builtins(spec)
 
 
-def _for_others(spec: JobSpec, caller: Caller) -> JobSpec:
+def check_selected(spec: JobSpec, caller: Caller, rules: Selection, content: ContentStore) -> None:
+    """Raise `NoCapacity` for a job of somebody else that the owner's rules refuse."""
+    if caller.role != "admin" and (why := rules.refusal(spec, caller, content)) is not None:
+        raise NoCapacity(f"this node {why}")
+
+
+def _for_others(spec: JobSpec, caller: Caller, rules: Selection, *, usual_memory: int) -> JobSpec:
     if spec.network != "none":
         raise SpecError(f"--network {spec.network}: the owner of this node gives jobs of others no network")
-    isolation = spec.isolation or "none"
+    isolation, take = spec.isolation or "none", spec.resources
+    if take.memory is None and rules.memory is not None and rules.memory < usual_memory:
+        take = msgspec.structs.replace(take, memory=rules.memory)
     return msgspec.structs.replace(
         spec,
-        isolation=isolation if ISOLATION_RANK[isolation] >= ISOLATION_RANK["sandbox"] else "sandbox",
-        timeout=min(spec.timeout or OTHERS_TIMEOUT, OTHERS_TIMEOUT),
+        isolation=isolation if ISOLATION_RANK[isolation] >= ISOLATION_RANK[rules.isolation] else rules.isolation,
+        timeout=min(spec.timeout or rules.timeout, rules.timeout),
+        resources=take,
         labels={**spec.labels, OWNER_LABEL: caller.name},
     )
 

@@ -23,6 +23,7 @@ from bacalhau_node.api.answers import TRAFFIC, Handler, Refused, answer, errors
 from bacalhau_node.api.auth import Caller, Keys, foreign
 from bacalhau_node.api.content import Content
 from bacalhau_node.api.jobs import CALLER, Jobs
+from bacalhau_node.api.selection import NO_RULES, Selection
 from bacalhau_node.client import LocalClient
 from bacalhau_node.errors import NodeUnreachable, SpecError
 from bacalhau_node.literals import is_loopback
@@ -41,11 +42,16 @@ class ApiServer:
     """A listening API. `url` is where it is reached once `start` has returned."""
 
     def __init__(
-        self, client: LocalClient, entries: Iterable[tuple[bytes, Caller]], *, tls: ssl.SSLContext | None = None
+        self,
+        client: LocalClient,
+        entries: Iterable[tuple[bytes, Caller]],
+        *,
+        tls: ssl.SSLContext | None = None,
+        rules: Selection = NO_RULES,
     ) -> None:
         self.url = ""
         self._client, self._keys, self._tls = client, Keys(entries), tls
-        self._jobs = Jobs(client)
+        self._jobs = Jobs(client, rules)
         self._loopback = True
         app = web.Application(middlewares=[_counted, errors, self._guarded])
         app[TRAFFIC] = self._traffic = metrics.Traffic()
