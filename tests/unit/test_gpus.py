@@ -214,7 +214,27 @@ async def test_two_nodes_of_one_user_keep_off_each_others_cards(tmp_path: Path) 
     await other.close()
 
 
-async def test_cards_that_go_away_fail_those_who_wait_for_them(tmp_path: Path) -> None:
+async def test_who_waits_behind_one_that_is_called_off_gets_its_turn_at_once(tmp_path: Path) -> None:
+    shards = Shards(await some(tmp_path, card("a"), card("b")))
+    await shards.start(execution(0))
+    await shards.start(execution(1), Resources(gpus=2))
+    await shards.start(execution(2))
+    assert shards.has == {execution(0): ("GPU-a",)}
+    await shards.cancel(execution(1))
+    assert shards.has == {execution(0): ("GPU-a",), execution(2): ("GPU-b",)}
+    await shards.close()
+
+
+async def test_cards_are_looked_for_once_a_minute_and_where_there_are_none_each_time(tmp_path: Path) -> None:
+    looks: list[tuple[Gpu, ...]] = [(), (card("a"),), (card("b"),)]
+    gpus = Gpus(tmp_path, find=lambda: (looks.pop(0), NO_DRIVER))
+    await gpus.look()
+    await asyncio.gather(gpus.look(), gpus.look())
+    assert gpus.cards == (card("a"),)
+
+
+async def test_cards_that_go_away_fail_those_who_wait_for_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bacalhau_node.executors.gpus.LOOK_SECONDS", 0.0)
     found = [card("a")]
     gpus = Gpus(tmp_path, find=lambda: (tuple(found), "the driver went away"))
     await gpus.look()

@@ -163,13 +163,8 @@ class Daemon:
         """What this daemon is and whether its limits hold."""
         found, networks = await self._call(lambda api: (api.info(), api.networks(names=["bridge"])))
         enforced = all(found.get(name, False) for name in ("MemoryLimit", "PidsLimit", "CpuCfsQuota"))
-        options = found.get("SecurityOptions") or ()
-        return DaemonInfo(
-            id=str(found.get("ID")),
-            rootless="name=rootless" in options,
-            limits=enforced,
-            bridge=bool(networks),
-        )
+        rootless = "name=rootless" in (found.get("SecurityOptions") or ())
+        return DaemonInfo(id=str(found.get("ID")), rootless=rootless, limits=enforced, bridge=bool(networks))
 
     async def has_image(self, name: str) -> bool:
         """Whether the image is on the daemon's machine."""
@@ -364,14 +359,13 @@ def _create(api: Any, recipe: Recipe) -> str:
     can't name paths with colons. Memory and swap have one limit, so that there is no swap. The
     temporary folder is executable: compilers such as numba's load what they write there.
     """
-    from docker.types import DeviceRequest  # noqa: PLC0415 - see `_in_thread`
-    from docker.types import Mount as BindMount  # noqa: PLC0415 - likewise
+    from docker import types  # noqa: PLC0415 - see `_in_thread`
 
     half = recipe.memory // 2
-    wanted = [DeviceRequest(device_ids=list(recipe.gpus), capabilities=[["gpu", "compute", "utility"]])]
+    wanted = [types.DeviceRequest(device_ids=list(recipe.gpus), capabilities=[["gpu", "compute", "utility"]])]
     config = api.create_host_config(
         mounts=[
-            BindMount(mount.target, str(mount.source), type="bind", read_only=not mount.writable)
+            types.Mount(mount.target, str(mount.source), type="bind", read_only=not mount.writable)
             for mount in recipe.mounts
         ],
         network_mode=recipe.network,

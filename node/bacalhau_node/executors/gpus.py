@@ -47,6 +47,8 @@ NO_RUNTIME: Final = (
     "install the NVIDIA Container Toolkit and restart the daemon"
 )
 """What a daemon without the hook of that toolkit refuses only when a container starts."""
+LOOK_SECONDS: Final = 60.0
+"""So long are cards taken to be there: where no process keeps the driver awake, asking it can take a second a card."""
 _CONTROL: Final = ("/dev/nvidiactl", "/dev/nvidia-uvm", "/dev/nvidia-uvm-tools")
 """What a program needs to open besides the card itself."""
 
@@ -195,6 +197,8 @@ class Gpus:
         self._held: dict[str, _Held] = {}
         self._waiting: list[_Waiter] = []
         self._again: asyncio.TimerHandle | None = None
+        self._looking = asyncio.Lock()
+        self._looked = 0.0
 
     @property
     def table(self) -> dict[str, tuple[Execution, ...]]:
@@ -202,8 +206,13 @@ class Gpus:
         return {uuid: tuple(held.by) for uuid, held in self._held.items()}
 
     async def look(self) -> None:
-        """See which cards there are now."""
-        self.cards, self._problem = await asyncio.to_thread(self._find)
+        """See which cards there are, unless that was seen just now; the executors of a node ask all at once."""
+        async with self._looking:
+            now = asyncio.get_running_loop().time()
+            if self.cards and now - self._looked < LOOK_SECONDS:
+                return
+            self.cards, self._problem = await asyncio.to_thread(self._find)
+            self._looked = now
         for waiter in list(self._waiting):
             lack = self._lack(waiter.count, whole=waiter.whole)
             if lack is not None and not waiter.granted.done():

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -28,6 +27,7 @@ import msgspec
 from bacalhau_node.executors.fit import installed, misfit, own_target, python_version
 from bacalhau_node.executors.gpus import Gpus, NoGpu, variables
 from bacalhau_node.executors.limits import DEFAULT_DISK, ControlGroup, memory_per_slot, usable_cores, usable_memory
+from bacalhau_node.executors.places import checked, linked_inputs
 from bacalhau_node.executors.plain import GROUP_PREFIX, PlainAgent
 from bacalhau_node.executors.slot import RECALLED, AgentLost, ShardRun, agent_job, shard_run, warm_imports
 from bacalhau_node.messages import ShardError
@@ -241,7 +241,7 @@ class ProcessExecutor:
                 raise
             if not cards:
                 seat.learned(outcome.seconds)
-            return await _checked(outcome)
+            return await checked(outcome)
         finally:
             if cards:  # its interpreter is nobody else's, and gone before its cards are
                 await asyncio.shield(self._spawn(self._empty(seat)))
@@ -356,7 +356,7 @@ class ProcessExecutor:
             run = msgspec.structs.replace(run, env={**run.env, **variables(cards)})
         if not isinstance(task.spec.task, Command):
             return run
-        places = {"BACALHAU_INPUTS": str(_links(task)), "BACALHAU_OUTPUTS": run.outputs}
+        places = {"BACALHAU_INPUTS": str(linked_inputs(task)), "BACALHAU_OUTPUTS": run.outputs}
         return msgspec.structs.replace(run, env={**run.env, **places})
 
 
@@ -373,42 +373,3 @@ async def _warmed(spare: PlainAgent) -> None:
     """Wait until a spare has started and has its modules."""
     ends: set[asyncio.Future[Any]] = {spare.slot.warm, spare.slot.dead}
     await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-
-
-async def _checked(outcome: RawOutcome) -> RawOutcome:
-    """The outcome, failed if its outputs can't travel."""
-    if outcome.outputs is None:
-        return outcome
-    problem = await asyncio.to_thread(_output_problem, outcome.outputs)
-    if problem is None:
-        return outcome
-    error = outcome.error or ShardError("output", message=problem)
-    return msgspec.structs.replace(outcome, ok=False, exit_code=outcome.exit_code or 1, outputs=None, error=error)
-
-
-def _output_problem(outputs: Path) -> str | None:
-    """What in the folder is neither a file, nor a folder, nor a link to one inside."""
-    root = outputs.resolve()
-    for base, folders, files in os.walk(outputs):
-        for name in (*folders, *files):
-            path = Path(base, name)
-            inside = f"outputs/{path.relative_to(outputs)}"
-            if path.is_symlink():
-                if not path.resolve().is_relative_to(root):
-                    return (
-                        f"{inside} is a link to {path.readlink()}, which is outside of outputs: copy the file instead"
-                    )
-            elif not (path.is_file() or path.is_dir()):
-                return f"{inside} is neither a file nor a folder: remove it before the cell ends"
-    return None
-
-
-def _links(task: ShardTask) -> Path:
-    """A folder with a link to each input where a container would have it: `/inputs/a.csv` is `a.csv` in it."""
-    folder = task.scratch / "inputs"
-    for file in task.files:
-        link = folder / (file.mount.removeprefix("/inputs") or "/").lstrip("/")
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(file.path)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
