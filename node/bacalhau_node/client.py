@@ -181,6 +181,8 @@ class LocalClient:
     async def submit(self, spec: JobSpec, *, secrets: Mapping[str, str] = NONE, job: JobId | None = None) -> Submission:
         """See `Client`. `job`: an id that the caller made up."""
         job, plan = await self._node.submit(spec, created=time.time(), secrets=secrets, job=job)
+        for gone in self._inputs.keys() - self._node.engine.feeds.keys():
+            del self._inputs[gone]
         self._inputs[job] = tuple(_logical(shard.entries) for shard in plan.shards)
         few = self._node.gpu_notes(spec, len(plan.shards))
         notes = (*plan.notes, *few, *self._warning(), *await self._node.preparations(spec))

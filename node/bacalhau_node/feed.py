@@ -138,6 +138,11 @@ class Feed:
         self._changed.set()
         self._changed = asyncio.Event()
 
+    def drop_text(self) -> None:
+        """Keep no text for watchers to come."""
+        while self._texts:
+            self._forget_text()
+
     def _forget_text(self) -> None:
         key, length = self._texts.popleft()
         self._length -= length

@@ -28,6 +28,7 @@ import msgspec
 
 from bacalhau_node.errors import ContentError
 from bacalhau_node.filesystem import on_network
+from bacalhau_node.ids import JobId
 from bacalhau_node.protocol.events import ComputeRow, JobRow, Row, ShardRow
 
 VERSION = 1
@@ -35,6 +36,9 @@ VERSION = 1
 
 Key = tuple[int, str, int, int]
 """(kind, job, shard, attempt): its order is the order of `load`."""
+
+OWED = 2
+"""The kind of results that are owed; those before it are what the requester knows."""
 
 _SCHEMA = f"""
 BEGIN;
@@ -49,6 +53,7 @@ INSERT INTO entry (kind, job, shard, attempt, data, crc) VALUES (?, ?, ?, ?, ?, 
 ON CONFLICT (kind, job, shard, attempt) DO UPDATE SET data = excluded.data, crc = excluded.crc
 """
 _DELETE = "DELETE FROM entry WHERE kind = ? AND job = ? AND shard = ? AND attempt = ?"
+_FORGET = f"DELETE FROM entry WHERE kind < {OWED} AND job = ?"  # noqa: S608 - a number of our own
 _LOAD = "SELECT data, crc FROM entry ORDER BY kind, job, shard, attempt"
 
 _encoder = msgspec.msgpack.Encoder()
@@ -63,7 +68,7 @@ def row_key(row: Row) -> Key:
         case ShardRow():
             return 1, row.job, row.shard, 0
         case ComputeRow(execution):
-            return 2, execution.job, execution.shard, execution.attempt
+            return OWED, execution.job, execution.shard, execution.attempt
 
 
 def is_forgotten(row: Row) -> bool:
@@ -97,6 +102,11 @@ class SqliteJournal:
         with self._told(), self._transaction():
             self._db.executemany(_PUT, kept)
             self._db.executemany(_DELETE, gone)
+
+    def forget(self, jobs: Iterable[JobId]) -> None:
+        """Take away jobs and their shards in one transaction, or none and raise `ContentError`."""
+        with self._told(), self._transaction():
+            self._db.executemany(_FORGET, [(job,) for job in jobs])
 
     def load(self) -> list[Row]:
         """Every row: jobs, then shards, then results that are owed; raises `ContentError` for a damaged journal."""

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from bacalhau_node.ports import Capabilities, ContentStore, Executor, Journal, S
 from bacalhau_node.protocol import events as ev
 from bacalhau_node.protocol.compute import Compute
 from bacalhau_node.protocol.requester import Requester
+from bacalhau_node.retention import Retention
 from bacalhau_node.runner import Runner
 from bacalhau_node.sources.ipfs import ContentSource
 from bacalhau_node.sources.local import LocalSource
@@ -106,7 +108,20 @@ class Node:
             work=self._runner,
         )
         self.engine.recover(rows, [*effects, *more])
+        self._retention = Retention(
+            self.engine.feeds,
+            journal=self._journal,
+            content=self.content,
+            busy=lambda job: job in requester.book.jobs,
+        )
         self.engine.post(ev.NodeSeen(self.id, self.slots))
+
+    async def forget_old_jobs(self, now: float) -> None:
+        """Forget jobs that ended long ago, or long before others; `now` in seconds since 1970."""
+        try:
+            await self._retention.apply(now)
+        except ContentError as error:
+            log.warning("old jobs can't be forgotten now: %s", error)
 
     def _blocks(self, plan: str) -> tuple[str, ...]:
         """The shards' blocks of a plan; none when it is damaged: then each shard fails, and says so."""
@@ -136,7 +151,12 @@ class Node:
         stored = store_plan(plan, self.content)
         job = job or f"j-{uuid.uuid4()}"
         self._runner.entrust(job, entrusted)
-        self.engine.settle(ev.Submitted(job, spec, stored.root, stored.blocks, created))
+        try:
+            self.engine.settle(ev.Submitted(job, spec, stored.root, stored.blocks, created))
+        except ContentError:
+            self._runner.ended(job)
+            raise
+        await self.forget_old_jobs(created)
         return job, plan
 
     def _pin(self, spec: JobSpec) -> JobSpec:
@@ -276,7 +296,7 @@ async def open_node(
     await asyncio.to_thread(shutil.rmtree, folder.path / "work", ignore_errors=True)
     capabilities = await asyncio.gather(*(executor.probe() for executor in chosen))
     options = [_Option(executor, told) for executor, told in zip(chosen, capabilities, strict=True)]
-    return Node(
+    node = Node(
         folder,
         options,
         content=BlockStore(folder.store),
@@ -284,6 +304,8 @@ async def open_node(
         transport=MemoryTransport(MemoryHub(), folder.node),
         resume=bool(serving),
     )
+    await node.forget_old_jobs(time.time())
+    return node
 
 
 def _executors(folder: NodeFolder) -> list[Executor]:

@@ -241,6 +241,10 @@ class ContentStore(Protocol):
         """Take one `pin` back."""
         ...
 
+    def pins(self, cid: str) -> int:
+        """How often this root is pinned now."""
+        ...
+
     def close(self) -> None:
         """Flush and close."""
         ...
@@ -308,6 +312,10 @@ class Journal(Protocol):
 
     def commit(self, rows: Iterable[Row]) -> None:
         """Write all rows in one transaction; returns when they survive the process. Quick."""
+        ...
+
+    def forget(self, jobs: Iterable[JobId]) -> None:
+        """Take away the rows of these jobs and of their shards; results that are owed stay."""
         ...
 
     def load(self) -> list[Row]:

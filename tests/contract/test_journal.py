@@ -77,6 +77,16 @@ def committed(reopen: Reopen, *batches: list[Row]) -> list[Row]:
 # --- every journal ---
 
 
+def test_forgotten_jobs_leave_nothing_but_what_is_owed(reopen):
+    journal = reopen()
+    journal.commit([job(1), shard(0, job(1)), job(2), shard(0, job(2)), job(), shard(), owed()])
+    journal.forget([job(1).job, job().job])
+    assert journal.load() == [job(2), shard(0, job(2)), owed()]
+    journal.forget([job(1).job])
+    journal.close()
+    assert reopen().load() == [job(2), shard(0, job(2)), owed()]
+
+
 def test_a_new_journal_is_empty(reopen):
     assert committed(reopen) == []
 

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 import msgspec
 
-from bacalhau_node.journal import Key, is_forgotten, row_key
+from bacalhau_node.ids import JobId
+from bacalhau_node.journal import OWED, Key, is_forgotten, row_key
 from bacalhau_node.protocol.events import Row
 
 _encoder = msgspec.msgpack.Encoder()
@@ -30,6 +31,11 @@ class MemoryJournal:
                 self._rows.pop(key, None)
             else:
                 self._rows[key] = data
+
+    def forget(self, jobs: Iterable[JobId]) -> None:
+        """Take away jobs and their shards."""
+        gone = set(jobs)
+        self._rows = {key: data for key, data in self._rows.items() if key[0] == OWED or key[1] not in gone}
 
     def load(self) -> list[Row]:
         """Every row: jobs, then shards, then results that are owed."""
