@@ -110,6 +110,20 @@ def test_a_dry_run_shows_plan_and_bundle_and_runs_nothing(kernel, tmp_path):
     assert kernel.run("len(bj.jobs())").value == before
 
 
+def test_a_secret_of_the_notebook_is_masked_in_the_cell(kernel):
+    kernel.run("API_KEY = 'hunter2-correct-horse'")
+    cell = "%%bacalhau --secret API_KEY\nimport os\nprint('key', os.environ['API_KEY'])\n"
+    assert "key ***" in kernel.run(f"{cell}len(os.environ['API_KEY'])").text()
+    failed = kernel.run(f"{cell}raise ValueError('no entry with ' + os.environ['API_KEY'])")
+    assert "no entry with ***" in failed.error
+    assert "hunter2" not in repr(failed.messages[1:])
+    missing = kernel.run("%%bacalhau --secret NOT_SET_ANYWHERE\n1")
+    assert (
+        "--secret NOT_SET_ANYWHERE: no environment variable nor a variable of the notebook"
+        in missing.text("stderr") + missing.error
+    )
+
+
 def test_what_comes_later_is_answered_by_name(kernel):
     assert "not in this version" in kernel.run("%bacalhau network").text("stderr")
 

@@ -16,7 +16,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import msgspec
+
 from bacalhau_node.ids import Execution, JobId
+from bacalhau_node.masking import Secrets
 from bacalhau_node.ports import Executor, ExecutorEvent, RawOutcome, ShardLines, ShardStarted, ShardTask, StagedFile
 from bacalhau_node.spec import JobSpec, PythonCell, Resources
 
@@ -110,6 +113,12 @@ def value_bytes(outcome: RawOutcome) -> bytes:
     assert outcome.ok, outcome.error
     data = outcome.value.data
     return data.read_bytes() if isinstance(data, Path) else data
+
+
+def _holding(folder: Path, data: bytes) -> list[Path]:
+    """The files below `folder` that hold these bytes."""
+    paths = (Path(base, name) for base, _, names in os.walk(folder) for name in names)
+    return [path for path in paths if path.is_file() and not path.is_symlink() and data in path.read_bytes()]
 
 
 def value(outcome: RawOutcome) -> Any:
@@ -546,6 +555,23 @@ class WorldContract:
         source = "import os\n[os.environ.get(name) for name in ('BACALHAU_JOB_ID', 'BACALHAU_PARTITION_INDEX', 'OWN')]"
         outcome = await bench.run(source, job=5, shard=2, env={"OWN": "value"})
         assert value(outcome) == [job_number(5), "2", "value"]
+
+    async def test_secrets_are_variables_of_their_shard_and_on_no_disk(self, bench: ShardBench) -> None:
+        """Shards of other jobs don't have them."""
+        source = "import os, sys\nprint('on', flush=True)\nsys.stdin.read()\nos.environ.get('API_KEY')"
+        secret = "hunter2-correct-horse"  # noqa: S105 - of nothing
+        task = msgspec.structs.replace(bench.task(source, job=6), secrets=Secrets({"API_KEY": secret}))
+        found: list[Path] = []
+
+        def look(event: ExecutorEvent) -> None:
+            if isinstance(event, ShardLines):
+                found.extend(_holding(bench.folder, secret.encode()))
+
+        async with asyncio.timeout(DEADLINE):
+            outcome = await bench.executor.run(task, look)
+        assert value(outcome) == secret
+        assert found == []
+        assert value(await bench.run(source, job=7)) is None
 
     async def test_outputs_are_collected(self, bench: ShardBench) -> None:
         """Nested folders included; without any there is no folder."""
