@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import docker
+import msgspec
 import pytest
 
 from bacalhau_node.executors.containers import Label
 from bacalhau_node.executors.docker import DockerExecutor
 from bacalhau_node.ids import Execution
+from bacalhau_node.masking import Secrets
 from bacalhau_node.ports import ExecutorEvent, RawOutcome, ShardLines, ShardStarted, ShardTask, StagedFile
 from bacalhau_node.spec import Command, InputSource, JobSpec, PythonCell, Resources
 from bacalhau_node.testing.builders import a_job_id
@@ -744,6 +746,13 @@ async def test_an_image_that_is_nowhere_is_told(bench: Bench) -> None:
 
 
 # --- commands ---
+
+
+async def test_a_program_in_a_container_has_its_secrets(bench: Bench) -> None:
+    task = bench.task(task=Command(shell='test "$API_KEY" = hunter2-correct-horse'))
+    task = msgspec.structs.replace(task, secrets=Secrets({"API_KEY": "hunter2-correct-horse"}))
+    outcome = await bench.executor.run(task, bench.events.append)
+    assert outcome.ok, outcome.error
 
 
 async def test_a_command_is_appended_to_the_image(bench: Bench, docker_host: str) -> None:

@@ -3,7 +3,8 @@
 Theory of operation (DESIGN section 6). The stream is attached before the container starts, so no
 line is lost; its end, and then one question to the daemon, say how the program ended. A container
 whose program could not be started remains until it is removed, so it always is. The daemon keeps
-the last 10 MB of text, for whoever looks at a container that this process left behind.
+the last 10 MB of text, for whoever looks at a container that this process left behind. That text, and the
+environment with its secrets, lie as they are in the daemon's own folder, for root, until the container is removed.
 """
 
 from __future__ import annotations
