@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 import time
 from collections import defaultdict
@@ -114,8 +115,13 @@ class Kernel:
         """What the Stop button does."""
         self.manager.interrupt_kernel()
 
+    def kill(self) -> None:
+        """End it without a chance to put anything away; a shutdown would press Stop first."""
+        self.manager.signal_kernel(signal.SIGKILL)
+        self.close(now=True)
+
     def close(self, *, now: bool = False) -> None:
-        """Shut down in good order, as JupyterLab does, or by a kill (`now`)."""
+        """Shut down in good order, as JupyterLab does; with `now`, wait for nothing."""
         if self.manager.has_kernel:
             self.client.stop_channels()
             self.manager.shutdown_kernel(now=now)

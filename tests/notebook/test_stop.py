@@ -85,7 +85,7 @@ def test_a_job_of_a_killed_kernel_is_told_of_and_kept_but_not_resumed(fresh):
     first.run("%load_ext bacalhau_jupyter")
     shown = first.send(f"%%bacalhau --shards 4\n{SLOW}")
     first.until(lambda: finished(shown) == 1)
-    first.close(now=True)
+    first.kill()
     second = fresh()
     loaded = second.run("%load_ext bacalhau_jupyter")
     second.until(lambda: "unfinished job" in loaded.text())
