@@ -12,6 +12,9 @@ tasks whose end is the next event. This file is the only place that owns tasks a
 A busy loop is not a dead node: a timer that fires late by more than a quarter of the lease
 is armed once more for as long as it was late, so that heartbeats which queued up meanwhile
 are heard before anybody is declared lost.
+
+A disk that takes nothing stops the clock: the turn that could not be committed is **held**, its effects are
+not carried out, and no further turn begins until it is committed. Watchers of jobs are told why they wait.
 """
 
 from __future__ import annotations
@@ -21,6 +24,8 @@ import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 from typing import Protocol, TypeVar
+
+from msgspec import structs
 
 from bacalhau_node import wire
 from bacalhau_node.errors import BacalhauError, ContentError, ProtocolError
@@ -38,7 +43,9 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 STORE_AGAIN = 1.0
-"""Seconds until storing a result is tried again, doubled up to a minute (a guess)."""
+"""Seconds until what the disk did not take is tried again, doubled up to sixteen (a guess)."""
+
+LONGEST_WAIT = 16 * STORE_AGAIN
 
 _TO_COMPUTE = (Offer, Accept, Reject, Kept, Cancel, Recall)
 _COMPUTE_EVENTS = (ev.ExecutionStarted, ev.ExecutionEnded)
@@ -69,6 +76,16 @@ class Work(Protocol):
         ...
 
 
+class _Held:
+    """A turn that the disk did not take: its effects, why, when it is tried again, and what watchers knew before."""
+
+    def __init__(self, effects: list[ev.Effect], error: ContentError) -> None:
+        self.effects, self.error = effects, error
+        self.wait = STORE_AGAIN
+        self.again: asyncio.TimerHandle | None = None
+        self.before: list[ev.JobChanged] = []
+
+
 class Engine:
     """Drives the two machines of one node over its ports. All methods on its one asyncio loop."""
 
@@ -94,6 +111,7 @@ class Engine:
         self._runs: dict[Execution, asyncio.Task[None]] = {}
         self._requesters: dict[Execution, NodeId] = {}
         self.feeds: dict[JobId, Feed] = {}
+        self._held: _Held | None = None
         self._spawn(self._receive())
 
     # --- what the node calls ---
@@ -115,10 +133,19 @@ class Engine:
             self._scheduled = True
             self._loop.call_soon(self._turn)
 
-    def settle(self, event: ev.Event) -> None:
-        """Handle `event` (and all before it) now: when this returns its rows are committed."""
-        self._inbox.append(event)
-        self._turn()
+    def settle(self, event: ev.Submitted) -> None:
+        """Handle `event` (and all before it) now: when this returns its rows are committed.
+
+        Raises `ContentError` when the disk takes nothing: there is no such job then, or one that is stopped.
+        """
+        if self._held is None:
+            self._content.flush()
+            self._inbox.append(event)
+            self._turn()
+            if self._held is None:
+                return
+            self._inbox.append(ev.CancelRequested(event.job))  # nobody will wait for it
+        raise ContentError(str(self._held.error))
 
     def recover(self, rows: Iterable[ev.Row], effects: Iterable[ev.Effect]) -> None:
         """Show the jobs of the journal, then carry out what the machines' recovery asks for."""
@@ -126,7 +153,9 @@ class Engine:
             self._record(row)
         for feed in self.feeds.values():
             feed.restore()
-        self._finish(list(self._routed(list(effects))))
+        first = list(self._routed(list(effects)))
+        self._commit(first)
+        self._carry_out(first)
         self._turn()
 
     async def close(self) -> None:
@@ -134,6 +163,8 @@ class Engine:
         self._closing = True
         for handle in self._timers.values():
             handle.cancel()
+        if self._held is not None and self._held.again is not None:
+            self._held.again.cancel()
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
@@ -145,14 +176,19 @@ class Engine:
 
     def _turn(self) -> None:
         self._scheduled = False
-        if self._closing:
+        if self._closing or self._held is not None:
             return
         effects: list[ev.Effect] = []
         now = self._loop.time()
         while self._inbox:
             event = self._inbox.popleft()
             effects += self._routed((self._compute if _for_compute(event) else self._requester).step(event, now))
-        self._finish(effects)
+        try:
+            self._commit(effects)
+        except ContentError as error:
+            self._hold(_Held(effects, error))
+        else:
+            self._carry_out(effects)
 
     def _routed(self, effects: list[ev.Effect]) -> Iterator[ev.Effect]:
         """The effects that go outside; what a machine of this node says to the other goes into the inbox."""
@@ -162,15 +198,44 @@ class Engine:
             else:
                 yield effect
 
-    def _finish(self, effects: list[ev.Effect]) -> None:
+    def _commit(self, effects: list[ev.Effect]) -> None:
+        """Make what was decided durable: the blocks first, as rows name them."""
         rows = [effect.row for effect in effects if isinstance(effect, ev.Write)]
         self._content.flush()
         if rows:
             self._journal.commit(rows)
-        for row in rows:
-            self._record(row)
+
+    def _carry_out(self, effects: list[ev.Effect]) -> None:
+        for effect in effects:
+            if isinstance(effect, ev.Write):
+                self._record(effect.row)
         for effect in effects:
             self._perform(effect)
+
+    # --- a turn that the disk did not take ---
+
+    def _hold(self, held: _Held) -> None:
+        log.error("the node waits: %s", held.error)
+        self._held = held
+        held.again = self._loop.call_later(held.wait, self._try_again, held)
+        for feed in self.feeds.values():
+            if not feed.ended:
+                held.before.append(feed.job)
+                feed.publish(structs.replace(feed.job, reason=f"the node waits: {held.error}"))
+
+    def _try_again(self, held: _Held) -> None:
+        try:
+            self._commit(held.effects)
+        except ContentError as error:
+            held.error, held.wait = error, min(2 * held.wait, LONGEST_WAIT)
+            held.again = self._loop.call_later(held.wait, self._try_again, held)
+            return
+        self._held = None
+        log.info("the node goes on")
+        for update in held.before:
+            self._publish(update)
+        self._carry_out(held.effects)
+        self._turn()
 
     def _record(self, row: ev.Row) -> None:
         if not isinstance(row, ev.ComputeRow):
@@ -238,8 +303,9 @@ class Engine:
 
     def _fire(self, timer: ev.Timer, at: float) -> None:
         late = self._loop.time() - at
-        if late > LEASE / 4 and isinstance(timer, ev.LeaseTimer):
-            self._set_timer(timer, self._loop.time() + late)
+        deaf = late > LEASE / 4 or self._held is not None
+        if deaf and isinstance(timer, ev.LeaseTimer):
+            self._set_timer(timer, self._loop.time() + max(late, LEASE / 4))
             return
         self._timers.pop(timer, None)
         self.post(ev.TimerFired(timer))
@@ -291,7 +357,7 @@ class Engine:
             except (ContentError, OSError):
                 log.exception("a result can't be stored; trying again in %.0f s", wait)
                 await asyncio.sleep(wait)
-                wait = min(2 * wait, 60 * STORE_AGAIN)
+                wait = min(2 * wait, LONGEST_WAIT)
 
     async def _released(self, job: JobId) -> None:
         try:

@@ -254,13 +254,15 @@ class Node:
 
     async def close(self) -> None:
         """End everything this node started, in an order that loses nothing."""
-        await self.engine.close()
-        await asyncio.gather(*(option.executor.close() for option in self._options))
-        await self._transport.close()
-        self._journal.close()
-        self.content.close()
-        await asyncio.to_thread(shutil.rmtree, self.folder.path / "work", ignore_errors=True)
-        self.folder.close()
+        try:
+            await self.engine.close()
+            await asyncio.gather(*(option.executor.close() for option in self._options))
+            await self._transport.close()
+            self._journal.close()
+            await asyncio.to_thread(shutil.rmtree, self.folder.path / "work", ignore_errors=True)
+            self.content.close()  # on a full disk this may fail
+        finally:
+            self.folder.close()
 
 
 def _asks_for_a_container(spec: JobSpec) -> bool:
@@ -289,22 +291,27 @@ async def open_node(
     """A running node below `root` (default: the user's data folder), with these executors or those of this machine.
 
     `serving`: the address (`HOST:PORT`) of a server. It goes on with the jobs that it had when it ended; the
-    node of a notebook stops those.
+    node of a notebook stops those. When it can't be opened (a damaged journal, a full disk) nothing of it is left.
     """
-    folder = await asyncio.to_thread(lambda: take_folder(root or data_folder(), serving=serving))
-    chosen = list(executors) if executors is not None else _executors(folder)
-    await asyncio.to_thread(shutil.rmtree, folder.path / "work", ignore_errors=True)
-    capabilities = await asyncio.gather(*(executor.probe() for executor in chosen))
-    options = [_Option(executor, told) for executor, told in zip(chosen, capabilities, strict=True)]
-    node = Node(
-        folder,
-        options,
-        content=BlockStore(folder.store),
-        journal=SqliteJournal(folder.path / "journal.sqlite"),
-        transport=MemoryTransport(MemoryHub(), folder.node),
-        resume=bool(serving),
-    )
-    await node.forget_old_jobs(time.time())
+    async with contextlib.AsyncExitStack() as undo:
+        folder = await asyncio.to_thread(lambda: take_folder(root or data_folder(), serving=serving))
+        undo.callback(folder.close)
+        journal = SqliteJournal(folder.path / "journal.sqlite")
+        undo.callback(journal.close)
+        content = BlockStore(folder.store)
+        undo.callback(content.close)
+        transport = MemoryTransport(MemoryHub(), folder.node)
+        undo.push_async_callback(transport.close)
+        chosen = list(executors) if executors is not None else _executors(folder)
+        for executor in chosen:
+            undo.push_async_callback(executor.close)
+        await asyncio.to_thread(shutil.rmtree, folder.path / "work", ignore_errors=True)
+        capabilities = await asyncio.gather(*(executor.probe() for executor in chosen))
+        options = [_Option(executor, told) for executor, told in zip(chosen, capabilities, strict=True)]
+        node = Node(folder, options, content=content, journal=journal, transport=transport, resume=bool(serving))
+        undo.push_async_callback(node.engine.close)
+        await node.forget_old_jobs(time.time())
+        undo.pop_all()
     return node
 
 

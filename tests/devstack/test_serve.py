@@ -27,6 +27,7 @@ from bacalhau_node.http_client import HttpClient
 from bacalhau_node.node import open_node
 from bacalhau_node.protocol.events import ShardChanged
 from bacalhau_node.spec import InputSource, JobSpec, PythonCell, Sharding
+from tests.cutter import Cutter
 
 MAIN = "import sys; sys.argv[0] = 'bacalhau-node'; from bacalhau_node.cli import main; main()"
 SECONDS = 60
@@ -59,7 +60,13 @@ def _token(ready: dict[str, Any]) -> str:
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
-    return {**os.environ, "BACALHAU_DIR": str(tmp_path / "data"), "DOCKER_HOST": f"unix://{tmp_path}/no-daemon"}
+    hidden = {"PATH": str(Path(sys.executable).parent)}  # no bubblewrap: shards see the files that tests wait with
+    return {
+        **os.environ,
+        **hidden,
+        "BACALHAU_DIR": str(tmp_path / "data"),
+        "DOCKER_HOST": f"unix://{tmp_path}/no-daemon",
+    }
 
 
 def _command(*words: str) -> list[str]:
@@ -265,45 +272,6 @@ async def test_a_node_that_does_not_come_back_is_named(environment, tmp_path):
 
 
 # --- connections that break ---
-
-
-class Cutter:
-    """A proxy that cuts every connection after so many bytes in either direction, or so many seconds."""
-
-    def __init__(self, port: int, *, limit: int = 10**12, seconds: float = SECONDS) -> None:
-        self._port, self._limit, self._seconds = port, limit, seconds
-        self.cut = 0
-        self._server: asyncio.Server | None = None
-
-    async def start(self) -> str:
-        self._server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
-        return f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
-
-    async def close(self) -> None:
-        assert self._server is not None
-        self._server.close()
-        await self._server.wait_closed()
-
-    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        inner, outer = await asyncio.open_connection("127.0.0.1", self._port)
-        left = [self._limit]
-        pumps = [asyncio.create_task(self._pump(*pair, left)) for pair in ((reader, outer), (inner, writer))]
-        ended, _ = await asyncio.wait(pumps, timeout=self._seconds, return_when=asyncio.FIRST_COMPLETED)
-        self.cut += not ended
-        for pump in pumps:
-            pump.cancel()
-        for end in (writer, outer):
-            end.transport.abort()
-
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, left: list[int]) -> None:
-        with contextlib.suppress(ConnectionError):
-            while data := await reader.read(min(65_536, left[0])):
-                left[0] -= len(data)
-                writer.write(data)
-                await writer.drain()
-                if left[0] <= 0:
-                    self.cut += 1
-                    return
 
 
 @pytest.fixture

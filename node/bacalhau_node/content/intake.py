@@ -12,6 +12,7 @@ Blocks are indexed before whatever links to them: a root in the index has everyt
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import stat
@@ -54,8 +55,11 @@ class Files:
         if _holds(path, data):
             return
         temporary = self.temporary()
-        temporary.write_bytes(data)
-        self.place(temporary, path)
+        try:
+            temporary.write_bytes(data)
+            self.place(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)  # what a full disk left half-written
 
     def place(self, made: Path, path: Path) -> None:
         """Give a finished file its name in the store, over whatever has it."""
@@ -169,8 +173,10 @@ def _copy(source: Path, target: Path) -> None:
         shutil.copyfileobj(reader, writer, 1 << 20)  # what is left, perhaps all of it
         after = os.fstat(reader.fileno())
         written = os.fstat(writer.fileno()).st_size
-    if (before.st_mtime_ns, before.st_size) != (after.st_mtime_ns, written):
+    if (before.st_mtime_ns, before.st_size) != (after.st_mtime_ns, after.st_size):
         raise changed(source)
+    if written != after.st_size:  # a full disk takes a part of the last write, and says so at the next one only
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
 
 
 def _holds(path: Path, data: bytes) -> bool:
