@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -77,6 +78,19 @@ async def test_a_sandbox_that_is_killed_from_outside_is_the_nodes_fault(bench: S
         os.kill(pid, signal.SIGKILL)
     assert failure(await running)[0] == "node"
     assert value(await bench.run(source, shard=1)) == 1
+
+
+async def test_a_sandbox_that_is_killed_while_it_starts_is_the_nodes_fault(bench: ShardBench) -> None:
+    """So the shard is tried again: nothing is wrong with the Python that it was to run with."""
+    spares = set(_sandboxes())
+    running = asyncio.ensure_future(bench.run("1", resources=Resources(memory=123 << 20)))  # no spare is like that
+    while not running.done():
+        for pid in set(_sandboxes()) - spares:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        await asyncio.sleep(0)
+    kind, text = failure(await running)[:2]
+    assert (kind, "from outside" in text) == ("node", True)
 
 
 async def test_a_command_runs_like_a_cell(bench: ShardBench, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
 import stat
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,6 +54,8 @@ OVERTIME: Final = 5.0
 T = TypeVar("T")
 
 _ERRORS_KEPT: Final = 4096
+_SIGKILLED: Final = (-signal.SIGKILL, 128 + signal.SIGKILL)
+"""How a box ends that was killed: it, or its first process."""
 _OVERTIME_CAUSE: Final = "it ran over its time and its worker did not end it: its container was killed"
 
 
@@ -158,6 +161,8 @@ class AgentContainer:
             state = await self._site.daemon.state(self._id)
             if state is not None and state.exit_code in (126, 127):
                 raise NoProgram(agent.dead.result())
+            if state is None or (state.exit_code in _SIGKILLED and not state.out_of_memory):
+                raise DaemonError("what it was to run in was ended from outside while it started")
             raise NoEnvironment(
                 f"the Python of {self._called} can't run cells, which needs Python 3.8 or later: {agent.dead.result()}"
             )
