@@ -118,10 +118,8 @@ def complete_options(context: CompletionContext) -> SimpleMatcherResult:
     """Options and their choices, on the line of the magic only."""
     if context.cursor_line != 0 or not context.line_with_cursor.startswith("%%bacalhau "):
         return {"completions": []}
-    from bacalhau_jupyter.option_table import OPTIONS
+    from bacalhau_jupyter.options import line_completions
 
-    words = context.line_with_cursor[: context.cursor_position].split(" ")
-    option = OPTIONS.get(words[-2])
-    names = option.choices if option and option.choices else tuple(OPTIONS) if words[-1].startswith("-") else ()
-    found = [SimpleCompletion(name, type="param") for name in names if name.startswith(context.token)]
+    line = context.line_with_cursor[: context.cursor_position].removeprefix("%%bacalhau ")
+    found = [SimpleCompletion(name, type="param") for name in line_completions(line)]
     return {"completions": found, "suppress": bool(found)}

@@ -252,16 +252,18 @@ class Result:
 def reduce(expression: str, frame: pd.DataFrame, namespace: Mapping[str, object]) -> Any:
     """The value of `--reduce`: `expression` over the joined `frame`, called `df`, among the notebook's names.
 
-    What the expression raises comes out as it is, with a note that shows expression and columns.
+    Raises `SpecError` that shows the expression, what it raised, and the columns there were.
     """
     import numpy as np
     import pandas as pd
 
     try:
         return eval(expression, {"pd": pd, "np": np, **namespace, "df": frame})  # noqa: S307  the user's own expression
-    except Exception as error:
-        error.add_note(f"in --reduce {expression!r}, where df has the columns {', '.join(map(str, frame.columns))}")
-        raise
+    except Exception as error:  # the user's expression may raise anything
+        columns = ", ".join(map(str, frame.columns))
+        raise SpecError(
+            f"--reduce {expression}: {type(error).__name__}: {error}; df has the columns {columns}"
+        ) from error
 
 
 _JSON_KINDS = {b"{": "row", b"[": "rows", b'"': "str", b"t": "bool", b"f": "bool"}

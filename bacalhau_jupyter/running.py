@@ -18,6 +18,7 @@ from bacalhau_jupyter.cell import Around
 from bacalhau_jupyter.failures import CellText, JobInterrupted, report
 from bacalhau_jupyter.progress import ALL_STREAMS, DONE
 from bacalhau_jupyter.record import size
+from bacalhau_jupyter.result import reduce
 from bacalhau_jupyter.session import session
 from bacalhau_node.errors import BacalhauError, SpecError
 from bacalhau_node.ids import JobId, short
@@ -96,20 +97,13 @@ class Running:
             return result if self.job.returned() else None
         handle = f"{self.job.handle}.result({'partial=True' * (failure is not None)})"
         try:
-            frame = self._reduced(result.df())
+            frame = result.df()
+            if self.request.reduce is not None:
+                frame = reduce(self.request.reduce, frame, self.shell.user_ns)
         except SpecError as error:
             raise SpecError(f"{error} (result = {handle})") from error
         self.shell.user_ns[self.request.df] = frame
         return frame
-
-    def _reduced(self, frame: object) -> object:
-        expression = self.request.reduce
-        if expression is None:
-            return frame
-        try:
-            return eval(expression, {**self.shell.user_ns, "df": frame})  # noqa: S307  the user's own expression
-        except Exception as error:  # the user's expression may raise anything
-            raise SpecError(f"--reduce {expression}: {type(error).__name__}: {error}") from error
 
     def _interrupted(self, painter: painters.Painter) -> JobInterrupted:
         """Cancel, wait a moment, and say what is left; a second interrupt leaves at once."""
