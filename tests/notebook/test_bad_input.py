@@ -15,18 +15,10 @@ OURS = re.compile(r"Traceback|bacalhau_node|/slot/|agent\.py|\bn-[0-9a-f]{8}|\bj
 MOST_LINES = 12
 """Lines that a reader is shown about a failure of one kind, what shards printed not counted."""
 
-GATES = {"docker": (pytest.mark.docker,), "sandbox": (pytest.mark.sandbox,)}
+GATES = {"docker": pytest.mark.docker, "sandbox": pytest.mark.sandbox}
 
 
-CASES = [
-    pytest.param(name, item, id=f"{name}-{item.name}", marks=[*GATES.get(name, ()), *[pytest.mark.slow] * item.slow])
-    for name in EXECUTORS
-    for item in ITEMS
-    if name in item.executors
-]
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=GATES.get(name, ())) for name in EXECUTORS])
 def court(request, tmp_path_factory) -> Iterator[Referee]:
     """A kernel for all items with one executor; when it has ended, nothing of it may be left."""
     with referee(tmp_path_factory.mktemp("court"), request.param, docker_address()) as one:
@@ -34,7 +26,7 @@ def court(request, tmp_path_factory) -> Iterator[Referee]:
     assert one.left_by_the_kernel() == ()
 
 
-@pytest.mark.parametrize(("court", "item"), CASES, indirect=["court"], scope="module")
+@pytest.mark.parametrize("item", [pytest.param(one, id=one.name, marks=[pytest.mark.slow] * one.slow) for one in ITEMS])
 def test_bad_input_is_told_once_and_the_rest_is_kept(court, item: Item):
     reading = court.judge(item)
     missing = [words for words in item.says if not re.search(words, reading.text)]
