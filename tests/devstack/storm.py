@@ -185,6 +185,11 @@ class Server:
         await self._process.wait()
         self._ledger.read(self.folder / "data" / "nodes" / self.node)
 
+    def kill(self) -> None:
+        """End it, if it still lives."""
+        if self._process is not None and self._process.returncode is None:
+            self._process.kill()
+
     def victims(self) -> dict[str, list[int]]:
         """What runs now and may be killed, by kind."""
         assert self._process is not None
@@ -235,25 +240,37 @@ async def storm(folder: Path, *, kills: int, shards: int, seed: int, executor: s
     ledger = Ledger(report)
     server = Server(folder, ledger, executor=executor, docker_host=docker_host)
     await server.start()
-    cutter = Cutter(server.port, seconds=1)
-    client = HttpClient(await cutter.start(), token=server.token, folder=folder / "mine")
-    keeping = asyncio.create_task(server.keep_up())
-    killing = asyncio.create_task(_kill(server, report, kills=kills, chance=random.Random(seed)))
-    jobs = []
-    while not killing.done():
-        jobs.append(await _one_job(client, shards))
-        _judge(await client.job(jobs[-1]), report)
-    await killing
-    keeping.cancel()
-    await client.close()
-    await cutter.close()
-    await server.stop()
-    report.cuts = cutter.cut
+    try:
+        jobs, report.cuts = await _stormed(server, report, kills=kills, shards=shards, seed=seed)
+        await server.stop()
+    finally:
+        server.kill()
     report.attempts = sum(ledger.attempts.values())
     report.lost += [f"{job} is not in the journal" for job in jobs if job not in ledger.states]
     report.left = await asyncio.to_thread(server.left_for_good)
     report.seconds = time.monotonic() - began
     return report
+
+
+async def _stormed(server: Server, report: Report, *, kills: int, shards: int, seed: int) -> tuple[list[JobId], int]:
+    """(the jobs that were run, how many connections were cut)."""
+    cutter = Cutter(server.port, seconds=1)
+    client = HttpClient(await cutter.start(), token=server.token, folder=server.folder / "mine")
+    keeping = asyncio.create_task(server.keep_up())
+    killing = asyncio.create_task(_kill(server, report, kills=kills, chance=random.Random(seed)))
+    jobs = []
+    try:
+        while not killing.done():
+            jobs.append(await _one_job(client, shards))
+            _judge(await client.job(jobs[-1]), report)
+        await killing
+        await server.up.wait()
+    finally:
+        for task in (keeping, killing):
+            task.cancel()
+        await client.close()
+        await cutter.close()
+    return jobs, cutter.cut
 
 
 async def _one_job(client: HttpClient, shards: int) -> JobId:
