@@ -196,7 +196,7 @@ async def test_a_silent_daemon_costs_a_fifth_of_a_second(tmp_path: Path, monkeyp
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        ({"resources": Resources(memory=10 * 1024**4)}, "--memory 10 TB: this node can give a shard at most"),
+        ({"resources": Resources(memory=10 * 10**12)}, "--memory 10 TB: this node can give a shard at most"),
         ({"resources": Resources(cpu=64)}, "--cpu 64: this node can give a shard at most 2 cores"),
         ({"resources": Resources(gpus=1)}, "--gpu: this node has no GPU"),
         ({"task": PythonCell(bundle="b", python="3.7")}, "needs Python 3.7; this node has Python"),
@@ -742,7 +742,7 @@ async def test_an_image_that_is_nowhere_is_told(bench: Bench) -> None:
     outcome = await bench.cell("1", image="localhost:1/no/such:image")
     assert outcome.error
     assert outcome.error.kind == "environment"
-    assert "the image localhost:1/no/such:image is not here and could not be pulled: " in outcome.error.message
+    assert "the image localhost:1/no/such:image is not here and could not be pulled (" in outcome.error.message
 
 
 # --- commands ---
@@ -821,7 +821,7 @@ async def test_a_command_is_ended_by_its_time_memory_and_disk(bench: Bench) -> N
     assert large.error
     assert large.error.kind == "memory"
     wide = await bench.command(
-        shell="while true; do cat /usr/bin/env >> /outputs/x; done", resources=Resources(disk=10 * MB)
+        shell="while true; do cat /usr/bin/env >> /outputs/x; done", resources=Resources(disk=10 * 10**6)
     )
     assert wide.error
     assert (wide.error.kind, "10 MB" in wide.error.message) == ("disk", True)
