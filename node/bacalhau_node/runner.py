@@ -176,7 +176,11 @@ class Runner:
             told.end()
         await _in_thread_if(heavy, check)
         raw = await asyncio.to_thread(_masked, raw, secrets) if secrets else raw
-        return await self._name(raw, job.name)
+        try:
+            return await self._name(raw, job.name)
+        except ContentError as error:  # the store did not take the result: not the input's fault
+            log.exception("the result of %s can't be stored", run.execution)
+            return self._failed("node", error)
 
     async def _prepare(self, job: _Job, spec: JobSpec) -> None:
         """Unpack the cell's folder and install what it requires, once for the job."""

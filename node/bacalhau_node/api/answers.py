@@ -139,14 +139,17 @@ class Stream:
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    ) -> bool:
         if error is None:
             await self.response.write_eof()
-            return
+            return False
         if self._request.transport is not None:
             self._request.transport.abort()
-        if not isinstance(error, ConnectionError | asyncio.CancelledError):
+        if isinstance(error, ConnectionError):
+            return True  # the receiver is gone: it resumes or it doesn't, and nobody here is at fault
+        if not isinstance(error, asyncio.CancelledError):
             log.warning("%s %s was cut off: %s", self._request.method, self._request.path, error)
+        return False
 
     async def send(self, data: bytes) -> None:
         """Send a part, as soon as the receiver has taken most of what came before."""
