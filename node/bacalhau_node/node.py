@@ -305,7 +305,8 @@ async def open_node(
         chosen = list(executors) if executors is not None else _executors(folder)
         for executor in chosen:
             undo.push_async_callback(executor.close)
-        await asyncio.to_thread(shutil.rmtree, folder.path / "work", ignore_errors=True)
+        for left in ("work", "process"):  # by a node of this folder that was killed
+            await asyncio.to_thread(shutil.rmtree, folder.path / left, ignore_errors=True)
         capabilities = await asyncio.gather(*(executor.probe() for executor in chosen))
         options = [_Option(executor, told) for executor, told in zip(chosen, capabilities, strict=True)]
         node = Node(folder, options, content=content, journal=journal, transport=transport, resume=bool(serving))
