@@ -212,11 +212,11 @@ class Node:
     # --- executors ---
 
     async def probe_again(self) -> None:
-        """Ask the executors again if the last answer is old."""
+        """Ask the executors again if the last answer is old, or one of them has failed since."""
         now = asyncio.get_running_loop().time()
-        if now - self._probed < PROBE_AGAIN:
+        if now - self._probed < PROBE_AGAIN and not self._runner.at_fault:
             return
-        self._probed = now
+        self._probed, self._runner.at_fault = now, False
         for option in self._options:
             option.capabilities = await option.executor.probe()
 

@@ -67,7 +67,10 @@ class _Job:
 
 
 class Runner:
-    """Runs executions for the engine. `choose` picks the executor of a job, once."""
+    """Runs executions for the engine. `choose` picks the executor of a job, once.
+
+    `at_fault`: an execution has failed by this node's own fault since somebody last set it to False.
+    """
 
     def __init__(
         self,
@@ -80,6 +83,7 @@ class Runner:
     ) -> None:
         self._folder, self._content, self._sources, self._choose = folder, content, sources, choose
         self._layers = layers
+        self.at_fault = False
         self._jobs: dict[JobId, _Job] = {}
         self._secrets: dict[JobId, Secrets] = {}
 
@@ -176,6 +180,7 @@ class Runner:
             told.end()
         await _in_thread_if(heavy, check)
         raw = await asyncio.to_thread(_masked, raw, secrets) if secrets else raw
+        self.at_fault |= raw.error is not None and raw.error.kind == "node"
         try:
             return await self._name(raw, job.name)
         except ContentError as error:  # the store did not take the result: not the input's fault
