@@ -621,11 +621,6 @@ def trusts_who_was_outvoted(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Placement, "distrust", lambda _self, _node: None)
 
 
-def forgets_who_was_outvoted_in_a_restart(patch: pytest.MonkeyPatch) -> None:
-    """The journal is not asked."""
-    patch.setattr(recovery, "distrusted", lambda _rows: [])
-
-
 def runs_all_replicas_on_one_node(patch: pytest.MonkeyPatch) -> None:
     """It agrees with itself."""
     patch.setattr(Shard, "had", lambda _self, _node: False)
@@ -660,7 +655,6 @@ BUGS = (
     counts_a_vote_as_the_decision,
     accepts_what_it_only_holds,
     trusts_who_was_outvoted,
-    forgets_who_was_outvoted_in_a_restart,
     runs_all_replicas_on_one_node,
     tries_a_slow_shard_where_it_is_slow,
 )
