@@ -272,7 +272,8 @@ _JSON_KINDS = {b"{": "row", b"[": "rows", b'"': "str", b"t": "bool", b"f": "bool
 def _to_pandas(table: pa.Table) -> pd.DataFrame:
     """One copy of every column. Kept apart only where that copy is made: a lone chunk would come out read-only."""
     chunks = min((column.num_chunks for column in table.columns), default=0)
-    return table.to_pandas(split_blocks=chunks > 1 and table.num_columns <= WIDE)
+    frame: pd.DataFrame = table.to_pandas(split_blocks=chunks > 1 and table.num_columns <= WIDE)
+    return frame
 
 
 def _named(name: str) -> str:
