@@ -109,7 +109,6 @@ class Engine:
         self._timers: dict[ev.Timer, asyncio.TimerHandle] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._runs: dict[Execution, asyncio.Task[None]] = {}
-        self._requesters: dict[Execution, NodeId] = {}
         self.feeds: dict[JobId, Feed] = {}
         self._held: _Held | None = None
         self._spawn(self._receive())

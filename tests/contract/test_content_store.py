@@ -453,10 +453,10 @@ def test_a_network_file_system_is_told_by_the_mount_that_is_nearest(tmp_path):
     table.write_text(
         f"/dev/sda / ext4 rw 0 0\nserver:/x {tmp_path}/a\\040b nfs4 rw 0 0\n/dev/sdb {tmp_path}/a\\040b/c xfs rw 0 0\n"
     )
-    assert index_module.on_network(tmp_path / "a b/store", mounts=table)
+    assert index_module.on_network(tmp_path / "a b/store", table=table)
     for path in (tmp_path, tmp_path / "a b/c/store", tmp_path / "a"):
-        assert not index_module.on_network(path, mounts=table)
-    assert not index_module.on_network(tmp_path, mounts=tmp_path / "none")
+        assert not index_module.on_network(path, table=table)
+    assert not index_module.on_network(tmp_path, table=tmp_path / "none")
 
 
 def test_the_index_needs_no_shared_memory_on_a_network_file_system(folder, monkeypatch):

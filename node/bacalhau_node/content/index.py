@@ -25,14 +25,12 @@ from typing import Any
 import msgspec
 
 from bacalhau_node.errors import BugError, ContentError
+from bacalhau_node.filesystem import on_network
 
 VERSION = 1
 BUSY_SECONDS = 20
 """How long a writer waits for another process's transaction, which lasts milliseconds."""
 
-_NETWORK = frozenset(
-    ("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "lustre", "gpfs", "beegfs", "fuse.sshfs")
-)
 
 _SCHEMA = """
 CREATE TABLE file (
@@ -231,18 +229,6 @@ class Index:
                 f"the content store's index {self._path} is damaged ({error}): restore it from a backup,"
                 f" or move the folder {self._path.parent} away to start a new store",
             ) from error
-
-
-def on_network(folder: Path, *, mounts: Path = Path("/proc/self/mounts")) -> bool:
-    """Whether `folder` lies on a file system of another machine, as far as Linux's table of mounts tells."""
-    try:
-        table = mounts.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-    except OSError:
-        return False
-    path = folder.resolve()
-    points = [(Path(point.replace("\\040", " ")), kind) for _, point, kind, *_ in map(str.split, table)]
-    inside = [(len(point.parts), kind) for point, kind in points if path.is_relative_to(point)]
-    return max(inside, default=(0, ""))[1] in _NETWORK
 
 
 def _advice(error: sqlite3.OperationalError) -> str:

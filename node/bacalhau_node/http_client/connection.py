@@ -35,7 +35,6 @@ FIRST_PATIENCE: Final = 3.0
 LONG: Final = 600.0
 """Seconds for an answer that takes work: a plan over a million files."""
 
-_SMALL_BODY = 256 * 1024
 _USUAL = 120.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0
 
@@ -180,11 +179,6 @@ class Connection:
         """Close all connections."""
         if self._session is not None:
             await self._session.close()
-
-
-def _body(data: bytes | None) -> bytes | io.BytesIO | None:
-    """Large bodies are read in parts by a thread; for small ones that would be slower."""
-    return data if data is None or len(data) <= _SMALL_BODY else io.BytesIO(data)
 
 
 def part(text: str) -> str:
