@@ -14,6 +14,7 @@ import msgspec
 
 from bacalhau_node.errors import SpecError
 from bacalhau_node.feed import Feed
+from bacalhau_node.feed import ShardBytes as ShardBytes
 from bacalhau_node.feed import ShardText as ShardText
 from bacalhau_node.feed import Update as Update
 from bacalhau_node.ids import JobId, NodeId, short

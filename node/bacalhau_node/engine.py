@@ -29,10 +29,10 @@ from msgspec import structs
 
 from bacalhau_node import wire
 from bacalhau_node.errors import BacalhauError, ContentError, ProtocolError
-from bacalhau_node.feed import Feed, ShardText
+from bacalhau_node.feed import Feed, ShardBytes, ShardText
 from bacalhau_node.ids import Execution, JobId, NodeId
-from bacalhau_node.messages import Accept, Cancel, Kept, Lines, Offer, Outcome, Recall, Reject
-from bacalhau_node.ports import ContentStore, Journal, Transport
+from bacalhau_node.messages import Accept, Cancel, Kept, Lines, Offer, Outcome, Recall, Reject, Transfer
+from bacalhau_node.ports import ContentStore, Journal, Packet, Transport
 from bacalhau_node.protocol import events as ev
 from bacalhau_node.protocol.compute import Compute
 from bacalhau_node.protocol.placement import LEASE
@@ -55,7 +55,7 @@ _COMPUTE_TIMERS = (ev.HeartbeatTimer, ev.ProposeTimer)
 class Work(Protocol):
     """What takes time: each call is one task of the engine, and its end the next event."""
 
-    async def execute(self, run: ev.Run, progress: Callable[[ev.Event | Lines], None]) -> Outcome:
+    async def execute(self, run: ev.Run, progress: Callable[[ev.Event | Lines | Transfer], None]) -> Outcome:
         """Stage, run and store one execution; progress through the callback, the end returned."""
         ...
 
@@ -275,23 +275,29 @@ class Engine:
     # --- messages ---
 
     async def _receive(self) -> None:
-        async for sender, data in self._transport.received():
+        async for arrival in self._transport.received():
+            if not isinstance(arrival, Packet):
+                continue  # links say nothing to the machines of this version
             try:
-                message = wire.decode(data)
+                message = wire.decode(arrival.data)
             except ProtocolError as error:
-                log.warning("message dropped", extra={"sender": sender, "error": str(error)})
+                log.warning("message dropped", extra={"sender": arrival.author, "error": str(error)})
                 continue
-            if isinstance(message, Lines):
-                self._lines(sender, message)
+            if isinstance(message, Lines | Transfer):
+                self._passing(arrival.author, message)
             else:
-                self.post(ev.Received(sender, message))
+                self.post(ev.Received(arrival.author, message))
 
-    def _lines(self, sender: NodeId, lines: Lines) -> None:
-        """Pass text on to the job's watchers, if it comes from an execution that is wanted."""
-        if self._requester.live(lines.execution, sender):
-            e = lines.execution
-            if feed := self.feeds.get(e.job):
-                feed.text(ShardText(e.job, e.shard, e.attempt, lines.stream, lines.text))
+    def _passing(self, sender: NodeId, news: Lines | Transfer) -> None:
+        """Pass what is only for people on to the job's watchers, if it comes from an execution that is wanted."""
+        e = news.execution
+        feed = self.feeds.get(e.job)
+        if feed is None or not self._requester.live(e, sender):
+            return
+        if isinstance(news, Lines):
+            feed.text(ShardText(e.job, e.shard, e.attempt, news.stream, news.text))
+        else:
+            feed.transfer(ShardBytes(e.job, e.shard, e.attempt, news.name, news.done, news.total, news.cid))
 
     # --- timers ---
 
@@ -330,11 +336,11 @@ class Engine:
             self._runs.pop(run.execution, None)
         self.post(ev.ExecutionEnded(run.execution, outcome))
 
-    def _progress(self, news: ev.Event | Lines) -> None:
-        if isinstance(news, Lines):
+    def _progress(self, news: ev.Event | Lines | Transfer) -> None:
+        if isinstance(news, Lines | Transfer):
             to = self._compute.requester(news.execution)
             if to == self._transport.node:
-                self._lines(to, news)
+                self._passing(to, news)
             elif to is not None:
                 self._spawn(self._transport.send(to, wire.encode(news)))
         else:

@@ -37,10 +37,24 @@ class ShardText(msgspec.Struct, frozen=True):
     text: str
 
 
-Update = JobChanged | ShardChanged | ShardText
+class ShardBytes(msgspec.Struct, frozen=True):
+    """Bytes of `name` on their way to a shard: `done` of `total` (None: unknown); `cid` once it is all here."""
+
+    job: JobId
+    shard: int
+    attempt: int
+    name: str
+    done: int
+    total: int | None
+    cid: str
+
+
+Update = JobChanged | ShardChanged | ShardText | ShardBytes
 
 Key = tuple[str, int]
-"""What an update is about: ("job", 0), ("shard", index) or ("text", its number). A later one takes its place."""
+"""What an update is about: ("job", 0), ("shard", index), ("bytes", index) or ("text", its number).
+
+A later one takes its place."""
 
 
 class Feed:
@@ -99,6 +113,10 @@ class Feed:
         self._remember(key, text)
         while self._length > TEXT_LIMIT:
             self._forget_text()
+
+    def transfer(self, news: ShardBytes) -> None:
+        """Pass on how far the bytes of a shard are."""
+        self._remember(("bytes", news.shard), news)
 
     def end(self) -> None:
         """No more updates will come."""

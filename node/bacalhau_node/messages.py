@@ -16,8 +16,8 @@ from typing import Literal
 
 import msgspec
 
-from bacalhau_node.ids import Execution, JobId
-from bacalhau_node.spec import JobSpec
+from bacalhau_node.ids import Execution, JobId, NodeId
+from bacalhau_node.spec import Isolation, JobSpec
 
 INLINE_LIMIT = 64 * 1024
 """Values and texts up to this size travel inside the message (DESIGN section 3)."""
@@ -113,6 +113,16 @@ class ShardOffer(msgspec.Struct, frozen=True, gc=False):
     block: str
 
 
+class Grant(msgspec.Struct, frozen=True, gc=False):
+    """A bearer capability of one job for one node: opens the job's content at its requester, and back.
+
+    `gateways`: base URLs where it is good besides streams to the requester.
+    """
+
+    token: str
+    gateways: tuple[str, ...] = ()
+
+
 class Offer(msgspec.Struct, frozen=True, tag="offer"):
     """Run these shards of this job, if you can start them now."""
 
@@ -121,6 +131,10 @@ class Offer(msgspec.Struct, frozen=True, tag="offer"):
     shards: tuple[ShardOffer, ...]
     count: int
     """How many shards the job has in all."""
+    grant: Grant | None = None
+    """How to fetch what the shards need; None within one node."""
+    secrets: dict[str, str] = {}
+    """Values for `spec.secrets`: held in memory only, and only in an offer to another node."""
 
 
 class Accept(msgspec.Struct, frozen=True, tag="accept", gc=False):
@@ -203,4 +217,127 @@ class Lines(msgspec.Struct, frozen=True, tag="lines", gc=False):
     text: str
 
 
-Message = Offer | Accept | Reject | Kept | Cancel | Recall | Take | Refuse | Heartbeat | Started | Propose | Lines
+class Transfer(msgspec.Struct, frozen=True, tag="transfer", gc=False):
+    """Bytes on their way to a shard, for people: `done` of `total` (None: unknown); `cid` once it is all here."""
+
+    execution: Execution
+    name: str
+    done: int
+    total: int | None = None
+    cid: str = ""
+
+
+# --- messages among all nodes: finding shards a place ---
+
+
+class Announce(msgspec.Struct, frozen=True, tag="announce"):
+    """To everybody: this job's requester knows too few nodes for it. Names requirements, never data.
+
+    `spec` carries what decides whether a node can run the job, and nothing that names its inputs or its code.
+    `wanted`: so many executions are looked for. `round` grows with each announcement of the job.
+    """
+
+    job: JobId
+    requester: NodeId
+    addresses: tuple[str, ...]
+    spec: JobSpec
+    wanted: int
+    round: int
+
+
+class Bid(msgspec.Struct, frozen=True, tag="bid", gc=False):
+    """To a requester that announced: I can run this job and have so much room."""
+
+    job: JobId
+    room: int
+
+
+# --- messages among neighbours: who is there ---
+
+
+class Engine(msgspec.Struct, frozen=True, gc=False):
+    """An executor of a node. `memory`: bytes for one shard; `gpus`: the memory of each card, in bytes."""
+
+    name: str
+    isolation: Isolation
+    python: str
+    memory: int
+    gpus: tuple[int, ...] = ()
+
+
+class NodeRecord(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """What a node says about itself; only its own signature makes it true.
+
+    `version` grows with every record of a node, restarts included (nanoseconds of its clock when it was made, or one
+    more than the last). `addresses`: multiaddrs; none for a node that can't be dialled. `room`: executions that it
+    would take when this was made, of `slots`. `gateway`: base URL of its trustless gateway, "" for none.
+    `neighbours`: to whom it holds links. `leaving`: its last record.
+    """
+
+    node: NodeId
+    version: int
+    addresses: tuple[str, ...] = ()
+    agent: str = ""
+    slots: int = 0
+    room: int = 0
+    engines: tuple[Engine, ...] = ()
+    images: tuple[str, ...] = ()
+    labels: dict[str, str] = {}
+    gateway: str = ""
+    neighbours: tuple[NodeId, ...] = ()
+    jobs: int = 0
+    age: float = 0.0
+    """Median seconds between the sending and the arrival of the announcements that it heard lately."""
+    dropped: int = 0
+    """Messages that it refused, or could not send, since it started."""
+    leaving: bool = False
+
+
+class Signed(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A `NodeRecord` as MessagePack, and its node's signature over just these bytes."""
+
+    record: bytes
+    signature: bytes
+
+
+class Digest(msgspec.Struct, frozen=True, tag="digest", gc=False):
+    """What I know: (node, version) of as many as the sender wants to compare. `answer`: tell me yours as well."""
+
+    known: tuple[tuple[NodeId, int], ...]
+    answer: bool = False
+
+
+class Records(msgspec.Struct, frozen=True, tag="records"):
+    """Records that the other lacks, and the nodes whose newer records are wanted in return."""
+
+    records: tuple[Signed, ...]
+    wanted: tuple[NodeId, ...] = ()
+
+
+class PeersWanted(msgspec.Struct, frozen=True, tag="peers-wanted", gc=False):
+    """Peer exchange: give me records of up to so many nodes that can be dialled, at random."""
+
+    count: int
+
+
+MembershipMessage = Digest | Records | PeersWanted
+
+JobMessage = (
+    Offer
+    | Accept
+    | Reject
+    | Kept
+    | Cancel
+    | Recall
+    | Take
+    | Refuse
+    | Heartbeat
+    | Started
+    | Propose
+    | Lines
+    | Transfer
+    | Announce
+    | Bid
+)
+
+Message = JobMessage | MembershipMessage

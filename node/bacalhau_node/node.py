@@ -27,7 +27,7 @@ from bacalhau_node.executors.gpus import Gpus, at_once
 from bacalhau_node.executors.process import ProcessExecutor
 from bacalhau_node.executors.sandbox import SandboxExecutor
 from bacalhau_node.folders import NodeFolder, data_folder, take_folder
-from bacalhau_node.ids import JobId
+from bacalhau_node.ids import JobId, NodeId
 from bacalhau_node.journal import SqliteJournal
 from bacalhau_node.layers.store import Layers
 from bacalhau_node.masking import Secrets
@@ -78,7 +78,12 @@ class Node:
         self._sources: tuple[Source, ...] = (LocalSource(), ContentSource(content))
         self._layers = Layers(folder.root / "layers")
         self._runner = Runner(
-            folder.path / "work", content=content, sources=self._sources, choose=self._choose, layers=self._layers
+            folder.path / "work",
+            node=self.id,
+            content=content,
+            sources=self._sources,
+            choose=self._choose,
+            layers=self._layers,
         )
         self.slots = max(option.capabilities.slots for option in options)
         self.interrupted: tuple[JobId, ...] = ()
@@ -98,7 +103,7 @@ class Node:
         blocks = {row.job: self._blocks(row.plan) for row in unfinished if resume}
         self.interrupted = () if resume else tuple(row.job for row in unfinished)
         requester, effects = Requester.recover(self.id, rows, now, resume=resume, blocks=blocks)
-        compute, more = Compute.recover(self.id, rows, now, slots=self.slots, refuse=self._refuse)
+        compute, more = Compute.recover(self.id, rows, now, slots=self.slots, refuse=self._refuse_offer)
         self.engine = Engine(
             requester=requester,
             compute=compute,
@@ -230,6 +235,10 @@ class Node:
     def problems(self) -> list[str]:
         """Why the better executors don't work here, one sentence each."""
         return [option.capabilities.problem for option in self._options if option.capabilities.problem]
+
+    def _refuse_offer(self, requester: NodeId, spec: JobSpec) -> str | None:
+        """Why this node can never run `spec` for this requester."""
+        return self._refuse(spec) if requester == self.id else "this node takes only its own jobs"
 
     def _refuse(self, spec: JobSpec) -> str | None:
         """Why no executor of this node can ever run `spec`; None if one can."""

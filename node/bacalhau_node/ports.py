@@ -16,9 +16,12 @@ from bacalhau_node.cid import Cid
 from bacalhau_node.ids import Execution, JobId, NodeId
 from bacalhau_node.masking import NO_SECRETS, Secrets
 from bacalhau_node.messages import ShardError, ValueKind
-from bacalhau_node.protocol.events import Row
+from bacalhau_node.protocol.events import LinkDown, LinkUp, Row
 from bacalhau_node.sharding import Entry, Reference
 from bacalhau_node.spec import InputSource, Isolation, JobSpec
+
+Scope = Literal["block", "entity", "all"]
+"""How much of a DAG is asked for (`dag-scope` of the trustless gateway specification)."""
 
 # --- executor ---
 
@@ -253,8 +256,48 @@ class ContentStore(Protocol):
 # --- sources ---
 
 
+class Provider(Protocol):
+    """Somebody who may have blocks. What comes from it is believed by nobody: whoever asks checks every block."""
+
+    @property
+    def name(self) -> str:
+        """For messages about who was asked: "https://ipfs.example.org", "node 12D3…", "kubo at 127.0.0.1:5001"."""
+        ...
+
+    def car(self, root: Cid, *, path: str = "", scope: Scope = "all") -> AsyncIterator[bytes]:
+        """The bytes of a CAR (v1, depth first, each block as often as the walk meets it or once) for `root` and `path`.
+
+        Scope "block": the block at the end of the path; "entity": the whole file, or of a folder its listing;
+        "all": everything below. The blocks on the way from the root come first. Raises `ContentError` when it does
+        not have the root, `NodeUnreachable` when it does not answer; may end too early.
+        """
+        ...
+
+    async def block(self, cid: Cid, *, root: Cid) -> bytes:
+        """One block below `root`; raises `ContentError` when it is not there, `NodeUnreachable`."""
+        ...
+
+
+class Access(msgspec.Struct, frozen=True, kw_only=True):
+    """For whom inputs are fetched, and who is asked first.
+
+    `own`: for the owner of this node, whose jobs may ask any address but those of cloud metadata. `providers` are
+    those that the job itself names: its requester, mostly.
+    """
+
+    own: bool = True
+    providers: tuple[Provider, ...] = ()
+
+
+Told = Callable[[str, int, int | None, str], None]
+"""Called on the loop as bytes come: (name, done, total or None, CID or "" until all is here)."""
+
+
 class Source(Protocol):
-    """Lists an input and hands its files out. Methods block: call from a thread."""
+    """Lists an input and hands its files out.
+
+    `list`, `open` and `check` block: call them from a thread, `open` and `check` also on the loop for a few files.
+    """
 
     def claims(self, source: str) -> bool:
         """Whether this source understands the text of `--input`."""
@@ -267,6 +310,14 @@ class Source(Protocol):
         """
         ...
 
+    async def fetch(self, entries: Sequence[Entry], *, access: Access, told: Told) -> None:
+        """Bring the bytes of these entries (all of this source) to this machine, several at once; then `open` has them.
+
+        What is here already is not fetched again. Raises `ContentError` that names the entry, where it was looked
+        for and why it did not come. Cancelling leaves nothing half-written that anybody would take for whole.
+        """
+        ...
+
     def open(self, reference: Reference, *, scratch: Path) -> Path:
         """A path that holds the entry's bytes now; raises `ContentError` ("changed", "gone") when it no longer does."""
         ...
@@ -276,7 +327,40 @@ class Source(Protocol):
         ...
 
 
+# --- publishers ---
+
+
+class Publisher(Protocol):
+    """Brings results to where their owner wants them. Calls on the loop."""
+
+    def claims(self, target: str) -> bool:
+        """Whether this publisher understands the text of `--publish`."""
+        ...
+
+    async def check(self, target: str) -> None:
+        """Raise `SpecError` or `ContentError` if nothing could be published there; asked before a job exists."""
+        ...
+
+    async def publish(self, job: JobId, root: str, target: str) -> tuple[str, ...]:
+        """Publish the sealed result `root`; returns where it can be found now. Doing it again changes nothing."""
+        ...
+
+
 # --- transport ---
+
+
+class Packet(msgspec.Struct, frozen=True):
+    """A message of `author`: the key of the connection, or (for what was published) the one that signed it."""
+
+    author: NodeId
+    data: bytes
+
+
+Answering = Callable[[NodeId, bytes], AsyncIterator[bytes]]
+"""Answers a question (bytes) of the node that asks, in parts of at most a MiB."""
+
+Arrival = Packet | LinkUp | LinkDown
+"""What a transport tells. Links come and go in this very order; packets have none."""
 
 
 class Transport(Protocol):
@@ -287,16 +371,50 @@ class Transport(Protocol):
         """The node that speaks through this transport."""
         ...
 
-    async def send(self, to: NodeId, data: bytes) -> None:
-        """Hand `data` to the network; returning does not mean that it arrived."""
+    def addresses(self) -> Sequence[str]:
+        """Multiaddrs by which others can dial this node, its id included; none where nobody can."""
         ...
 
-    def received(self) -> AsyncIterator[tuple[NodeId, bytes]]:
-        """(author, bytes) as they come; ends when the transport is closed."""
+    async def send(self, to: NodeId, data: bytes) -> None:
+        """Hand `data` to the network, over a link that is opened if need be; returning does not mean that it arrived.
+
+        Waits while the other takes nothing; raises `NodeUnreachable` when it can't be reached.
+        """
+        ...
+
+    async def publish(self, data: bytes) -> None:
+        """Hand `data` to every node of the network, signed by this one."""
+        ...
+
+    def received(self) -> AsyncIterator[Arrival]:
+        """What comes, as it comes; ends when the transport is closed."""
         ...
 
     def peers(self) -> Sequence[NodeId]:
-        """Nodes that can be sent to now, sorted."""
+        """Nodes to which there is a link now, sorted."""
+        ...
+
+    async def dial(self, address: str) -> NodeId:
+        """Open a link to a multiaddr and say who is there; raises `NodeUnreachable`, `SpecError` for no multiaddr."""
+        ...
+
+    def learn(self, node: NodeId, addresses: Sequence[str]) -> None:
+        """Remember where `node` can be dialled, in place of what was known; quick."""
+        ...
+
+    async def hang_up(self, node: NodeId) -> None:
+        """Close the links to `node`; nothing happens when there are none."""
+        ...
+
+    def serve(self, handler: Answering) -> None:
+        """Answer the requests of others by `handler`, from now on."""
+        ...
+
+    def request(self, to: NodeId, question: bytes) -> AsyncIterator[bytes]:
+        """The answer of another node's `handler`, as it comes, slowly if need be; `NodeUnreachable` when it breaks off.
+
+        A question has at most 64 KiB. A handler that raises ends the answer like a broken connection.
+        """
         ...
 
     async def close(self) -> None:

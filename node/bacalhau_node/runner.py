@@ -19,12 +19,13 @@ import msgspec
 
 from bacalhau_node.content.records import encode_outcome, seal
 from bacalhau_node.errors import BacalhauError, ContentError, SpecError
-from bacalhau_node.ids import Execution, JobId
+from bacalhau_node.ids import Execution, JobId, NodeId
 from bacalhau_node.layers.store import Layer, Layers
 from bacalhau_node.masking import NO_SECRETS, MaskedStream, Secrets
-from bacalhau_node.messages import INLINE_LIMIT, Blob, ErrorKind, Lines, Outcome, ShardError, Value
+from bacalhau_node.messages import INLINE_LIMIT, Blob, ErrorKind, Lines, Outcome, ShardError, Transfer, Value
 from bacalhau_node.plan import read_shard
 from bacalhau_node.ports import (
+    Access,
     ContentStore,
     Executor,
     ExecutorEvent,
@@ -33,6 +34,7 @@ from bacalhau_node.ports import (
     ShardTask,
     Source,
     StagedFile,
+    Told,
 )
 from bacalhau_node.protocol.events import Event, ExecutionStarted, Keep, Run, Seal
 from bacalhau_node.sharding import Entry, LocalStamp, container_path, mounts, shown
@@ -76,13 +78,14 @@ class Runner:
         self,
         folder: Path,
         *,
+        node: NodeId,
         content: ContentStore,
         sources: Sequence[Source],
         choose: Callable[[JobSpec], tuple[Executor, str]],
         layers: Layers,
     ) -> None:
         self._folder, self._content, self._sources, self._choose = folder, content, sources, choose
-        self._layers = layers
+        self._node, self._layers = node, layers
         self.at_fault = False
         self._jobs: dict[JobId, _Job] = {}
         self._secrets: dict[JobId, Secrets] = {}
@@ -96,7 +99,7 @@ class Runner:
         """The job has ended: forget its secrets."""
         self._secrets.pop(job, None)
 
-    async def execute(self, run: Run, progress: Callable[[Event | Lines], None]) -> Outcome:
+    async def execute(self, run: Run, progress: Callable[[Event | Lines | Transfer], None]) -> Outcome:
         """Run one execution to its outcome; only cancellation is raised."""
         execution = run.execution
         secrets = self._secrets.get(execution.job, NO_SECRETS)
@@ -144,7 +147,13 @@ class Runner:
         return job
 
     async def _execute(
-        self, run: Run, job: _Job, scratch: Path, *, progress: Callable[[Event | Lines], None], secrets: Secrets
+        self,
+        run: Run,
+        job: _Job,
+        scratch: Path,
+        *,
+        progress: Callable[[Event | Lines | Transfer], None],
+        secrets: Secrets,
     ) -> Outcome:
         if not job.ready:
             async with job.lock:
@@ -152,6 +161,13 @@ class Runner:
         if job.problem is not None:
             return self._failed("environment", job.problem)
         entries, shared = read_shard(self._content, run.block)
+        access = Access(own=run.requester == self._node)
+
+        def told(name: str, done: int, total: int | None, cid: str) -> None:
+            progress(Transfer(run.execution, name, done, total, cid))
+
+        await self._fetch(entries, run.spec.inputs, access, told)
+        await self._fetch(shared, run.spec.shared, access, told)
         heavy = len(entries) + len(shared) > INLINE_FILES
 
         def stage() -> list[StagedFile]:
@@ -173,11 +189,11 @@ class Runner:
             layer=job.layer.path if job.layer is not None else None,
             secrets=secrets,
         )
-        told = _Telling(run.execution, progress, secrets)
+        telling = _Telling(run.execution, progress, secrets)
         try:
-            raw = await job.executor.run(task, told)
+            raw = await job.executor.run(task, telling)
         finally:
-            told.end()
+            telling.end()
         await _in_thread_if(heavy, check)
         raw = await asyncio.to_thread(_masked, raw, secrets) if secrets else raw
         self.at_fault |= raw.error is not None and raw.error.kind == "node"
@@ -205,6 +221,14 @@ class Runner:
         job.ready = True
 
     # --- inputs ---
+
+    async def _fetch(
+        self, entries: Sequence[Entry], sources: Sequence[InputSource], access: Access, told: Told
+    ) -> None:
+        """Have the entries brought to this machine, each by its source."""
+        for index, source in enumerate(sources):
+            if mine := [entry for entry in entries if entry.source == index]:
+                await self._source(source).fetch(mine, access=access, told=told)
 
     def _open(
         self,
@@ -291,7 +315,9 @@ def _named(path: Path, entry: Entry, folder: Path, mount: str) -> Path:
 class _Telling:
     """What an executor emits, told to the engine, without secrets."""
 
-    def __init__(self, execution: Execution, progress: Callable[[Event | Lines], None], secrets: Secrets) -> None:
+    def __init__(
+        self, execution: Execution, progress: Callable[[Event | Lines | Transfer], None], secrets: Secrets
+    ) -> None:
         self._execution, self._progress = execution, progress
         self._streams: dict[Stream, MaskedStream] = {name: MaskedStream(secrets) for name in ("stdout", "stderr")}
 

@@ -29,13 +29,14 @@ MAX_GPU_SHARE = 64
 class InputSource(msgspec.Struct, frozen=True, kw_only=True):
     """Where data comes from, and where a shard finds it.
 
-    `source` is an absolute local path, `ipfs://CID[/path]`, or (in later versions) a URL or a
-    bucket. `mount` is an absolute path in the container; without one a single input lies at
-    `/inputs`, several at `/inputs/0`, `/inputs/1` and so on.
+    `source` is an absolute local path, `ipfs://CID[/path]`, a URL (`http(s)://…`), or a bucket and a prefix in it
+    (`s3://…`, `gs://…`, `az://…`). `mount` is an absolute path in the container; without one a single input lies at
+    `/inputs`, several at `/inputs/0`, `/inputs/1` and so on. `unpack`: an archive is a folder of what is in it.
     """
 
     source: str
     mount: str | None = None
+    unpack: bool = False
 
 
 class Sharding(msgspec.Struct, frozen=True, kw_only=True):
@@ -99,6 +100,8 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
     `replicas`: executions of each shard, on different nodes where there are so many. `agree`: how many of them
     have to give equal answers (or to fail alike) for one to count; with 1 the first to end does.
     `secrets` are the names of environment variables whose values never stand in a spec (see `masking`).
+    `publish` says where the result goes beyond the store of its requester ("store": nowhere else). `constraint` is an
+    expression over the labels of nodes: "" for any node.
     """
 
     task: PythonCell | Command
@@ -121,6 +124,8 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
     secrets: tuple[str, ...] = ()
     labels: dict[str, str] = {}
     pin: bool = False
+    publish: str = "store"
+    constraint: str = ""
 
     def __post_init__(self) -> None:
         if twice := sorted(set(self.secrets) & set(self.env)):

@@ -7,8 +7,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 
-from bacalhau_node.errors import BugError, NodeUnreachable
-from bacalhau_node.ports import Transport
+from bacalhau_node.errors import BugError, ContentError, NodeUnreachable, SpecError
+from bacalhau_node.ports import Packet, Transport
+from bacalhau_node.protocol.events import LinkDown, LinkUp
 from bacalhau_node.transports import memory
 from bacalhau_node.transports.memory import MemoryHub, MemoryTransport
 
@@ -31,14 +32,27 @@ async def join() -> AsyncIterator[Join]:
 
 
 async def read(transport: Transport, many: int) -> list[tuple[str, bytes]]:
-    """The next `many` messages."""
+    """The next `many` messages, as (author, data)."""
     messages = []
     async with asyncio.timeout(DEADLINE), contextlib.aclosing(transport.received()) as received:
-        async for message in received:
-            messages.append(message)
+        async for arrival in received:
+            if isinstance(arrival, Packet):
+                messages.append((arrival.author, arrival.data))
             if len(messages) == many:
                 break
     return messages
+
+
+async def links(transport: Transport, many: int) -> list[LinkUp | LinkDown]:
+    """The next `many` news of links."""
+    news = []
+    async with asyncio.timeout(DEADLINE), contextlib.aclosing(transport.received()) as received:
+        async for arrival in received:
+            if not isinstance(arrival, Packet):
+                news.append(arrival)
+            if len(news) == many:
+                break
+    return news
 
 
 async def settled() -> None:
@@ -121,13 +135,71 @@ async def test_the_reader_ends_when_its_transport_is_closed(join):
     assert await asyncio.wait_for(reading, DEADLINE) == []
 
 
-async def test_peers_are_the_others_that_can_be_sent_to_sorted(join):
+async def test_peers_are_those_to_whom_there_is_a_link_sorted(join):
     two, one, three = await join("n-two"), await join("n-one"), await join("n-three")
-    assert list(two.peers()) == ["n-one", "n-three"]
+    assert list(two.peers()) == []
+    assert await three.dial(two.addresses()[0]) == two.node
+    assert await two.dial(one.addresses()[0]) == one.node
+    assert await two.dial(one.addresses()[0]) == one.node  # once more changes nothing
+    assert await links(two, 2) == [LinkUp(three.node, inbound=True), LinkUp(one.node, inbound=False)]
+    assert list(two.peers()) == sorted((one.node, three.node))
     await one.close()
-    assert list(two.peers()) == ["n-three"]
+    assert await links(two, 1) == [LinkDown(one.node)]
+    assert list(two.peers()) == [three.node]
     assert list(one.peers()) == []
-    assert list(three.peers()) == ["n-two"]
+
+
+async def test_both_ends_are_told_of_a_link_that_one_closes(join):
+    one, two = await join("n-one"), await join("n-two")
+    await one.dial(two.addresses()[0])
+    await two.hang_up(one.node)
+    assert await links(one, 2) == [LinkUp(two.node, inbound=False), LinkDown(two.node)]
+    assert await links(two, 2) == [LinkUp(one.node, inbound=True), LinkDown(one.node)]
+    await two.hang_up(one.node)  # nothing is left to close
+    assert list(two.peers()) == []
+
+
+async def test_what_is_no_address_of_the_network_is_refused(join):
+    one = await join("n-one")
+    with pytest.raises(SpecError, match="/dns4x/nowhere"):
+        await one.dial("/dns4x/nowhere")
+
+
+async def test_what_is_published_reaches_everybody_else_once_with_its_author(join):
+    one, two, three = await join("n-one"), await join("n-two"), await join("n-three")
+    await one.dial(two.addresses()[0])
+    await two.dial(three.addresses()[0])
+    await one.publish(b"to all")
+    assert await read(two, 1) == [(one.node, b"to all")]
+    assert await read(three, 1) == [(one.node, b"to all")]
+
+
+async def test_a_request_gets_the_answer_of_the_others_handler(join):
+    one, two = await join("n-one"), await join("n-two")
+
+    async def handler(author: str, question: bytes) -> AsyncIterator[bytes]:
+        yield author.encode()
+        yield question * 2
+
+    two.serve(handler)
+    one.learn(two.node, two.addresses())
+    assert b"".join([part async for part in one.request(two.node, b"what?")]) == one.node.encode() + b"what?what?"
+
+
+async def test_an_answer_that_breaks_off_is_told(join):
+    one, two = await join("n-one"), await join("n-two")
+
+    async def handler(_author: str, _question: bytes) -> AsyncIterator[bytes]:
+        yield b"a part"
+        raise ContentError("the rest is gone")
+
+    two.serve(handler)
+    one.learn(two.node, two.addresses())
+    got = []
+    with pytest.raises(NodeUnreachable, match=two.node):  # noqa: PT012 - it comes between two parts
+        async for part in one.request(two.node, b""):
+            got.append(part)  # noqa: PERF401 - so a comprehension would lose the first
+    assert got == [b"a part"]
 
 
 async def test_a_node_that_is_not_there_is_told(join):
@@ -145,7 +217,7 @@ async def test_a_closed_transport_sends_nothing_and_closes_twice(join):
     await one.close()
     with pytest.raises(NodeUnreachable, match="n-one"):
         await one.send("n-two", b"")
-    assert [message async for message in one.received()] == []
+    assert [arrival async for arrival in one.received()] == []
 
 
 async def test_a_slow_reader_makes_its_senders_wait_and_loses_nothing(join):
@@ -213,7 +285,7 @@ async def through_a_bad_hub(seed: int, **faults: float) -> list[int]:
 
 
 async def gathered(transport: Transport) -> list[int]:
-    return [int(data) async for _, data in transport.received()]
+    return [int(arrival.data) async for arrival in transport.received() if isinstance(arrival, Packet)]
 
 
 async def test_a_hub_that_drops_loses_about_that_share():

@@ -70,7 +70,7 @@ HOW = ("well", "lost", "twice")
 KINDS: tuple[ErrorKind | None, ...] = (None, None, "exception", "signal", "node", "memory")
 
 
-def refuses_gpu(spec: JobSpec) -> str | None:
+def refuses_gpu(_requester: str, spec: JobSpec) -> str | None:
     return "has no GPU" if spec.resources.gpus else None
 
 

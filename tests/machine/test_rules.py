@@ -502,7 +502,7 @@ class Bench:
     """A compute node under test: keeps the clock and checks the invariants."""
 
     def __init__(self, *, slots: int = 1, refusal: str | None = None) -> None:
-        self.machine = Compute("cmp", slots=slots, refuse=lambda _spec: refusal)
+        self.machine = Compute("cmp", slots=slots, refuse=lambda _requester, _spec: refusal)
         self.now = 0.0
 
     def __call__(self, event: ev.Event) -> list[ev.Effect]:
@@ -664,7 +664,7 @@ def test_a_restarted_node_proposes_what_it_owes() -> None:
     """And does not run it again when its old offer comes late."""
     e = an_execution()
     rows = [ev.ComputeRow(e, "req", a_result()), ev.ComputeRow(an_execution(1), "req", None)]
-    machine, effects = Compute.recover("cmp", rows, 5.0, slots=1, refuse=lambda _spec: None)
+    machine, effects = Compute.recover("cmp", rows, 5.0, slots=1, refuse=lambda _requester, _spec: None)
     machine.check()
     assert [one.execution for one in sent(effects, Propose)] == [e]
     assert {type(one.timer) for one in matching(effects, ev.SetTimer)} == {ev.ProposeTimer, ev.HeartbeatTimer}
@@ -682,7 +682,7 @@ def test_an_end_that_comes_after_a_stop_is_forgotten() -> None:
 
 def calls_for(shards: int) -> int:
     """How many Python functions are called for a whole job of so many shards, on a node that runs them at once."""
-    desk, bench = Requester("n-1"), Compute("n-1", slots=4, refuse=lambda _spec: None)
+    desk, bench = Requester("n-1"), Compute("n-1", slots=4, refuse=lambda _requester, _spec: None)
     inbox: deque[tuple[Requester | Compute, ev.Event]] = deque(
         [(desk, ev.NodeSeen("n-1", 4)), (desk, a_job(shards=shards))]
     )

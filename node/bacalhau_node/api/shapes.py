@@ -15,7 +15,7 @@ import msgspec
 
 from bacalhau_node import errors
 from bacalhau_node.errors import BacalhauError, BugError, ProtocolError
-from bacalhau_node.feed import ShardText, Update
+from bacalhau_node.feed import ShardBytes, ShardText, Update
 from bacalhau_node.ids import JobId, NodeId
 from bacalhau_node.protocol.events import JobChanged, ShardChanged
 from bacalhau_node.spec import JobSpec
@@ -130,7 +130,12 @@ def decode(data: bytes, kind: type[T]) -> T:
 
 # --- events ---
 
-EVENTS: Final[dict[str, type[Update]]] = {"job": JobChanged, "shard": ShardChanged, "text": ShardText}
+EVENTS: Final[dict[str, type[Update]]] = {
+    "job": JobChanged,
+    "shard": ShardChanged,
+    "text": ShardText,
+    "bytes": ShardBytes,
+}
 _NAMES = {kind: name for name, kind in EVENTS.items()}
 
 

@@ -124,10 +124,10 @@ class JobHere:
 class Compute:
     """The machine of the work that one node does for requesters.
 
-    `slots`: executions that run at once. `refuse` says why this node can never run a job, or None.
+    `slots`: executions that run at once. `refuse` says why this node can never run a job of this requester, or None.
     """
 
-    def __init__(self, node: NodeId, *, slots: int, refuse: Callable[[JobSpec], str | None]) -> None:
+    def __init__(self, node: NodeId, *, slots: int, refuse: Callable[[NodeId, JobSpec], str | None]) -> None:
         self.node = node
         self.slots = slots
         self.prefetch = 0
@@ -167,7 +167,7 @@ class Compute:
         now: float,
         *,
         slots: int,
-        refuse: Callable[[JobSpec], str | None],
+        refuse: Callable[[NodeId, JobSpec], str | None],
     ) -> tuple[Compute, list[Effect]]:
         """A compute node that still owes the results of a journal, and what to do first: propose them."""
         self = cls(node, slots=slots, refuse=refuse)
@@ -224,7 +224,7 @@ class Compute:
 
     def _offered(self, sender: NodeId, offer: Offer) -> None:
         executions = [Execution(offer.job, one.shard, one.attempt) for one in offer.shards]
-        if (reason := self._refuse(offer.spec)) is not None:
+        if (reason := self._refuse(sender, offer.spec)) is not None:
             self._out.append(Send(sender, Refuse(tuple(executions), "never", reason, self.room)))
             return
         taken: list[Execution] = []
@@ -238,7 +238,7 @@ class Compute:
             elif self.room and self._unseen(execution):
                 taken.append(execution)
                 self._hold(Held(execution, sender))
-                runs.append(Run(execution, offer.spec, one.block, offer.count))
+                runs.append(Run(execution, offer.spec, one.block, offer.count, sender, offer.grant, offer.secrets))
             else:
                 self._see(execution)
                 busy.append(execution)

@@ -11,7 +11,7 @@ from typing import Literal
 import msgspec
 
 from bacalhau_node.ids import Execution, JobId, NodeId
-from bacalhau_node.messages import Message, Outcome, ShardError
+from bacalhau_node.messages import Grant, Message, NodeRecord, Outcome, ShardError
 from bacalhau_node.spec import JobSpec
 
 JobState = Literal["Pending", "Queued", "Running", "Completed", "Failed", "Stopped"]
@@ -108,16 +108,47 @@ class Received(msgspec.Struct, frozen=True):
 
 
 class NodeSeen(msgspec.Struct, frozen=True):
-    """A node is known, with `room` for so many executions now."""
+    """A node is known, with `room` for so many executions now. `record`: what it says about itself; None for this one.
+
+    For a requester; membership asks for it to be told.
+    """
 
     node: NodeId
     room: int
+    record: NodeRecord | None = None
 
 
 class NodeGone(msgspec.Struct, frozen=True):
-    """A node is known to be dead: its executions are lost at once."""
+    """A node is known to be dead: its executions are lost at once. For a requester, like `NodeSeen`."""
 
     node: NodeId
+
+
+class LinkUp(msgspec.Struct, frozen=True):
+    """A link to this node is open now. `inbound`: it dialled us."""
+
+    node: NodeId
+    inbound: bool
+
+
+class LinkDown(msgspec.Struct, frozen=True):
+    """The last link to this node is closed."""
+
+    node: NodeId
+
+
+class DialFailed(msgspec.Struct, frozen=True):
+    """A `Dial` led nowhere; `node` where it was known."""
+
+    address: str
+    node: NodeId | None
+    reason: str
+
+
+class LoadChanged(msgspec.Struct, frozen=True):
+    """What this node says about itself is different now: its next record says so. `record.version` is not looked at."""
+
+    record: NodeRecord
 
 
 class ResultKept(msgspec.Struct, frozen=True):
@@ -191,7 +222,33 @@ class ProposeTimer(msgspec.Struct, frozen=True):
     execution: Execution
 
 
-Timer = LeaseTimer | JobDeadline | RetryTimer | WatchTimer | HeartbeatTimer | ProposeTimer
+class ExchangeTimer(msgspec.Struct, frozen=True):
+    """Membership: compare with a neighbour, look after links, let silent nodes go."""
+
+
+class BidTimer(msgspec.Struct, frozen=True):
+    """Compute: this node's turn to bid for an announced job has come."""
+
+    job: JobId
+
+
+class AnnounceTimer(msgspec.Struct, frozen=True):
+    """Requester: the announcement of this job has not brought enough: make another."""
+
+    job: JobId
+
+
+Timer = (
+    LeaseTimer
+    | JobDeadline
+    | RetryTimer
+    | WatchTimer
+    | AnnounceTimer
+    | HeartbeatTimer
+    | ProposeTimer
+    | BidTimer
+    | ExchangeTimer
+)
 
 
 # --- effects ---
@@ -202,6 +259,33 @@ class Send(msgspec.Struct, frozen=True):
 
     to: NodeId
     message: Message
+
+
+class Publish(msgspec.Struct, frozen=True):
+    """Send `message` to every node of the network."""
+
+    message: Message
+
+
+class Dial(msgspec.Struct, frozen=True):
+    """Open a link to `address`, a multiaddr (to `node`, where it is known); `LinkUp` or `DialFailed` is the answer."""
+
+    address: str
+    node: NodeId | None = None
+
+
+class HangUp(msgspec.Struct, frozen=True):
+    """Close the links to `node`. `reason`: what it did wrong, to be told once in the log; "" for nothing."""
+
+    node: NodeId
+    reason: str = ""
+
+
+class Learn(msgspec.Struct, frozen=True):
+    """Remember where `node` can be dialled when something is to be sent to it."""
+
+    node: NodeId
+    addresses: tuple[str, ...]
 
 
 class SetTimer(msgspec.Struct, frozen=True):
@@ -269,6 +353,9 @@ class Run(msgspec.Struct, frozen=True):
     spec: JobSpec
     block: str
     count: int
+    requester: NodeId
+    grant: Grant | None = None
+    secrets: dict[str, str] = {}
 
 
 class Stop(msgspec.Struct, frozen=True):
@@ -296,10 +383,31 @@ Event = (
     | Received
     | NodeSeen
     | NodeGone
+    | LinkUp
+    | LinkDown
+    | DialFailed
+    | LoadChanged
     | ResultKept
     | JobSealed
     | ExecutionStarted
     | ExecutionEnded
     | TimerFired
 )
-Effect = Send | SetTimer | Write | Keep | Seal | Notify | Run | Stop | Forget | ReleaseJob
+Effect = (
+    Send
+    | Publish
+    | Dial
+    | HangUp
+    | Learn
+    | NodeSeen
+    | NodeGone
+    | SetTimer
+    | Write
+    | Keep
+    | Seal
+    | Notify
+    | Run
+    | Stop
+    | Forget
+    | ReleaseJob
+)

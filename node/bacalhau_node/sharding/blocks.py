@@ -1,7 +1,8 @@
 """Entries as the data of a plan's blocks, and back.
 
 A block is `{"entries": [row, ...]}` of plain lists, strings and integers, for DAG-JSON. A row is
-`[path, source, size, cid]` or `[path, source, size, absolute path, mtime_ns, inode, device]`. A path that
+`[path, source, size, cid]`, `[path, source, size, url, version, sha256]` or
+`[path, source, size, absolute path, mtime_ns, inode, device]`. A path that
 is not valid UTF-8 (surrogates stand for such bytes) is a byte string, since no text format
 carries it. What is read is checked like any message: rows may come from another node, and
 their paths decide where files are put.
@@ -12,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from bacalhau_node.errors import ProtocolError
-from bacalhau_node.sharding.entries import ContentRef, Entry, LocalStamp
+from bacalhau_node.sharding.entries import ContentRef, Entry, LocalStamp, Reference, UrlRef
 from bacalhau_node.sharding.selecting import refuse_unusable
 
 BLOCK_BUDGET = 900 * 1024
@@ -41,9 +42,17 @@ def chunks(entries: Iterable[Entry]) -> Iterator[tuple[Entry, ...]]:
 
 def _bound(entry: Entry) -> int:
     """At least what the row takes: JSON writes no character with more than six bytes."""
-    reference = entry.reference
-    text = reference.path if isinstance(reference, LocalStamp) else reference.cid
-    return 6 * (len(entry.path) + len(text)) + _ROW_BYTES
+    return 6 * (len(entry.path) + _length(entry.reference)) + _ROW_BYTES
+
+
+def _length(reference: Reference) -> int:
+    match reference:
+        case LocalStamp(path):
+            return len(path)
+        case ContentRef(cid):
+            return len(cid)
+        case UrlRef(url, version, sha256):
+            return len(url) + len(version) + len(sha256)
 
 
 def plan_block(entries: Sequence[Entry]) -> dict[str, object]:
@@ -57,6 +66,8 @@ def _row(entry: Entry) -> Row:
     match entry.reference:
         case ContentRef(cid):
             return [*start, cid]
+        case UrlRef(url, version, sha256):
+            return [*start, url, version, sha256]
         case LocalStamp(path, _, mtime_ns, inode, device):
             return [*start, _packed(path), mtime_ns, inode, device]
 
@@ -85,6 +96,8 @@ def _entry(row: object) -> Entry:
     match row:
         case [path, int(source), int(size), str(cid)] if source >= 0 and size >= 0:
             return Entry(_logical(path), ContentRef(cid), size, source)
+        case [path, int(source), int(size), str(url), str(version), str(sha256)] if source >= 0 and size >= 0:
+            return Entry(_logical(path), UrlRef(url, version, sha256), size, source)
         case [path, int(source), int(size), place, int(mtime_ns), int(inode), int(device)] if source >= 0 and size >= 0:
             return Entry(_logical(path), LocalStamp(_unpacked(place), size, mtime_ns, inode, device), size, source)
     raise ProtocolError(f"not an entry of a plan: {row!r:.200}")

@@ -22,7 +22,19 @@ class ContentRef(msgspec.Struct, frozen=True, tag="cid", gc=False):
     cid: str
 
 
-Reference = LocalStamp | ContentRef
+class UrlRef(msgspec.Struct, frozen=True, tag="url", gc=False):
+    """A file at a URL or in a bucket (`s3://…`), as it was when it was listed.
+
+    `version` is what its server calls this state of it (an ETag, a version id, a date), "" where it names none.
+    `sha256` (hex) is what the bytes must hash to, "" where nobody said.
+    """
+
+    url: str
+    version: str = ""
+    sha256: str = ""
+
+
+Reference = LocalStamp | ContentRef | UrlRef
 
 
 class Entry(msgspec.Struct, frozen=True, gc=False):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from bacalhau_node.cid import Cid
 from bacalhau_node.errors import BugError, ContentError, SpecError
-from bacalhau_node.ports import ContentStore
+from bacalhau_node.ports import Access, ContentStore, Told
 from bacalhau_node.sharding import ContentRef, Entry, Reference, shown
 from bacalhau_node.spec import InputSource
 
@@ -47,6 +48,9 @@ class ContentSource:
             some = ", ".join(shown(item) for item, _, _ in listed[:5]) or "nothing"
             raise ContentError(f"there is no {shown(path)} in {cid}, which holds {some}")
         return entries
+
+    async def fetch(self, entries: Sequence[Entry], *, access: Access, told: Told) -> None:
+        """Nothing is brought from elsewhere in this version."""
 
     def open(self, reference: Reference, *, scratch: Path) -> Path:
         """The store's own file where it has one, else one written to `scratch` (once for each CID)."""

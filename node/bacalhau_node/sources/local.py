@@ -19,12 +19,13 @@ from __future__ import annotations
 import difflib
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 from bacalhau_node.errors import BugError, ContentError, SpecError
+from bacalhau_node.ports import Access, Told
 from bacalhau_node.sharding import Entry, LocalStamp, Reference, Unusable, is_hidden, shown
 from bacalhau_node.spec import InputSource
 
@@ -67,6 +68,11 @@ class LocalSource:
         if problem := _file_problem(root, found):
             raise ContentError(problem)
         return [_entry(os.path.basename(root), root, found, index)]
+
+    async def fetch(self, entries: Sequence[Entry], *, access: Access, told: Told) -> None:  # noqa: ARG002 - nothing moves
+        """Nothing has to be brought here; raises `ContentError` for anybody's job but one's own."""
+        if not access.own and entries:
+            raise ContentError(f"{shown(entries[0].path)} lies on its requester's machine, and came here without a CID")
 
     def open(self, reference: Reference, *, scratch: Path) -> Path:  # noqa: ARG002 - files are used in place
         """The file itself; raises `ContentError` when it is no longer the one that was listed."""

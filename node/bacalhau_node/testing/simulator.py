@@ -38,7 +38,7 @@ _TO_COMPUTE: Final = (Offer, Accept, Reject, Kept, Cancel, Recall)
 _OF_COMPUTE: Final = (ev.HeartbeatTimer, ev.ProposeTimer)
 
 
-def runs_everything(_spec: JobSpec) -> str | None:
+def runs_everything(_requester: NodeId, _spec: JobSpec) -> str | None:
     """The `refuse` of a node that can run every job."""
     return None
 
@@ -55,7 +55,7 @@ class Host:
         *,
         slots: int,
         referee: Referee,
-        refuse: Callable[[JobSpec], str | None] = runs_everything,
+        refuse: Callable[[NodeId, JobSpec], str | None] = runs_everything,
     ) -> None:
         self.node, self.slots, self.refuse, self.referee = node, slots, refuse, referee
         self.journal = MemoryJournal()
