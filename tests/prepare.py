@@ -85,9 +85,29 @@ def find_uv(python: Path) -> str:
     return found
 
 
+def can_compile(python: Path) -> str | None:
+    """Have what libp2p's arithmetic (fastecdsa, which comes as source) is compiled with; why that can't be had."""
+    ask = "import sysconfig; print(sysconfig.get_path('include')); print(sysconfig.get_config_var('MULTIARCH') or '')"
+    answer = subprocess.run([str(python), "-c", ask], check=True, capture_output=True, text=True)
+    include, multiarch = answer.stdout.split("\n")[:2]
+    headers = [Path("/usr/include"), Path("/usr/local/include"), Path("/usr/include", multiarch)]
+    missing = [] if shutil.which("cc") or shutil.which("gcc") else ["gcc", "libc6-dev"]
+    missing += [] if any((folder / "gmp.h").exists() for folder in headers) else ["libgmp-dev"]
+    missing += [] if Path(include, "Python.h").exists() else ["python3-dev"]
+    return install_debian(*missing) if missing else None
+
+
 def install(extra: str) -> None:
-    """Put this project, editable, with one of its extras into `.venv`, at the locked versions."""
+    """Put this project, editable, with one of its extras into `.venv`, at the locked versions.
+
+    JupyterLab comes with the network where that can be built, and without it where it can't.
+    """
     python = make_environment()
+    problem = can_compile(python) if extra != "demo" else None
+    if problem:
+        print(f"Without a C compiler or GMP there is no network of nodes: {problem}", flush=True)
+    elif extra == "lab":
+        extra = "lab,network"
     print(f"Installing bacalhau-jupyter[{extra}] into {VENV.name} …", flush=True)
     run(
         find_uv(python),
