@@ -1,0 +1,79 @@
+"""What was fetched already: (URL, version) -> CID, so that a file comes over the network once and a rerun is by CID.
+
+A version is what a server calls one state of a file (an ETag, a version id): the same pair always stands for the same
+bytes. The table is a hint for all processes of a user, in the folder of the store that they share: that the content is
+still there must be asked of the store, and losing the table costs only fetching again.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from bacalhau_node.errors import ContentError
+from bacalhau_node.filesystem import on_network
+
+MOST = 500_000
+"""Rows that are kept, the newest: about 200 bytes each, so a hundred megabytes at most."""
+
+_BUSY_SECONDS = 20
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS fetched (
+    id INTEGER PRIMARY KEY, url TEXT NOT NULL, version TEXT NOT NULL, cid TEXT NOT NULL, UNIQUE (url, version))
+"""
+_PUT = """
+INSERT INTO fetched (url, version, cid) VALUES (?, ?, ?) ON CONFLICT (url, version) DO UPDATE SET cid = excluded.cid
+"""
+
+
+class Fetched:
+    """The table in `folder` (made when it is not there). Quick, and for any thread; raises `ContentError`."""
+
+    def __init__(self, folder: Path, *, most: int = MOST) -> None:
+        self._path = folder / "fetched.sqlite"
+        self._lock = threading.Lock()
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with self._guarded():
+            self._db = sqlite3.connect(self._path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+            try:
+                self._open(folder, most)
+            except BaseException:
+                self._db.close()
+                raise
+
+    def _open(self, folder: Path, most: int) -> None:
+        self._db.execute(f"PRAGMA journal_mode = {'DELETE' if on_network(folder) else 'WAL'}")
+        self._db.execute("PRAGMA synchronous = NORMAL")
+        self._db.execute(_SCHEMA)
+        self._db.execute("DELETE FROM fetched WHERE id <= (SELECT max(id) FROM fetched) - ?", (most,))
+
+    def recall(self, url: str, version: str) -> str | None:
+        """The CID of what this URL held when its version was `version`, if it was ever fetched."""
+        with self._guarded():
+            query = "SELECT cid FROM fetched WHERE url = ? AND version = ?"
+            row = self._db.execute(query, (url, version)).fetchone()
+        return None if row is None else str(row[0])
+
+    def remember(self, url: str, version: str, cid: str) -> None:
+        """Note what this version of the URL was; its content must be in the store, flushed, already."""
+        with self._guarded():
+            self._db.execute(_PUT, (url, version, cid))
+
+    def close(self) -> None:
+        """Close the table."""
+        with self._lock:
+            self._db.close()
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """One user of the connection at a time, and errors that say which file."""
+        with self._lock:
+            try:
+                yield
+            except sqlite3.Error as error:
+                raise ContentError(
+                    f"{self._path}: {error}; make room on its disk, or remove the file: it only saves fetching again"
+                ) from error

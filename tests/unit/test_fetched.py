@@ -1,0 +1,49 @@
+"""The table of what was fetched already."""
+
+import sqlite3
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from bacalhau_node.errors import ContentError
+from bacalhau_node.fetched import Fetched
+
+
+def test_what_is_remembered_is_recalled_by_every_process_and_by_the_next(tmp_path):
+    ours, theirs = Fetched(tmp_path), Fetched(tmp_path)
+    ours.remember("s3://b/x", '"1"', "Qm1")
+    ours.remember("s3://b/x", '"2"', "Qm2")
+    ours.remember("s3://b/x", '"2"', "Qm3")
+    assert theirs.recall("s3://b/x", '"1"') == "Qm1"
+    assert theirs.recall("s3://b/x", '"2"') == "Qm3"
+    assert theirs.recall("s3://b/x", "") is None
+    ours.close()
+    theirs.close()
+    again = Fetched(tmp_path)
+    assert again.recall("s3://b/x", '"1"') == "Qm1"
+    again.close()
+
+
+def test_threads_may_use_it_at_once(tmp_path):
+    table = Fetched(tmp_path)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda number: table.remember(f"u{number}", "", str(number)), range(200)))
+        assert list(pool.map(lambda number: table.recall(f"u{number}", ""), range(200))) == list(map(str, range(200)))
+    table.close()
+
+
+def test_only_the_newest_rows_are_kept(tmp_path):
+    table = Fetched(tmp_path)
+    for number in range(10):
+        table.remember(f"u{number}", "", "cid")
+    table.close()
+    table = Fetched(tmp_path, most=3)
+    assert [number for number in range(10) if table.recall(f"u{number}", "")] == [7, 8, 9]
+    table.close()
+
+
+def test_a_damaged_table_is_an_error_that_says_what_to_remove(tmp_path):
+    (tmp_path / "fetched.sqlite").write_bytes(b"not a database, but long enough to look at" * 100)
+    with pytest.raises(ContentError, match=r"fetched\.sqlite.*remove the file") as caught:
+        Fetched(tmp_path)
+    assert isinstance(caught.value.__cause__, sqlite3.Error)
