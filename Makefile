@@ -25,7 +25,7 @@ demo: $(VENV)/.demo
 	@$(BIN)/python -m tests.demo
 
 test: $(VENV)/.test
-	@$(PYTHON) tests/prepare.py debian chromium dockerd bwrap
+	@$(PYTHON) tests/prepare.py debian chromium dockerd bwrap debootstrap
 	@$(BIN)/python tests/services.py $(BIN)/python -m pytest $(ARGS)
 
 lab: $(VENV)/.lab

@@ -100,6 +100,16 @@ def docker_host() -> str:
 
 
 @pytest.fixture(scope="session")
+def debian_base(docker_host: str) -> str:
+    """The name of the real base image; a test that asks for it is left out where it can't be made."""
+    from tests import debian_image  # noqa: PLC0415 - it needs the docker package
+
+    if problem := debian_image.problem():
+        pytest.skip(problem)
+    return debian_image.debian_image(docker_host)
+
+
+@pytest.fixture(scope="session")
 def chromium() -> str:
     """The path of Chromium; a test that asks for it is left out where there is none."""
     path = chromium_path()

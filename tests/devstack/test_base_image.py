@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from bacalhau_node.client import JobView, LocalClient
-from bacalhau_node.executors.base_image import RECIPE
 from bacalhau_node.executors.docker import DockerExecutor
 from bacalhau_node.node import open_node
 from bacalhau_node.spec import Command, JobSpec, PythonCell
@@ -129,5 +128,21 @@ async def test_without_one_the_way_to_have_one_is_told(
     assert "docker build -t bacalhau-jupyter/base:3." in problem
 
 
-def test_the_dockerfile_that_is_told_of_is_there() -> None:
-    assert (RECIPE / "Dockerfile").is_file()
+@pytest.mark.slow
+@pytest.mark.usefixtures("hidden")
+async def test_the_image_of_the_dockerfile_runs_cells_on_frames(
+    debian_base: str, opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Built from a Debian root; the notebook's own Python can't be shown, so everything runs in it."""
+    monkeypatch.setenv("BACALHAU_IMAGE", debian_base)
+    client = await opened()
+    source = (
+        "import pandas as pd, sys\npd.DataFrame({'python': [sys.executable], 'home': [sys.prefix]}).to_dict('list')"
+    )
+    view = await _ran(client, source, imports=("pandas",), python="3.11")
+    assert _value(view) == b'{"python": ["/usr/bin/python3"], "home": ["/usr"]}'
+    frame = await _ran(client, "import pandas as pd\npd.DataFrame({'x': [1, 2]})", imports=("pandas",), python="3.11")
+    assert frame.shards[0].outcome is not None
+    assert frame.shards[0].outcome.value.kind == "arrow"
+    other = await _ran(client, "1", python="3.12")
+    assert "needs Python 3.12" in other.reason
