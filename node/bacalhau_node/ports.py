@@ -7,6 +7,7 @@ journal) implement them and never import each other.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -175,7 +176,11 @@ class Executor(Protocol):
 
 
 class ContentStore(Protocol):
-    """Blocks and files by CID. Methods may block on disk: call from a thread unless they say "quick"."""
+    """Blocks and files by CID. Methods may block on disk: call from a thread unless they say "quick".
+
+    What nobody pinned may be collected some time after it was last put, imported, asked for or read: an hour
+    at the earliest, and never while a `hold` lasts that began before, in whatever process of the user.
+    """
 
     def put(self, data: bytes, *, codec: Literal["raw", "dag-json"] = "raw") -> str:
         """Store one block of at most 1 MiB and return its CID. Quick."""
@@ -186,7 +191,7 @@ class ContentStore(Protocol):
         ...
 
     def has(self, cid: str) -> bool:
-        """Whether the block is here. Quick."""
+        """Whether the block is here, and so all below it; it counts as used. Quick."""
         ...
 
     def block(self, cid: Cid) -> bytes:
@@ -213,8 +218,12 @@ class ContentStore(Protocol):
         """Import `data` as a UnixFS file and return its CID."""
         ...
 
-    def add_path(self, path: Path, *, move: bool = False) -> str:
-        """Import a file or a folder as UnixFS. `move`: the store takes the files over, and does not copy them."""
+    def add_path(self, path: Path, *, move: bool = False, link: bool = False) -> str:
+        """Import a file or a folder as UnixFS. `move`: the store takes the files over, and does not copy them.
+
+        `link`: the files stay where they are and the store reads them there. One that has changed since is a
+        `ContentError` when it is read, and from then on it is missing here, as is all that contains it.
+        """
         ...
 
     def list(self, cid: str) -> list[tuple[str, str, int]]:
@@ -236,16 +245,38 @@ class ContentStore(Protocol):
         """Write a UnixFS file or folder to `target` (which must not exist), verified, never outside of it."""
         ...
 
-    def pin(self, cid: str) -> None:
-        """Keep this root and all below it; counted."""
+    def pin(self, cid: str, *, owner: str = "") -> None:
+        """Keep this root and all below it; counted for each owner. Quick."""
         ...
 
-    def unpin(self, cid: str) -> None:
-        """Take one `pin` back."""
+    def unpin(self, cid: str, *, owner: str = "") -> None:
+        """Take one `pin` back. Quick."""
         ...
 
     def pins(self, cid: str) -> int:
-        """How often this root is pinned now."""
+        """How often this root is pinned now, by all owners. Quick."""
+        ...
+
+    def release(self, owner: str) -> None:
+        """Take all pins of this owner back. Quick."""
+        ...
+
+    def owners(self) -> Sequence[str]:
+        """Who has pinned something, sorted."""
+        ...
+
+    def hold(self) -> AbstractContextManager[None]:
+        """Until it ends nothing is collected that was put, imported, asked for or read since it began. Quick.
+
+        For what takes long and isn't pinned yet: a download, a plan. It ends with its process, however that ends.
+        """
+        ...
+
+    def collect(self, *, keep: int = 0) -> int:
+        """Remove what is neither pinned nor held, least recently used first, until `keep` bytes are left.
+
+        Returns how many bytes were freed. The store does it by itself when it grows over its limit.
+        """
         ...
 
     def close(self) -> None:
