@@ -59,7 +59,7 @@ class ShardView(msgspec.Struct, frozen=True):
 
 
 class JobView(msgspec.Struct, frozen=True):
-    """One job as it stands, all shards included."""
+    """One job as it stands, all shards included. `published`: where its result lies besides its node's store."""
 
     job: JobId
     state: JobState
@@ -67,6 +67,7 @@ class JobView(msgspec.Struct, frozen=True):
     cid: str
     created: float
     spec: JobSpec
+    published: tuple[str, ...]
     shards: tuple[ShardView, ...]
 
 
@@ -217,7 +218,7 @@ class LocalClient:
         inputs = await self._shard_inputs(row)
         shards = tuple(_shard_view(feed, index, inputs[index]) for index in range(row.count))
         state = feed.job
-        return JobView(job, state.state, state.reason, state.cid, row.created, row.spec, shards)
+        return JobView(job, state.state, state.reason, state.cid, row.created, row.spec, state.published, shards)
 
     async def jobs(self) -> Sequence[JobLine]:
         """See `Client`."""

@@ -71,8 +71,8 @@ class Work(Protocol):
         """Store an accepted result so that its node may forget it."""
         ...
 
-    async def seal(self, order: ev.Seal) -> str:
-        """Store the root over a job's records; returns its CID."""
+    async def seal(self, order: ev.Seal) -> ev.JobSealed:
+        """Store the root over a job's records, and publish it where that is asked for."""
         ...
 
 
@@ -351,7 +351,7 @@ class Engine:
         self.post(ev.ResultKept(keep.execution))
 
     async def _sealed(self, seal: ev.Seal) -> None:
-        self.post(ev.JobSealed(seal.job, await self._stored(lambda: self._work.seal(seal))))
+        self.post(await self._stored(lambda: self._work.seal(seal)))
 
     async def _stored(self, attempt: Callable[[], Awaitable[T]]) -> T:
         """Store something that was decided: a full disk delays it, and is told, but can't undo it."""

@@ -89,7 +89,8 @@ class Feed:
         for index, shard in self.shard_rows.items():
             error = shard.outcome.error if shard.outcome else None
             self.publish(ShardChanged(self.row.job, index, shard.state, shard.node, shard.attempts, error))
-        self.publish(JobChanged(self.row.job, self.row.state, self.row.reason, self.row.cid))
+        row = self.row
+        self.publish(JobChanged(row.job, row.state, row.reason, row.cid, row.published))
 
     def publish(self, update: JobChanged | ShardChanged) -> None:
         """Tell all watchers, and remember it for those to come."""

@@ -32,10 +32,12 @@ from bacalhau_node.journal import SqliteJournal
 from bacalhau_node.layers.store import Layers
 from bacalhau_node.masking import Secrets
 from bacalhau_node.plan import JobPlan, make_plan, read_blocks, store_plan
-from bacalhau_node.ports import Capabilities, ContentStore, Executor, Journal, Source, Transport
+from bacalhau_node.ports import Capabilities, ContentStore, Executor, Journal, Publisher, Source, Transport
 from bacalhau_node.protocol import events as ev
 from bacalhau_node.protocol.compute import Compute
 from bacalhau_node.protocol.requester import Requester
+from bacalhau_node.publishers import publisher_for
+from bacalhau_node.publishers.store import StorePublisher
 from bacalhau_node.retention import Retention
 from bacalhau_node.runner import Runner
 from bacalhau_node.sources.ipfs import ContentSource
@@ -76,6 +78,7 @@ class Node:
         self._probed = asyncio.get_running_loop().time()
         self._journal, self._transport = journal, transport
         self._sources: tuple[Source, ...] = (LocalSource(), ContentSource(content))
+        self._publishers: tuple[Publisher, ...] = (StorePublisher(),)
         self._layers = Layers(folder.root / "layers")
         self._runner = Runner(
             folder.path / "work",
@@ -84,6 +87,7 @@ class Node:
             sources=self._sources,
             choose=self._choose,
             layers=self._layers,
+            publishers=self._publishers,
         )
         self.slots = max(option.capabilities.slots for option in options)
         self.interrupted: tuple[JobId, ...] = ()
@@ -139,7 +143,8 @@ class Node:
     # --- jobs ---
 
     async def plan(self, spec: JobSpec) -> JobPlan:
-        """List and split the inputs of `spec`."""
+        """List and split the inputs of `spec`; raises `SpecError` when its result could not go where it is to."""
+        await publisher_for(self._publishers, spec.publish).check(spec.publish)
         return await asyncio.to_thread(make_plan, spec, self._sources, slots=self.slots)
 
     async def submit(
@@ -174,7 +179,7 @@ class Node:
             with _as_folder(path) as (folder, below):
                 cid = self.content.add_path(folder)
             self.content.pin(cid)
-            return InputSource(source=f"ipfs://{cid}{below}", mount=source.mount)
+            return msgspec.structs.replace(source, source=f"ipfs://{cid}{below}")
 
         return _replaced(spec, tuple(map(pinned, spec.inputs)), tuple(map(pinned, spec.shared)))
 

@@ -29,6 +29,7 @@ from bacalhau_node.ports import (
     ContentStore,
     Executor,
     ExecutorEvent,
+    Publisher,
     RawOutcome,
     ShardLines,
     ShardTask,
@@ -36,7 +37,8 @@ from bacalhau_node.ports import (
     StagedFile,
     Told,
 )
-from bacalhau_node.protocol.events import Event, ExecutionStarted, Keep, Run, Seal
+from bacalhau_node.protocol.events import Event, ExecutionStarted, JobSealed, Keep, Run, Seal
+from bacalhau_node.publishers import publish
 from bacalhau_node.sharding import Entry, LocalStamp, container_path, mounts, shown
 from bacalhau_node.spec import InputSource, JobSpec, PythonCell
 
@@ -83,9 +85,10 @@ class Runner:
         sources: Sequence[Source],
         choose: Callable[[JobSpec], tuple[Executor, str]],
         layers: Layers,
+        publishers: Sequence[Publisher] = (),
     ) -> None:
         self._folder, self._content, self._sources, self._choose = folder, content, sources, choose
-        self._node, self._layers = node, layers
+        self._node, self._layers, self._publishers = node, layers, publishers
         self.at_fault = False
         self._jobs: dict[JobId, _Job] = {}
         self._secrets: dict[JobId, Secrets] = {}
@@ -132,12 +135,13 @@ class Runner:
         """Pin an accepted result: the blocks are in the store that all nodes of this user share."""
         self._content.pin(order.outcome.record)
 
-    async def seal(self, order: Seal) -> str:
-        """Store and pin the root over a job's records."""
+    async def seal(self, order: Seal) -> JobSealed:
+        """Store and pin the root over a job's records, then publish it."""
         cid = seal(self._content, order.records)
         self._content.pin(cid)
         self._content.flush()
-        return cid
+        published, problem = await publish(self._publishers, order.job, cid, order.publish)
+        return JobSealed(order.job, cid, published, problem)
 
     def _job(self, run: Run) -> _Job:
         job = self._jobs.get(run.execution.job)

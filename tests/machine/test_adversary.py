@@ -548,9 +548,9 @@ def does_not_journal_a_cancel(patch: pytest.MonkeyPatch) -> None:
     """After a restart the job goes on."""
     real = Job.row
 
-    def row(self: Job, *, cid: str = "") -> ev.JobRow:
+    def row(self: Job, **ending: Any) -> ev.JobRow:
         closing, self.closing = self.closing, None
-        made = real(self, cid=cid)
+        made = real(self, **ending)
         self.closing = closing
         return made
 

@@ -383,6 +383,57 @@ def test_failures_of_some_shards_do_not_stop_the_others() -> None:
     assert end == ev.JobChanged(a_job_id(), "Failed", "1 of 2 shards failed", "cid")
 
 
+# --- publishing ---
+
+
+def _sealing(desk: Desk) -> list[ev.Effect]:
+    """The last steps of a job that is to be published: all of it is kept now."""
+    desk(a_job(publish="s3://b/p"))
+    desk.take("n-1", an_execution())
+    desk.propose("n-1", an_execution())
+    return desk(ev.ResultKept(an_execution()))
+
+
+def test_the_result_of_a_job_is_published_as_it_is_sealed() -> None:
+    """Meanwhile clients are told; where it lies is journaled and told with the end."""
+    desk = Desk("n-1")
+    effects = _sealing(desk)
+    assert matching(effects, ev.Seal) == [ev.Seal(a_job_id(), ((0, "record"),), "s3://b/p")]
+    told = [one.update for one in matching(effects, ev.Notify) if isinstance(one.update, ev.JobChanged)]
+    assert told == [ev.JobChanged(a_job_id(), "Running", "publishing to s3://b/p")]
+    end = job_end(desk(ev.JobSealed(a_job_id(), "cid", ("s3://b/p/x",))))
+    assert end == ev.JobChanged(a_job_id(), "Completed", "", "cid", ("s3://b/p/x",))
+    assert desk.journal[ev.JobRow, a_job_id(), None].published == ("s3://b/p/x",)
+
+
+def test_a_result_that_was_not_published_is_no_failure() -> None:
+    """The job completes, and says so."""
+    desk = Desk("n-1")
+    _sealing(desk)
+    end = job_end(desk(ev.JobSealed(a_job_id(), "cid", problem="kept, not published")))
+    assert end == ev.JobChanged(a_job_id(), "Completed", "kept, not published", "cid")
+
+
+def test_a_crash_while_it_is_published_publishes_it_again() -> None:
+    desk = Desk("n-1")
+    seal = matching(_sealing(desk), ev.Seal)
+    rows = list(desk.journal.values())
+    for resume in (True, False):
+        blocks = {a_job_id(): ("block-0",)}
+        machine, effects = Requester.recover("req", rows, 0.0, resume=resume, blocks=blocks)
+        assert matching(effects, ev.Seal) == seal
+        end = job_end(machine.step(ev.JobSealed(a_job_id(), "cid", ("there",)), 0.0))
+        assert end == ev.JobChanged(a_job_id(), "Completed", "", "cid", ("there",))
+
+
+def test_what_was_stopped_is_published_nowhere() -> None:
+    desk = Desk("n-1", room=2)
+    desk(a_job(shards=2, publish="s3://b/p"))
+    desk.propose("n-1", an_execution(0))
+    desk(ev.CancelRequested(a_job_id()))
+    assert [one.publish for one in matching(desk(ev.ResultKept(an_execution(0))), ev.Seal)] == ["store"]
+
+
 # --- ends ---
 
 

@@ -26,7 +26,7 @@ def shard(index, state="kept", *, error=None, inputs=("a.csv",)):
 
 def record(shards, state="Completed", reason="", seconds=12.4):
     spec = JobSpec(task=PythonCell(bundle="b"))
-    return Record.of_view(JobView(JOB, state, reason, "", 0.0, spec, tuple(shards)), HERE, seconds)
+    return Record.of_view(JobView(JOB, state, reason, "", 0.0, spec, (), tuple(shards)), HERE, seconds)
 
 
 def failed(count=10, *indices):

@@ -224,7 +224,7 @@ async def _follow(feed: Feed, number: int, stream: Stream) -> None:
 
 def _view_parts(view: JobView) -> Iterator[bytes]:
     """The JSON of a `JobView`, shard by shard."""
-    yield shapes.encode(JobView(view.job, view.state, view.reason, view.cid, view.created, view.spec, ()))[:-2]
+    yield shapes.encode(msgspec.structs.replace(view, shards=()))[:-2]
     for index, shard in enumerate(view.shards):
         yield (b"," if index else b"") + shapes.encode(shard)
     yield b"]}"

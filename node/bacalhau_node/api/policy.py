@@ -93,6 +93,8 @@ def check_selected(spec: JobSpec, caller: Caller, rules: Selection, content: Con
 def _for_others(spec: JobSpec, caller: Caller, rules: Selection, *, usual_memory: int) -> JobSpec:
     if spec.network != "none":
         raise SpecError(f"--network {spec.network}: the owner of this node gives jobs of others no network")
+    if spec.publish != "store":
+        raise SpecError(f"--publish {spec.publish}: the owner of this node publishes no results of others; get them")
     isolation, take = spec.isolation or "none", spec.resources
     if take.memory is None and rules.memory is not None and rules.memory < usual_memory:
         take = msgspec.structs.replace(take, memory=rules.memory)

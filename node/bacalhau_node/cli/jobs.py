@@ -54,6 +54,7 @@ def _described(view: JobView) -> str:
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(view.created))
     head = [f"job {view.job}", f"{view.state} {view.reason}".rstrip(), f"created {when}"]
     head += [f"result {view.cid}"] if view.cid else []
+    head += [f"published {where}" for where in view.published]
     return "\n".join([*head, *map(_shard_line, view.shards)])
 
 

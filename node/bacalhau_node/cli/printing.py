@@ -57,6 +57,7 @@ def summary(view: JobView) -> dict[str, object]:
         "state": view.state,
         "shards": [_shard_summary(shard) for shard in view.shards],
         "cid": view.cid,
+        "published": view.published,
     }
 
 
@@ -95,6 +96,7 @@ def closing_line(view: JobView, seconds: float) -> str:
     text = f"job {view.job} {view.state}: {kept}/{len(view.shards)} shards"
     text += f", failed: {_shortened(failed)}" if failed else ""
     text += f", {seconds:.1f} s, {view.cid or 'no result'}"
+    text += "".join(f"\npublished: {where}" for where in view.published)
     return text if failed or not view.reason else f"{text}\n{view.reason}"
 
 

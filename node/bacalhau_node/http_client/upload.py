@@ -207,7 +207,7 @@ def _placed(sources: Sequence[InputSource], entries: Sequence[Entry], tree: Tree
             root = tree.add(own)
             alone = len(own) == 1 and _path(own[0]) == source.source
             where = f"ipfs://{root}/{own[0].path}" if alone else f"ipfs://{root}"
-            source = InputSource(source=where, mount=source.mount)  # noqa: PLW2901 - the same one, named otherwise
+            source = msgspec.structs.replace(source, source=where)  # noqa: PLW2901 - the same one, named otherwise
         found.append(source)
     return tuple(found)
 

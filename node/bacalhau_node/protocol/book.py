@@ -316,21 +316,28 @@ class Book:
         job.homes.clear()
 
     def finish(self, job: Job) -> None:
-        """All shards are final: seal the job over what was kept, or end it with nothing."""
+        """All shards are final: seal the job over what was kept, or end it with nothing.
+
+        What was stopped is published nowhere: who stopped it waits for nothing more.
+        """
         if not job.counts["kept"]:
             self.end(job, cid="")
             return
         job.sealing = True
         kept = [shard.accepted for shard in job.shards if shard.state == "kept" and shard.accepted is not None]
-        self._out.append(Seal(job.id, tuple((one.execution.shard, one.outcome.record) for one in kept)))
+        target = "store" if job.closing is not None and job.closing[0] == "Stopped" else job.spec.publish
+        if target != "store":
+            self.become(job, job.state, f"publishing to {target}")
+        self._out.append(Seal(job.id, tuple((one.execution.shard, one.outcome.record) for one in kept), target))
 
-    def end(self, job: Job, *, cid: str) -> None:
+    def end(self, job: Job, *, cid: str, published: tuple[str, ...] = (), problem: str = "") -> None:
         """The job is over; nothing about it is remembered here."""
         failed, count = job.counts["failed"], len(job.shards)
         ending: tuple[JobState, str] = ("Failed", f"{failed} of {count} shards failed") if failed else ("Completed", "")
-        job.closing = job.closing or ending
-        self._rows.append(Write(job.row(cid=cid)))
-        self._out.append(Notify(JobChanged(job.id, *job.closing, cid)))
+        state, why = job.closing or ending
+        job.closing = (state, "; ".join(filter(None, (why, problem))))
+        self._rows.append(Write(job.row(cid=cid, published=published)))
+        self._out.append(Notify(JobChanged(job.id, *job.closing, cid, published)))
         del self.jobs[job.id]
         self.touched.pop(job.id, None)
 

@@ -36,6 +36,8 @@ class JobRow(msgspec.Struct, frozen=True, tag="job"):
     reason: str = ""
     cid: str = ""
     """The CID of the whole result, once the job has ended with at least one kept shard."""
+    published: tuple[str, ...] = ()
+    """Where the result lies besides the store (`--publish`)."""
 
 
 class Tried(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -158,10 +160,15 @@ class ResultKept(msgspec.Struct, frozen=True):
 
 
 class JobSealed(msgspec.Struct, frozen=True):
-    """The job's root over all kept shards is stored (the answer to `Seal`)."""
+    """The job's root over all kept shards is stored, and published or not (the answer to `Seal`).
+
+    `published`: where it can be found besides the store. `problem`: why it can't, a sentence for its user.
+    """
 
     job: JobId
     cid: str
+    published: tuple[str, ...] = ()
+    problem: str = ""
 
 
 class ExecutionStarted(msgspec.Struct, frozen=True):
@@ -313,11 +320,13 @@ class Keep(msgspec.Struct, frozen=True):
 
 
 class Seal(msgspec.Struct, frozen=True):
-    """Requester: store the root over the records of all kept shards, then report `JobSealed`."""
+    """Requester: store the root over the records of all kept shards, publish it, then report `JobSealed`."""
 
     job: JobId
     records: tuple[tuple[int, str], ...]
     """(shard, record CID), by shard."""
+    publish: str = "store"
+    """Where to; "store": nowhere else."""
 
 
 class ShardChanged(msgspec.Struct, frozen=True):
@@ -338,6 +347,7 @@ class JobChanged(msgspec.Struct, frozen=True):
     state: JobState
     reason: str = ""
     cid: str = ""
+    published: tuple[str, ...] = ()
 
 
 class Notify(msgspec.Struct, frozen=True):

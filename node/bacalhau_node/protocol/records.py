@@ -188,10 +188,10 @@ class Job:
         self.counts[shard.state] += 1
         shard.story = remember(shard.story, now, verb, detail)
 
-    def row(self, *, cid: str = "") -> JobRow:
+    def row(self, *, cid: str = "", published: tuple[str, ...] = ()) -> JobRow:
         """The job for the journal; a decision to end it counts as its state."""
         state, reason = self.closing or (self.state, self.reason)
-        return JobRow(self.id, state, self.spec, self.plan, len(self.shards), self.created, reason, cid)
+        return JobRow(self.id, state, self.spec, self.plan, len(self.shards), self.created, reason, cid, published)
 
     def rate(self, shard: Shard, wants: int) -> None:
         """The shard wants so many attempts now."""

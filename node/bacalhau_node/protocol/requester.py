@@ -117,7 +117,7 @@ class Requester:
                     self.book.close(job, "Stopped", "cancelled")
             case JobSealed():
                 if (job := self.book.jobs.get(event.job)) is not None:
-                    self.book.end(job, cid=event.cid)
+                    self.book.end(job, cid=event.cid, published=event.published, problem=event.problem)
             case _:
                 raise BugError(f"a requester was given {type(event).__name__}")
 
