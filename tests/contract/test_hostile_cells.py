@@ -35,10 +35,6 @@ HELD_BY_NOTHING = (
 """Attacks that any plain process can do, whoever runs it."""
 
 
-OPEN_BY_OLD_DAEMONS = {"io_uring", "vsock"}
-"""A container's filter of system calls is the daemon's own: Docker before 23 lets both through, before 25 the first."""
-
-
 class Benches:
     """One executor of each kind on one ground, opened when a test first asks for it."""
 
@@ -66,8 +62,7 @@ async def benches(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Ben
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.name)
 async def test_a_box_holds_the_attack_off(attack: Attack, kind: str, benches: Benches) -> None:
     finding = await launch(attack, await benches.get(kind), benches.ground, boxed=True)
-    gaps = OPEN_BY_OLD_DAEMONS if kind == "container" else set()
-    assert finding.held or set(finding.text.split(", ")) <= gaps, finding.text
+    assert finding.held, finding.text
 
 
 @pytest.mark.parametrize("name", HELD_BY_NOTHING)

@@ -35,6 +35,7 @@ from bacalhau_node.executors.layout import (
     memory_text,
 )
 from bacalhau_node.executors.limits import DEFAULT_DISK
+from bacalhau_node.executors.seccomp import deny_lists
 from bacalhau_node.executors.slot import AgentLost, AgentSetup, AgentSlot, agent_job, shard_run
 from bacalhau_node.messages import ShardError
 from bacalhau_node.ports import RawOutcome, RawValue, ShardTask
@@ -171,7 +172,7 @@ class AgentContainer:
 
     def _setup(self, imports: tuple[str, ...]) -> AgentSetup:
         """The agent's first frame. The programs that a shard starts find the job's packages as it does."""
-        setup = AgentSetup(imports=imports, watch=self._site.watched)
+        setup = AgentSetup(imports=imports, watch=self._site.watched, filters=deny_lists())
         if self.shape.layer is None:
             return setup
         search = (LAYER, self._site.variables(self.shape).get("PYTHONPATH"))

@@ -60,7 +60,7 @@ class AgentSetup(msgspec.Struct, frozen=True, kw_only=True):
     `path` goes in front of `sys.path`, `env` over the agent's environment, `imports` are preloaded.
     `oom`: files with an `oom_kill N` line, the first that exists is read around each shard (the default
     is where a container sees its own). `watch`: no control group holds memory and processes, the agent
-    looks by itself.
+    looks by itself. `filters`: programs of system calls (base64, by machine) that it puts on.
     """
 
     path: tuple[str, ...] = ()
@@ -68,6 +68,7 @@ class AgentSetup(msgspec.Struct, frozen=True, kw_only=True):
     imports: tuple[str, ...] = ()
     oom: tuple[str, ...] = OOM_FILES
     watch: bool = False
+    filters: Mapping[str, str] = {}
 
 
 class AgentJob(msgspec.Struct, frozen=True, kw_only=True):

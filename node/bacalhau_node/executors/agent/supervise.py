@@ -17,6 +17,7 @@ from .failures import blame
 from .folders import has_entries, make_folder, remove_tree
 from .host import Host
 from .running import LEFT_BEHIND, Running, outcome
+from .shield import put_on
 from .template import Template, template_process
 from .text import Pipes
 from .tree import Children, adopt_orphans, descendants, kill_all, reap, send_signal, sweep
@@ -125,6 +126,7 @@ class Agent:
         """What holds for the whole life of this agent."""
         self.setup = header
         self.ooms = oom_kills(header["oom"])
+        put_on(header["filters"])
         os.environ.update(header.get("env", {}))
         for name in ("OMP", "OPENBLAS", "MKL", "NUMEXPR"):
             os.environ.setdefault(name + "_NUM_THREADS", "1")
