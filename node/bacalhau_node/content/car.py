@@ -251,9 +251,16 @@ class CarImport:
         self._waiters: dict[bytes, list[_Waiting]] = {}
         self._waiting_bytes = 0
 
-    def take(self, cid: Cid, block: bytes) -> None:
-        """Take one checked block; raises `ContentError` for one that nobody asked for, or when too many wait."""
-        children = links(cid, block)
+    def waits(self, cid: Cid) -> bool:
+        """Whether this block came, and waits for what it links to."""
+        return cid.digest in self._waiting
+
+    def take(self, cid: Cid, block: bytes, children: Sequence[Cid] | None = None) -> None:
+        """Take one checked block; `children`: what it links to, where that is known already.
+
+        Raises `ContentError` for one that nobody asked for, or when too many wait.
+        """
+        children = links(cid, block) if children is None else children
         if self._wanted is not None:
             if cid.digest not in self._wanted:
                 raise ContentError(

@@ -19,7 +19,8 @@ from bacalhau_node.errors import ContentError
 PREFIX: Final = 2
 """Characters of a link's name that spell its slot."""
 
-_LEVELS = 8  # a 64-bit hash, eight bits a level
+LEVELS: Final = 8
+"""Levels of the deepest trie: a 64-bit hash, eight bits a level."""
 
 
 def build_hamt(links: Sequence[PbLink], store: Callable[[bytes, int], PbLink]) -> PbLink:
@@ -28,16 +29,20 @@ def build_hamt(links: Sequence[PbLink], store: Callable[[bytes, int], PbLink]) -
     `store(block, size below)` stores one node and returns its (nameless) link. Raises
     `ContentError` for names whose hashes are equal to the last bit, as kubo does.
     """
-    hashed = [(mmh3.hash64(link.name, signed=False)[0].to_bytes(_LEVELS, "big"), link) for link in links]
-    return _build(hashed, 0, store)
+    return _build([(hashed(link.name), link) for link in links], 0, store)
 
 
-def _build(hashed: list[tuple[bytes, PbLink]], level: int, store: Callable[[bytes, int], PbLink]) -> PbLink:
-    if level == _LEVELS:
-        names = ", ".join(repr(link.name) for _, link in hashed)
+def hashed(name: bytes) -> bytes:
+    """The slots of a name, that of the top level first."""
+    return mmh3.hash64(name, signed=False)[0].to_bytes(LEVELS, "big")
+
+
+def _build(entries: list[tuple[bytes, PbLink]], level: int, store: Callable[[bytes, int], PbLink]) -> PbLink:
+    if level == LEVELS:
+        names = ", ".join(repr(link.name) for _, link in entries)
         raise ContentError(f"a folder cannot hold both of {names}: their hashes are equal; rename one")
     slots: dict[int, list[tuple[bytes, PbLink]]] = {}
-    for item in hashed:
+    for item in entries:
         slots.setdefault(item[0][level], []).append(item)
     out, bitfield = [], 0
     for slot in sorted(slots):
