@@ -20,6 +20,8 @@ from pathlib import Path
 import msgspec
 
 from bacalhau_node.content.blocks import BlockStore
+from bacalhau_node.content.gateway import Gateway
+from bacalhau_node.content.grants import Grants
 from bacalhau_node.engine import Engine
 from bacalhau_node.errors import BugError, ContentError, SpecError
 from bacalhau_node.executors.docker import DockerExecutor
@@ -73,7 +75,9 @@ class Node:
         resume: bool = False,
     ) -> None:
         self.folder, self.id = folder, folder.node
-        self.content = content
+        self.content, self.grants = content, Grants()
+        self.gateway = Gateway(content, self.grants)
+        transport.serve(self.gateway.answering())
         self._options = list(options)
         self._probed = asyncio.get_running_loop().time()
         self._journal, self._transport = journal, transport
