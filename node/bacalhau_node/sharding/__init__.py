@@ -6,13 +6,24 @@ options, then by path.
 """
 
 from bacalhau_node.sharding.blocks import chunks, plan_block, read_block
-from bacalhau_node.sharding.entries import ContentRef, Entry, LocalStamp, Reference, Unit, Unusable, UrlRef, shown
+from bacalhau_node.sharding.entries import (
+    ContentRef,
+    Doubtful,
+    Entry,
+    LocalStamp,
+    Reference,
+    Unit,
+    Unusable,
+    UrlRef,
+    shown,
+)
 from bacalhau_node.sharding.places import check_places, container_path, mounts
 from bacalhau_node.sharding.selecting import is_hidden, refuse_unusable, select
 from bacalhau_node.sharding.splitting import balanced_cuts, split
 
 __all__ = [
     "ContentRef",
+    "Doubtful",
     "Entry",
     "LocalStamp",
     "Reference",

@@ -25,7 +25,8 @@ class ContentRef(msgspec.Struct, frozen=True, tag="cid", gc=False):
 class UrlRef(msgspec.Struct, frozen=True, tag="url", gc=False):
     """A file at a URL or in a bucket (`s3://…`), as it was when it was listed.
 
-    `version` is what its server calls this state of it (an ETag, a version id, a date), "" where it names none.
+    `version` is what its server calls this state of it (an ETag, a version id, a date), or a mark of the listing
+    where it names none.
     `sha256` (hex) is what the bytes must hash to, "" where nobody said.
     """
 
@@ -52,6 +53,12 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
 
 class Unusable(Entry, frozen=True, gc=False, kw_only=True):
     """Something that was listed and can't be read (`problem` says why): an error for whoever selects it."""
+
+    problem: str
+
+
+class Doubtful(Entry, frozen=True, gc=False, kw_only=True):
+    """Something that could not be looked at when it was listed (`problem` says why): its shard tries again."""
 
     problem: str
 

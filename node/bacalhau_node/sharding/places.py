@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from bacalhau_node.errors import SpecError
-from bacalhau_node.sharding.entries import Entry, LocalStamp, shown
+from bacalhau_node.sharding.entries import Entry, LocalStamp, UrlRef, shown
 from bacalhau_node.spec import InputSource, JobSpec
 
 _SYSTEM = ("/bin", "/dev", "/etc", "/lib", "/lib64", "/outputs", "/proc", "/sbin", "/sys", "/usr")
@@ -61,6 +61,8 @@ def container_path(mount: str, source: InputSource, entry: Entry) -> str:
 def _is_source_itself(source: InputSource, entry: Entry) -> bool:
     if isinstance(entry.reference, LocalStamp):
         return entry.reference.path == source.source
+    if isinstance(entry.reference, UrlRef):
+        return entry.reference.url == source.source.partition("#")[0]
     return entry.path == source.source.rpartition("/")[2]
 
 

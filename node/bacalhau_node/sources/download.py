@@ -1,0 +1,252 @@
+"""One file over HTTP to a file on this disk, whole or not at all.
+
+Theory of operation. A body is written to a file of its own as it comes, counted and hashed on the way, and is nothing
+but a half-written file until its last byte was checked. Whatever breaks on the way is tried again: from
+where it broke off where the server can show that the file is still the same one (`If-Range` with a strong
+validator, answered by 206 and the right range), else from the start. Attempts that bring nothing new are counted.
+
+The body is written and hashed in a thread while the next MiB is read: neither waits for the other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from hashlib import sha256
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+import aiohttp
+
+from bacalhau_node.errors import ContentError
+from bacalhau_node.sources.limits import Limits
+from bacalhau_node.sources.listing import shown_url
+from bacalhau_node.sources.web import Broken, Web, check_encoding, check_kind, check_status, version
+
+BLOCK: Final = 1 << 20
+"""Bytes written and hashed at once."""
+
+_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
+
+Tell = Callable[[int, int | None], None]
+"""Called with (bytes so far, bytes in all or None)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """A file as it was listed; `version` "" and `size` None where nobody knows. `sha256` alone settles which it is."""
+
+    url: str
+    version: str = ""
+    size: int | None = None
+    sha256: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Got:
+    """What a download brought."""
+
+    size: int
+    sha256: str
+
+
+async def download(web: Web, wanted: Wanted, path: Path, tell: Tell) -> Got:
+    """Bring `wanted` to the new file `path`; raises `ContentError`, and then `path` is not there."""
+    name = shown_url(wanted.url)
+    async with _Part(path, name, web.limits) as part:
+        await _Download(web, wanted, part, tell).run()
+        got = Got(size=part.size, sha256=part.digest.hexdigest())
+        if wanted.sha256 and got.sha256 != wanted.sha256:
+            raise ContentError(
+                f"{name} has the sha256 {got.sha256}, not {wanted.sha256}: it is another file than the one that"
+                " was meant, or it changed since the job was planned"
+            )
+        part.whole = True
+    return got
+
+
+class _Part:
+    """A file that is being written: deleted at the end unless it is `whole`. `size`: bytes put so far."""
+
+    def __init__(self, path: Path, name: str, limits: Limits) -> None:
+        self._path, self._name, self._limits = path, name, limits
+        self._writing: asyncio.Future[None] | None = None
+        self.size, self.digest, self.whole = 0, sha256(), False
+
+    async def __aenter__(self) -> Self:
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("xb", buffering=0)
+        except OSError as error:
+            raise self._problem(error) from error
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._writing is not None:
+            await asyncio.wait([self._writing])
+        self._file.close()
+        if not self.whole:
+            self._path.unlink(missing_ok=True)
+
+    async def put(self, data: bytes) -> None:
+        """Write `data`, mostly while the caller goes on; raises `ContentError` for a full disk, too."""
+        await self.settle()
+        self.size += len(data)
+        if self.size > self._limits.file:
+            raise ContentError(f"{self._name} is larger than {self._limits.file} bytes, the most that is downloaded")
+        self._writing = asyncio.get_running_loop().run_in_executor(None, self._write, data)
+
+    async def settle(self) -> None:
+        """Wait until all that was put is on disk."""
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return
+        try:
+            await asyncio.shield(writing)
+        except OSError as error:
+            raise self._problem(error) from error
+        except asyncio.CancelledError:
+            self._writing = writing
+            raise
+
+    def _write(self, data: bytes) -> None:
+        self._limits.check_room(self._path.parent, len(data))
+        self.digest.update(data)
+        view = memoryview(data)
+        while view:
+            view = view[self._file.write(view) :]
+
+    async def start_again(self) -> None:
+        """Forget what was written."""
+        await self.settle()
+        self._file.seek(0)
+        self._file.truncate()
+        self.size, self.digest = 0, sha256()
+
+    def check_total(self, total: int) -> None:
+        """Raise `ContentError` for a file that can't be taken whole."""
+        if total > self._limits.file:
+            raise ContentError(f"{self._name} has {total} bytes; at most {self._limits.file} are downloaded")
+        self._limits.check_room(self._path.parent, total - self.size)
+
+    def _problem(self, error: OSError) -> ContentError:
+        return ContentError(
+            f"{self._name} can't be written to {self._path.parent}: {error.strerror or error}; make room"
+        )
+
+
+class _Download:
+    """The attempts at one file. `validator`: what `If-Range` may hold, "" if there is no such thing."""
+
+    def __init__(self, web: Web, wanted: Wanted, part: _Part, tell: Tell) -> None:
+        self._web, self._wanted, self._part, self._tell = web, wanted, part, tell
+        self._name, self._limits = shown_url(wanted.url), web.limits
+        self._validator = ""
+        self._total: int | None = None
+
+    async def run(self) -> None:
+        """Until all is there; raises `ContentError`."""
+        failures, before = 0, 0
+        while True:
+            try:
+                await self._attempt()
+                return await self._part.settle()
+            except Broken as error:
+                await self._part.settle()
+                had, before = before, self._part.size
+                failures = 1 if before - had >= self._limits.step else failures + 1
+                if failures >= self._limits.attempts:
+                    raise ContentError(f"{error} ({failures} attempts, {before} bytes came)") from error
+            await asyncio.sleep(self._limits.pause * 2 ** (failures - 1))
+            if not self._validator:
+                await self._part.start_again()
+
+    async def _attempt(self) -> None:
+        headers = {}
+        if self._part.size:
+            headers = {"Range": f"bytes={self._part.size}-", "If-Range": self._validator}
+        async with self._web.answer("GET", self._wanted.url, headers) as response:
+            if headers and response.status == 206:
+                self._check_range(response)
+            elif headers and response.status == 416:
+                self._validator = ""
+                raise Broken(f"{self._name} has no such part: it was shorter, or changed on the way")
+            else:
+                await self._begin(response)
+            await self._body(response)
+        if self._total is not None and self._part.size != self._total:
+            raise Broken(f"{self._name} ended after {self._part.size} of {self._total} bytes")
+
+    async def _begin(self, response: aiohttp.ClientResponse) -> None:
+        """Check that this is the file that was listed, from its start."""
+        if self._part.size:
+            await self._part.start_again()
+        check_status(response, self._wanted.url)
+        check_kind(response, self._wanted.url)
+        check_encoding(response, self._wanted.url)
+        self._total = response.content_length
+        now, wanted = version(response), self._wanted
+        if not wanted.sha256 and wanted.version and now != wanted.version:
+            raise ContentError(
+                f"{self._name} changed since the job was planned (it was {wanted.version}, it is"
+                f" {now or 'without a version'}): run the job again"
+            )
+        if not wanted.sha256 and wanted.size is not None and self._total not in (None, wanted.size):
+            raise ContentError(
+                f"{self._name} changed since the job was planned (it had {wanted.size} bytes, it has {self._total}):"
+                " run the job again"
+            )
+        self._part.check_total(self._total or 0)
+        self._validator = now if now.startswith('"') or _is_strong(response) else ""
+
+    def _check_range(self, response: aiohttp.ClientResponse) -> None:
+        """Raise for an answer that does not go on where the part ends, in the very same file."""
+        match = _RANGE.fullmatch(response.headers.get("Content-Range", "").strip())
+        same = version(response) in ("", self._validator)
+        first, total = (int(match[1]), match[3]) if match else (-1, "*")
+        right = first == self._part.size and (total == "*" or self._total in (None, int(total)))
+        check_encoding(response, self._wanted.url)
+        if not (same and right):
+            self._validator = ""
+            raise Broken(f"{self._name} goes on with another part of the file than it was asked for")
+
+    async def _body(self, response: aiohttp.ClientResponse) -> None:
+        """Take the body, in blocks; raises `Broken` if it comes too slowly."""
+        clock = asyncio.get_running_loop().time
+        since, taken = clock(), 0
+        parts: list[bytes] = []
+        size = 0
+        try:
+            async for data in response.content.iter_any():
+                parts.append(data)
+                size += len(data)
+                taken += len(data)
+                if size >= BLOCK:
+                    block, parts, size = parts, [], 0
+                    await self._put(block)
+                if (spent := clock() - since) > self._limits.silence:
+                    if taken < self._limits.slowest * spent:
+                        raise Broken(f"{self._name} sends too slowly: {taken} bytes in {spent:.0f} s")
+                    since, taken = clock(), 0
+        finally:
+            if parts:
+                await self._put(parts)
+
+    async def _put(self, parts: list[bytes]) -> None:
+        await self._part.put(b"".join(parts))
+        self._tell(self._part.size, self._total)
+
+
+def _is_strong(response: aiohttp.ClientResponse) -> bool:
+    """Whether the date of the last change names one state of the file: it lies a second before the answer, or more."""
+    try:
+        changed = parsedate_to_datetime(response.headers["Last-Modified"])
+        return (parsedate_to_datetime(response.headers["Date"]) - changed).total_seconds() >= 1
+    except (KeyError, ValueError, TypeError):
+        return False
