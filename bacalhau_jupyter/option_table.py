@@ -24,7 +24,7 @@ class Option:
 
     `metavar` is empty for a flag. `bare`: the text that stands for a value left out. `choices`
     are for completion and usage; `read` enforces them. `expands`: whether `{expression}` is
-    replaced. `later`: known, but not in this version.
+    replaced.
     """
 
     name: str
@@ -37,7 +37,6 @@ class Option:
     bare: str | None = None
     choices: tuple[str, ...] = ()
     expands: bool = True
-    later: bool = False
 
     @property
     def flag(self) -> str:
@@ -98,15 +97,6 @@ def _only(*allowed: str) -> Callable[[str], str]:
     return read
 
 
-def _just(*allowed: str) -> Callable[[str], str]:
-    def read(text: str) -> str:
-        if text not in allowed:
-            raise SpecError(f"not in this version; only {' or '.join(allowed)} is")
-        return text
-
-    return read
-
-
 def _environment(text: str) -> tuple[str, str]:
     key, value = literals.pair(text)
     if not key.isidentifier() or "\0" in value:
@@ -141,15 +131,11 @@ def _count(name: str, text: str, *, low: int = 1, high: int = 1_000_000) -> Opti
     return Option(name, text, metavar="N", read=lambda word: literals.count(word, low=low, high=high))
 
 
-def _later(name: str, metavar: str = "") -> Option:
-    return Option(name, "", metavar=metavar, later=True)
-
-
 GROUPS: dict[str, tuple[Option, ...]] = {
     "What goes in": (
         Option(
             "input",
-            "data to split into shards: folder, file, ipfs://CID, {job}",
+            "data to split: folder, file, CID, https://…, s3://…, {job}",
             metavar="SRC",
             short="i",
             read=_text,
@@ -189,7 +175,14 @@ GROUPS: dict[str, tuple[Option, ...]] = {
             "reduce", "what to make of the joined frame, called df", metavar="EXPR", read=_expression, expands=False
         ),
         Option("partial", "also when some shards failed"),
-        Option("publish", "where results are kept", metavar="store", choices=("store",), read=_just("store")),
+        Option(
+            "publish",
+            "where results go: local:DIR, s3://…, ipfs, filecoin",
+            metavar="TARGET",
+            read=_text,
+            choices=(*literals.TARGETS, literals.LOCAL, "s3://"),
+        ),
+        Option("reuse", "take an equal job's result where there is one"),
     ),
     "What a shard may use": (
         Option(
@@ -221,6 +214,7 @@ GROUPS: dict[str, tuple[Option, ...]] = {
             repeats=True,
         ),
         Option("label", "a label of the job", metavar="K=V", short="l", read=literals.pair, repeats=True),
+        Option("constraint", "which nodes, by their labels: 'region=eu'", metavar="EXPR", read=_text),
         _count("replicas", "executions of each shard", high=MAX_REPLICAS),
         _count("agree", "how many of them must agree", high=MAX_REPLICAS),
     ),
@@ -232,10 +226,6 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         Option("dry-run", "show plan and bundle, run nothing"),
         Option("no-check", "skip the check for missing names"),
         Option("help", "this text", short="h"),
-    ),
-    "Not in this version": (
-        _later("constraint", "EXPR"),
-        _later("reuse"),
     ),
 }
 

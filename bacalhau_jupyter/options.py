@@ -1,4 +1,4 @@
-"""The option line of a cell, read into a `CellRequest`. Pure.
+"""The option line of a cell, read into a `CellRequest`. Pure, but for what `notebook` hands in.
 
 Theory of operation: `words.split` cuts the line, `_gather` assigns the words to the options of
 `option_table`, `_read` replaces `{expressions}` and turns texts into values, `_request` checks
@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from bacalhau_jupyter import words
 from bacalhau_jupyter.option_table import ELSEWHERE, GROUPS, OPTIONS, SHORT, Option
-from bacalhau_node import __version__, filesystem, literals
+from bacalhau_node import filesystem, literals
 from bacalhau_node.errors import SpecError
 from bacalhau_node.spec import Command, InputSource, Isolation, JobSpec, PythonCell, Resources, Sharding
 
@@ -33,7 +34,11 @@ class Notebook:
 
 @dataclass(frozen=True, kw_only=True)
 class CellRequest:
-    """Everything the line asks for. `sharding` is None when it doesn't say; times in seconds, sizes in bytes."""
+    """Everything the line asks for. `sharding` is None when it doesn't say; times in seconds, sizes in bytes.
+
+    `local`: the folder of `--publish local:DIR`, which the notebook's side fills itself: the node's `publish` is
+    "store" then.
+    """
 
     inputs: tuple[InputSource, ...] = ()
     shared: tuple[InputSource, ...] = ()
@@ -63,6 +68,10 @@ class CellRequest:
     secrets: tuple[str, ...] = ()
     labels: dict[str, str] = field(default_factory=dict)
     pin: bool = False
+    publish: str = "store"
+    local: Path | None = None
+    constraint: str = ""
+    reuse: bool = False
     background: bool = False
     on_interrupt: Literal["cancel", "detach"] = "cancel"
     progress: Literal["auto", "widget", "html", "text", "none"] = "auto"
@@ -76,6 +85,10 @@ def notebook(namespace: Mapping[str, Any]) -> Notebook:
     """The `Notebook` of this process and a user's namespace."""
 
     def lookup(expression: str) -> object:
+        if words.JOB.fullmatch(expression):
+            from bacalhau_jupyter.asking import attach  # noqa: PLC0415  only a line that names a job needs a node
+
+            return attach(expression)
         return eval(expression, dict(namespace))  # noqa: S307  the user's own expression, in the user's own kernel
 
     place = literals.Place(
@@ -144,8 +157,6 @@ def _looks_like_option(word: words.Word) -> bool:
 def _known(flag: str, *, quoted: bool = False, whole: str = "") -> Option:
     option = OPTIONS.get(flag) or SHORT.get(flag)
     if option and not quoted:
-        if option.later:
-            raise SpecError(f"{option.flag}: not in this version ({__version__})")
         return option
     if flag in ELSEWHERE:
         raise SpecError(f"unknown option {flag}; it is called {ELSEWHERE[flag]} here")
@@ -212,6 +223,11 @@ def _request(texts: Mapping[str, list[str]], notebook: Notebook) -> CellRequest:
     for flag, each in values.items():
         if flag not in _NO_FIELD:
             fields[_FIELDS.get(flag, OPTIONS[flag].field)] = _joined(flag, each)
+    target = values.get("--publish", ["store"])[0]
+    if target.startswith(literals.LOCAL):
+        fields["local"] = Path(target.removeprefix(literals.LOCAL))
+    else:
+        fields["publish"] = target
     splits = [values[flag][0] for flag in _SPLITS if flag in values]
     resources = {name: values[flag][0] for flag, name in _RESOURCES.items() if flag in values}
     _check_secrets(fields.get("secrets", ()), fields.get("vars", ()))
@@ -224,6 +240,8 @@ def _value(option: Option, text: str, notebook: Notebook) -> Any:
     try:
         if option.flag in ("--input", "--with"):
             return literals.source(text, notebook.place)
+        if option.flag == "--publish":
+            return literals.publish(text, notebook.place)
         return option.read(text)
     except SpecError as error:
         raise SpecError(f"{option.flag} {text}: {error}") from error
@@ -282,12 +300,7 @@ def usage() -> str:
     width = max(len(_spelled(option)) for option in OPTIONS.values()) + 2
     lines = ["%%bacalhau [options]", "  Run the cell on shards of your data.", ""]
     for group, options in GROUPS.items():
-        if all(option.later for option in options):
-            lines.append(f"{group}: {', '.join(option.flag for option in options)}")
-        else:
-            lines.append(f"{group}:")
-            lines += [f"  {_spelled(option):<{width}}{option.help}" for option in options]
-        lines.append("")
+        lines += [f"{group}:", *(f"  {_spelled(option):<{width}}{option.help}" for option in options), ""]
     return "\n".join(lines) + _EXAMPLES
 
 
@@ -314,5 +327,5 @@ def line_completions(text: str) -> list[str]:
     return [
         option.flag
         for option in OPTIONS.values()
-        if option.flag.startswith(last) and not option.later and (option.repeats or option.flag not in used)
+        if option.flag.startswith(last) and (option.repeats or option.flag not in used)
     ]

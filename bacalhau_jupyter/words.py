@@ -6,12 +6,13 @@ regular expressions survive); `{…}` outside quotes is one piece, its quotes an
 `#` at the start of a word begins a comment. `$`, `~`, `*` and everything else are plain text.
 
 `{…}` counts as an expression when it is one in Python and not a tuple, set or dict: glob braces
-such as `{a,b}` and `{1..3}` stay what they are.
+such as `{a,b}` and `{1..3}` stay what they are. So does `{j-3f2a91bc}`, the beginning of a job's id.
 """
 
 from __future__ import annotations
 
 import ast
+import re
 import warnings
 from dataclasses import dataclass
 from numbers import Real
@@ -122,7 +123,13 @@ def _pieces(text: str) -> Iterator[tuple[str, bool]]:
         yield text[done:], False
 
 
+JOB = re.compile(r"j-[0-9a-f]{8}[0-9a-f-]{0,28}")
+"""A job by its id, or by the first ten characters of it or more."""
+
+
 def _is_expression(text: str) -> bool:
+    if JOB.fullmatch(text):
+        return True
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # an odd literal in what may not be Python at all

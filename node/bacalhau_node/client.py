@@ -34,13 +34,17 @@ NONE: Mapping[str, str] = MappingProxyType({})
 
 
 class Submission(msgspec.Struct, frozen=True):
-    """The answer to a submission: the job's id, how many shards it has, where it runs."""
+    """The answer to a submission: the job's id, how many shards it has, where it runs.
+
+    `reused`: the job is an equal one that has completed before.
+    """
 
     job: JobId
     count: int
     node: NodeId
     executor: str
     notes: tuple[str, ...] = ()
+    reused: bool = False
 
 
 class ShardView(msgspec.Struct, frozen=True):
@@ -182,13 +186,17 @@ class LocalClient:
 
     async def submit(self, spec: JobSpec, *, secrets: Mapping[str, str] = NONE, job: JobId | None = None) -> Submission:
         """See `Client`. `job`: an id that the caller made up."""
-        job, plan = await self._node.submit(spec, created=time.time(), secrets=secrets, job=job)
+        started = await self._node.submit(spec, created=time.time(), secrets=secrets, job=job)
+        job, plan = started.job, started.plan
         for gone in self._inputs.keys() - self._node.engine.feeds.keys():
             del self._inputs[gone]
         self._inputs[job] = tuple(_logical(shard.entries) for shard in plan.shards)
         few = self._node.gpu_notes(spec, len(plan.shards))
-        notes = (*plan.notes, *few, *self._warning(), *await self._node.preparations(spec))
-        return Submission(job, len(plan.shards), self._node.id, self._node.capabilities.executor, notes)
+        name, executor = self._node.id, self._node.capabilities.executor
+        if started.reused:
+            return Submission(job, len(plan.shards), name, executor, started.notes, reused=True)
+        notes = (*plan.notes, *few, *self._warning(), *await self._node.preparations(spec), *started.notes)
+        return Submission(job, len(plan.shards), name, executor, notes)
 
     def _warning(self) -> tuple[str, ...]:
         """Once for each reason: that jobs run without isolation, and why."""

@@ -1,8 +1,8 @@
 """A job's results as a folder: `shards/INDEX/{stdout,stderr,exit_code,value…,outputs/}` and `combined/`.
 
-`combined/` holds the text of all shards in order and the files that they wrote, merged: a name
-that several shards wrote keeps its first owner, the others get `.shard-INDEX` before the suffix.
-So nothing is ever overwritten. Raw, there is no `combined/`.
+`combined/` holds the text of all shards in order and the files that they wrote, under names that clash with no other
+(see `results.Names`): nothing is ever overwritten. Links are followed there, those to folders left out; `shards/` has
+all of them as they were. Raw, there is no `combined/`.
 """
 
 from __future__ import annotations
@@ -10,25 +10,25 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-from pathlib import Path, PurePath
+from collections.abc import Iterator
+from pathlib import Path
 
-from bacalhau_node.client import Client, JobView, ShardView
+from bacalhau_node.client import Client, JobView
 from bacalhau_node.errors import ContentError
 from bacalhau_node.messages import Blob, Outcome
-
-SUFFIXES = {"json": ".json", "arrow": ".arrow", "npy": ".npy", "bytes": ".bin", "mime": ".mime.json", "repr": ".txt"}
+from bacalhau_node.results import SUFFIXES, Names
 
 
 async def download(client: Client, view: JobView, target: Path, *, raw: bool = False) -> None:
     """Write every shard that has ended to `target`, which must not exist or be empty."""
-    combined = target / "combined"
+    combined, names = target / "combined", Names()
     await asyncio.to_thread(_make, target)
     for shard in view.shards:
         if shard.outcome is not None:
             folder = target / "shards" / str(shard.index)
             await _shard(client, shard.outcome, folder)
             if not raw:
-                await asyncio.to_thread(_combine, folder, combined, shard)
+                await asyncio.to_thread(_combine, folder, combined, names, shard.index)
 
 
 def _make(target: Path) -> None:
@@ -59,25 +59,39 @@ async def _blob(client: Client, blob: Blob, target: Path) -> None:
         await client.download(blob.cid, target)
 
 
-def _combine(folder: Path, combined: Path, shard: ShardView) -> None:
+# --- combined ---
+
+
+def _combine(folder: Path, combined: Path, names: Names, shard: int) -> None:
     combined.mkdir(exist_ok=True)
     for stream in ("stdout", "stderr"):
         with (combined / stream).open("ab") as merged, (folder / stream).open("rb") as part:
             shutil.copyfileobj(part, merged)
-    outputs = folder / "outputs"
-    for parent, _, names in os.walk(outputs):
-        for name in names:
-            source = Path(parent, name)
-            _place(source, combined / "outputs" / source.relative_to(outputs), shard.index)
+    for path in sorted(_written(folder / "outputs")):
+        _place(folder / "outputs" / path, combined / "outputs" / names.place(path, shard))
 
 
-def _place(source: Path, target: Path, index: int) -> None:
-    """A second name for the file (or a copy of it), never over another one."""
+def _written(outputs: Path) -> Iterator[str]:
+    """The path of every file, and of every empty folder with "/" at its end."""
+    for parent, folders, files in os.walk(outputs):
+        here = Path(parent)
+        yield from (str((here / name).relative_to(outputs)) for name in files if (here / name).is_file())
+        if here != outputs and not folders and not files:
+            yield f"{here.relative_to(outputs)}/"
+
+
+def _place(source: Path, target: Path) -> None:
+    """A second name for the file, or a copy of it; never over another one."""
+    if source.is_dir():
+        target.mkdir(parents=True, exist_ok=True)
+        return
     target.parent.mkdir(parents=True, exist_ok=True)
-    if target.exists() or target.is_symlink():
-        name = PurePath(target.name)
-        target = target.with_name(f"{name.stem}.shard-{index}{name.suffix}")
     try:
-        os.link(source, target, follow_symlinks=False)
-    except OSError:
-        shutil.copy2(source, target, follow_symlinks=False)
+        os.link(os.path.realpath(source), target)
+    except FileExistsError as error:
+        raise ContentError(
+            f"{target} can't be written: {target.parent} holds a name that this file system takes for the same; "
+            "get it with --raw"
+        ) from error
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target)

@@ -30,6 +30,13 @@ _LONGEST = 366 * 86_400.0
 _LARGEST = 10**18
 _CID = re.compile(r"(?:Qm[1-9A-HJ-NP-Za-km-z]{44}|b[a-z2-7]{50,}|z[1-9A-HJ-NP-Za-km-z]{44,})(?:/.*)?", re.DOTALL)
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+SCHEMES = ("ipfs", "http", "https", "s3", "gs", "az")
+"""What an input from elsewhere begins with."""
+
+
+BUCKETS = SCHEMES[3:]
+TARGETS = ("store", "ipfs", "filecoin")
+LOCAL = "local:"
 
 
 def size(text: str) -> int:
@@ -146,13 +153,15 @@ class Place:
 
 
 def source(text: str, place: Place) -> InputSource:
-    """An input: a path, `ipfs://CID[/path]` or a bare CID; with `:/mount` behind it, or as `src=…,dst=…`.
+    """An input: a path, a URL (`https://…`), a bucket (`s3://…`, `gs://…`, `az://…`), `ipfs://CID[/path]` or a CID.
 
-    An existing path wins over a CID, and over the reading of its last `:` as the start of a mount.
+    With `:/mount` behind it, or as `src=…[,dst=…][,unpack]`, where `unpack` takes an archive for the folder that is
+    in it. An existing path wins over a CID, and over the reading of its last `:` as the start of a mount.
     """
     if text.startswith("src="):
-        body, comma, mount = text.removeprefix("src=").rpartition(",dst=")
-        return InputSource(source=_where(body if comma else mount, place), mount=_mount(mount) if comma else None)
+        body, comma, mount = text.removeprefix("src=").removesuffix(",unpack").rpartition(",dst=")
+        where = _where(body if comma else mount, place)
+        return InputSource(source=where, mount=_mount(mount) if comma else None, unpack=text.endswith(",unpack"))
     if not _exists(text, place):
         head, _, mount = text.rpartition(":")
         if mount.startswith("/") and not mount.startswith("//") and _complete(head, place):
@@ -177,19 +186,45 @@ def _absolute(text: str, place: Place) -> str:
 def _where(text: str, place: Place) -> str:
     if _exists(text, place):
         return _absolute(text, place)
-    scheme = _SCHEME.match(text)
-    if scheme and scheme[1] != "ipfs":
-        raise SpecError(f"{scheme[1]}:// inputs are not in this version; give a local path, ipfs://CID or a CID")
-    if scheme or _CID.fullmatch(text):
-        path = text.removeprefix("ipfs://")
-        if not _CID.fullmatch(path):
-            raise SpecError("no CID after ipfs://; write ipfs://CID or ipfs://CID/path")
-        return f"ipfs://{path.rstrip('/')}"
+    if scheme := _SCHEME.match(text):
+        return _elsewhere(scheme[1].lower(), text[scheme.end() :])
+    if _CID.fullmatch(text):
+        return _elsewhere("ipfs", text)
     if not text or "\0" in text:
         raise SpecError("not a path")
     missing = PurePosixPath(_absolute(text, place))
     where = "" if str(missing) == text else f": {missing}"
     raise SpecError(f"no such file or folder{where}{nearest(missing.name, place.names(str(missing.parent)))}")
+
+
+def _elsewhere(scheme: str, rest: str) -> str:
+    if scheme not in SCHEMES:
+        known = ", ".join(f"{each}://" for each in SCHEMES)
+        raise SpecError(f"{scheme}:// is no place for inputs{nearest(scheme, SCHEMES) or f'; give a path, or {known}'}")
+    if scheme == "ipfs":
+        if not _CID.fullmatch(rest):
+            raise SpecError("no CID after ipfs://; write ipfs://CID or ipfs://CID/path")
+        return f"ipfs://{rest.rstrip('/')}"
+    if not rest.partition("/")[0] or not rest.isprintable():
+        raise SpecError(f"no {'server' if scheme.startswith('http') else 'bucket'} after {scheme}://")
+    return f"{scheme}://{rest}"
+
+
+def publish(text: str, place: Place) -> str:
+    """Where results go: `store`, `ipfs`, `filecoin`, a bucket, or `local:DIR` (DIR made absolute).
+
+    `local:DIR` is done by whoever waits for the job; a node never hears of it. Of the others it may know fewer.
+    """
+    if text.startswith(LOCAL):
+        folder = text.removeprefix(LOCAL)
+        if not folder or "\0" in folder:
+            raise SpecError("local: needs a folder, as in local:results")
+        return f"{LOCAL}{_absolute(folder, place)}"
+    scheme = _SCHEME.match(text)
+    if text in TARGETS or (scheme and scheme[1] in BUCKETS and text[scheme.end() :].strip("/")):
+        return text
+    known = [*TARGETS, "local:DIR", *(f"{each}://…" for each in BUCKETS)]
+    raise SpecError(f"results don't go there{nearest(text, TARGETS)}; what there is: {', '.join(known)}")
 
 
 def _mount(text: str) -> str:

@@ -29,7 +29,7 @@ from bacalhau_node.executors.gpus import Gpus, at_once
 from bacalhau_node.executors.process import ProcessExecutor
 from bacalhau_node.executors.sandbox import SandboxExecutor
 from bacalhau_node.folders import NodeFolder, data_folder, take_folder
-from bacalhau_node.ids import JobId, NodeId
+from bacalhau_node.ids import JobId, NodeId, short
 from bacalhau_node.journal import SqliteJournal
 from bacalhau_node.layers.store import Layers
 from bacalhau_node.masking import Secrets
@@ -40,7 +40,9 @@ from bacalhau_node.protocol.compute import Compute
 from bacalhau_node.protocol.requester import Requester
 from bacalhau_node.publishers import publisher_for
 from bacalhau_node.publishers.store import StorePublisher
+from bacalhau_node.results import ResultSource
 from bacalhau_node.retention import Retention
+from bacalhau_node.reuse import equal_job, obstacle
 from bacalhau_node.runner import Runner
 from bacalhau_node.sources.ipfs import ContentSource
 from bacalhau_node.sources.local import LocalSource
@@ -51,6 +53,16 @@ log = logging.getLogger(__name__)
 
 PROBE_AGAIN = 5.0
 """Seconds after which a submission asks again which executors work (a daemon may have gone or come)."""
+
+
+@dataclass(frozen=True)
+class Started:
+    """The answer to a submission: the job (`reused`: an equal one of before), its plan, sentences for its user."""
+
+    job: JobId
+    plan: JobPlan
+    notes: tuple[str, ...] = ()
+    reused: bool = False
 
 
 @dataclass
@@ -81,7 +93,8 @@ class Node:
         self._options = list(options)
         self._probed = asyncio.get_running_loop().time()
         self._journal, self._transport = journal, transport
-        self._sources: tuple[Source, ...] = (LocalSource(), ContentSource(content))
+        files = ContentSource(content)
+        self._sources: tuple[Source, ...] = (LocalSource(), ResultSource(content, files), files)
         self._publishers: tuple[Publisher, ...] = (StorePublisher(),)
         self._layers = Layers(folder.root / "layers")
         self._runner = Runner(
@@ -153,7 +166,7 @@ class Node:
 
     async def submit(
         self, spec: JobSpec, *, created: float, secrets: Mapping[str, str], job: JobId | None = None
-    ) -> tuple[JobId, JobPlan]:
+    ) -> Started:
         """Plan, journal and start a job; it exists when this returns. `job`: an id that its client made up."""
         entrusted = Secrets(secrets)
         if set(secrets) != set(spec.secrets):
@@ -163,6 +176,12 @@ class Node:
             spec = await asyncio.to_thread(self._pin, spec)
         plan = await self.plan(spec)
         stored = store_plan(plan, self.content)
+        notes: tuple[str, ...] = ()
+        if spec.reuse:
+            equal, note = self._equal(spec, plan, stored.root)
+            if equal is not None:
+                return Started(equal.job, plan, (note,), reused=True)
+            notes = (note,) if note else ()
         job = job or f"j-{uuid.uuid4()}"
         self._runner.entrust(job, entrusted)
         try:
@@ -171,7 +190,18 @@ class Node:
             self._runner.ended(job)
             raise
         await self.forget_old_jobs(created)
-        return job, plan
+        return Started(job, plan, notes)
+
+    def _equal(self, spec: JobSpec, plan: JobPlan, root: str) -> tuple[ev.JobRow | None, str]:
+        """A completed job whose result can be taken for that of `spec`, and a sentence about it for its user."""
+        if why := obstacle(spec, plan):
+            return None, why
+        rows = (feed.row for feed in self.engine.feeds.values() if feed.row is not None)
+        row = equal_job((row for row in rows if row.cid and self.content.has(row.cid)), spec, root)
+        if row is None:
+            return None, ""
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row.created))
+        return row, f"--reuse: the result of job {short(row.job)} of {when}: same source, environment and inputs"
 
     def _pin(self, spec: JobSpec) -> JobSpec:
         """The same job over copies of its local inputs in the store, named by CID."""

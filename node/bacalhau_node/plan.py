@@ -112,6 +112,4 @@ def _list(source: InputSource, index: int, sources: Sequence[Source]) -> list[En
     for candidate in sources:
         if candidate.claims(source.source):
             return candidate.list(source, index=index)
-    raise SpecError(
-        f"--input {source.source}: this version reads local folders and files, and CIDs that are in this node's store"
-    )
+    raise SpecError(f"--input {source.source}: no source of this node reads it; its extras may not be installed")

@@ -101,7 +101,7 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
     have to give equal answers (or to fail alike) for one to count; with 1 the first to end does.
     `secrets` are the names of environment variables whose values never stand in a spec (see `masking`).
     `publish` says where the result goes beyond the store of its requester ("store": nowhere else). `constraint` is an
-    expression over the labels of nodes: "" for any node.
+    expression over the labels of nodes: "" for any node. `reuse`: an equal job's result will do (see `reuse`).
     """
 
     task: PythonCell | Command
@@ -126,6 +126,7 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
     pin: bool = False
     publish: str = "store"
     constraint: str = ""
+    reuse: bool = False
 
     def __post_init__(self) -> None:
         if twice := sorted(set(self.secrets) & set(self.env)):

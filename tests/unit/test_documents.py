@@ -29,12 +29,12 @@ def test_links_between_documents_lead_somewhere(document: Path) -> None:
 def test_every_option_of_the_readme_works() -> None:
     named = set(re.findall(r"`(--[a-z-]+)", (ROOT / "README.md").read_text()))
     assert named
-    assert {name for name in named if name not in OPTIONS or OPTIONS[name].later} == set()
+    assert {name for name in named if name not in OPTIONS} == set()
 
 
 def test_every_option_that_works_is_in_the_readme() -> None:
     readme = (ROOT / "README.md").read_text()
-    assert [name for name, option in OPTIONS.items() if not option.later and f"`{name}" not in readme] == []
+    assert [name for name in OPTIONS if f"`{name}" not in readme] == []
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.name)

@@ -119,6 +119,68 @@ def test_inputs_are_paths_or_cids_with_an_optional_mount(text, source, mount):
     assert literals.source(text, PLACE) == InputSource(source=source, mount=mount)
 
 
+@pytest.mark.parametrize(
+    ("text", "source", "mount"),
+    [
+        ("https://h/x.csv?a=b:/c#sha256=00", "https://h/x.csv?a=b", "/c#sha256=00"),  # ambiguous: src= is for these
+        ("src=https://h/x.csv?a=b:/c", "https://h/x.csv?a=b:/c", None),
+        ("https://h/x:/m", "https://h/x", "/m"),
+        ("http://h:8080/x", "http://h:8080/x", None),
+        ("http://h:8080", "http://h:8080", None),
+        ("http://h:8080:/m", "http://h:8080", "/m"),
+        ("HTTPS://h/x", "https://h/x", None),
+        ("s3://bucket", "s3://bucket", None),
+        ("s3://bucket/a b/", "s3://bucket/a b/", None),
+        ("s3://bucket/p:/m", "s3://bucket/p", "/m"),
+        ("gs://bucket/p", "gs://bucket/p", None),
+        ("src=az://box/p,dst=/m", "az://box/p", "/m"),
+    ],
+)
+def test_inputs_from_elsewhere_keep_their_text(text, source, mount):
+    assert literals.source(text, PLACE) == InputSource(source=source, mount=mount)
+
+
+@pytest.mark.parametrize(
+    ("text", "mount"),
+    [("src=data,unpack", None), ("src=data,dst=/m,unpack", "/m"), ("src=https://h/a.zip,unpack", None)],
+)
+def test_an_archive_is_unpacked_where_it_is_asked_for(text, mount):
+    found = literals.source(text, PLACE)
+    assert (found.unpack, found.mount) == (True, mount)
+    assert found.source.endswith(("/data", "a.zip"))
+
+
+@pytest.mark.parametrize(
+    ("text", "target"),
+    [
+        ("store", "store"),
+        ("ipfs", "ipfs"),
+        ("filecoin", "filecoin"),
+        ("s3://b/p", "s3://b/p"),
+        ("gs://b", "gs://b"),
+        ("local:out", "local:/here/out"),
+        ("local:~/out", "local:/home/ann/out"),
+        ("local:/abs", "local:/abs"),
+    ],
+)
+def test_results_go_where_it_is_written(text, target):
+    assert literals.publish(text, PLACE) == target
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("s3://", "results don't go there"),
+        ("https://h/x", "what there is: store, ipfs, filecoin, local:DIR, s3://…"),
+        ("filcoin", "did you mean filecoin?"),
+        ("local:", "needs a folder"),
+    ],
+)
+def test_results_go_nowhere_else(text, says):
+    with pytest.raises(SpecError, match=re.escape(says)):
+        literals.publish(text, PLACE)
+
+
 @pytest.mark.parametrize("text", ["1 bytes", "300 MB", "1.5 GB", "10 TB", "999 kB", "1 PB", "37 bytes"])
 def test_a_size_is_told_as_it_was_typed(text):
     assert literals.size_text(literals.size(text.replace(" bytes", ""))) == text
@@ -135,8 +197,15 @@ def test_a_size_is_told_as_it_was_typed(text):
         ("a\0b", "not a path"),
         ("ipfs://hello", "no CID"),
         ("ipfs://", "no CID"),
-        ("s3://bucket/x", "s3:// inputs are not in this version"),
-        ("https://h/x:/m", "https:// inputs are not in this version"),
+        ("s3://", "no bucket after s3://"),
+        ("https:///x", "no server after https://"),
+        ("https://h/\nx", "no server after https://"),
+        ("ftp://h/x", "ftp:// is no place for inputs; give a path, or ipfs://, http://"),
+        ("htps://h/x", "did you mean https?"),
+        (
+            "file:///x",
+            "file:// is no place for inputs; give a path, or ipfs://, http://, https://, s3://, gs://, az://",
+        ),
         ("data:/", "can't be a mount"),
         ("data:/a/../b", "can't be a mount"),
         ("data:/outputs/x", "can't be a mount"),

@@ -1,6 +1,7 @@
 import contextlib
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -227,12 +228,11 @@ def test_what_a_request_says_is_in_its_spec():
         ("-e A=1 -e A=2", "--env: a key is given twice"),
         ("-e A", "--env A: write"),
         ("--image 'a b'", "not the name of an image"),
-        ("--constraint X", "--constraint: not in this version (0.1"),
         ("--secret A=1", "--secret A=1: the name of an environment variable is needed, never its value"),
         ("--secret a --vars b,a", "--secret a is in --vars too, which are stored"),
         ("--replicas 33", "--replicas 33: at most 32 is possible"),
-        ("--publish s3://b", "--publish s3://b: not in this version; only store is"),
-        ("--input s3://b/c", "--input s3://b/c: s3:// inputs are not in this version"),
+        ("--publish nowhere", "--publish nowhere: results don't go there; what there is: store, ipfs"),
+        ("--input ftp://b/c", "--input ftp://b/c: ftp:// is no place for inputs"),
     ],
 )
 def test_a_refusal_names_the_option_its_value_and_what_is_allowed(line, says):
@@ -273,10 +273,22 @@ def test_python_words_are_refused_like_the_line(given_words, says):
         options.from_words(given_words, NOTEBOOK)
 
 
+# --- where results go ---
+
+
+def test_a_local_folder_for_results_is_nothing_that_the_node_hears_of():
+    request = parse("--publish local:out --constraint 'region=eu' --reuse")
+    assert request.local == Path("/here/out")
+    spec = options.to_spec(request, Command(shell="true"))
+    assert (spec.publish, spec.constraint, spec.reuse) == ("store", "region=eu", True)
+    spec = options.to_spec(parse("--publish s3://b/p"), Command(shell="true"))
+    assert (spec.publish, spec.reuse) == ("s3://b/p", False)
+
+
 # --- help and completion ---
 
 
-def test_usage_has_one_line_for_every_option_and_names_those_to_come():
+def test_usage_has_one_line_for_every_option():
     lines = options.usage().splitlines()
     for option in (option for group in GROUPS.values() for option in group):
         assert sum(bool(re.search(rf"{option.flag}(?![\w-])", line)) for line in lines if "%%" not in line) == 1
@@ -295,7 +307,9 @@ def test_usage_has_one_line_for_every_option_and_names_those_to_come():
         ("--shards a", ["auto"]),
         ("--input ", []),
         ("--sec", ["--secret"]),
-        ("--reu", []),
+        ("--reu", ["--reuse"]),
+        ("--publish loc", ["local:"]),
+        ("--nothing", []),
         ("--df 'a", []),
     ],
 )
