@@ -21,6 +21,7 @@ import pytest
 from bacalhau_node.errors import BacalhauError
 from bacalhau_node.executors.bubblewrap import find
 from bacalhau_node.executors.workshop import shard_user
+from tests.object_store import Bucket, ObjectStore, new_bucket, object_store
 from tests.services import DEFAULT_HOST, find_docker
 
 TESTS = Path(__file__).parent
@@ -116,6 +117,24 @@ def chromium() -> str:
     if path is None:
         pytest.skip("no Chromium on the path (as root, `make test` installs it)")
     return path
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[ObjectStore]:
+    """An S3 server, started when the first test asks for it."""
+    with object_store() as store:
+        yield store
+
+
+@pytest.fixture
+def bucket(s3_server: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
+    """An empty bucket of the S3 server, which the environment names and opens."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    with new_bucket(s3_server) as made:
+        yield made
 
 
 # --- what was left out ---

@@ -1,0 +1,241 @@
+"""Buckets: how they are named, the stores of `obstore` behind them, and what its errors mean.
+
+Where a bucket is and what opens it is said by this machine alone, in the variables that every tool for its kind
+of bucket reads (`AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`, `GOOGLE_SERVICE_ACCOUNT`, `AZURE_STORAGE_ACCOUNT_NAME`…) and,
+for S3, in the keys of the profile in `~/.aws`. A job names a bucket and a key and nothing else, so it can't send
+this machine's credentials elsewhere.
+
+Errors say which bucket at which endpoint, what the server answered, and what to set; never a key's value.
+"""
+
+from __future__ import annotations
+
+import configparser
+import os
+import re
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+from urllib.parse import urlsplit
+
+from bacalhau_node.errors import ContentError, SpecError
+
+if TYPE_CHECKING:
+    from obstore.store import AzureStore, ClientConfig, GCSStore, RetryConfig, S3Config, S3Store
+
+    Store = AzureStore | GCSStore | S3Store
+
+INSTALL = "reading and writing buckets needs obstore: pip install 'bacalhau-jupyter[buckets]'"
+
+_SCHEMES = ("s3", "gs", "az")
+_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,220}[A-Za-z0-9]")
+"""Loose enough for the three kinds (and old names of S3), and nothing that could lead a URL elsewhere."""
+
+_SETTINGS = ("AWS_", "GOOGLE_", "AZURE_")
+_TIMEOUT = timedelta(minutes=5)
+"""For one request with its body, at most 8 MiB: a line of 30 kB/s is waited for."""
+_CONNECT = timedelta(seconds=5)
+_RETRIES = 5
+_RETRY_FOR = timedelta(seconds=30)
+
+_CREDENTIALS = {
+    "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or AWS_PROFILE), AWS_REGION, and for another server than"
+    " Amazon's AWS_ENDPOINT_URL; for a public bucket AWS_SKIP_SIGNATURE=true",
+    "gs": "set GOOGLE_SERVICE_ACCOUNT to the file of a service account's key; for a public bucket"
+    " GOOGLE_SKIP_SIGNATURE=true",
+    "az": "set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY; for a public container"
+    " AZURE_SKIP_SIGNATURE=true",
+}
+_METADATA = ("169.254.169.254", "latest/api/token", "computeMetadata", "metadata/identity")
+"""Marks of an error of who asked a cloud's machine for credentials, for want of others."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """An object, or all below a prefix: `key` has no `/` at either end, and `folder` says that it is a prefix."""
+
+    scheme: str
+    bucket: str
+    key: str
+    folder: bool
+
+    def __str__(self) -> str:
+        """As it is typed."""
+        return f"{self.scheme}://{self.bucket}" + (f"/{self.key}" if self.key else "")
+
+    def at(self, key: str) -> Place:
+        """The object `key` of the same bucket."""
+        return replace(self, key=key, folder=False)
+
+
+def claims(text: str) -> bool:
+    """Whether `text` names a bucket."""
+    scheme, found, _ = text.partition("://")
+    return bool(found) and scheme in _SCHEMES
+
+
+def parse(text: str) -> Place:
+    """`s3://bucket/prefix`, `gs://…` or `az://…`; raises `SpecError`. A key stands as it is, without any escapes."""
+    scheme, _, rest = text.partition("://")
+    bucket, _, key = rest.partition("/")
+    if scheme not in _SCHEMES or not _BUCKET.fullmatch(bucket) or ".." in bucket:
+        raise SpecError(f"{text!r} does not name a bucket: write {scheme}://BUCKET/PREFIX, without keys or an endpoint")
+    folder = not key or key.endswith("/")
+    key = key.removesuffix("/")
+    if key and ({"", ".", ".."} & set(key.split("/")) or not key.isprintable()):
+        raise SpecError(f"{text!r}: a key whose parts are empty, '.', '..' or unprintable can't be a path of files")
+    return Place(scheme, bucket, key, folder)
+
+
+class Buckets:
+    """The stores behind buckets; one is opened once for as long as the machine's settings stay the same. Any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open: dict[tuple[str, str], tuple[object, Store]] = {}
+
+    def open(self, place: Place) -> Store:
+        """The store of a place's bucket; asks nobody yet. Raises `SpecError` for settings that can't be."""
+        profile = _profile() if place.scheme == "s3" else {}
+        settings = ({name: value for name, value in os.environ.items() if name.startswith(_SETTINGS)}, profile)
+        with self._lock:
+            known = self._open.get((place.scheme, place.bucket))
+            if known is not None and known[0] == settings:
+                return known[1]
+            store = _opened(place, profile)
+            self._open[place.scheme, place.bucket] = (settings, store)
+            return store
+
+
+def unsigned(place: Place) -> bool:
+    """Whether requests for this place go without a signature, as public buckets want them."""
+    name = {"s3": "AWS", "gs": "GOOGLE", "az": "AZURE"}[place.scheme]
+    return os.environ.get(f"{name}_SKIP_SIGNATURE", "").lower() in {"1", "true", "yes", "on", "y", "t"}
+
+
+def public_url(place: Place) -> str:
+    """The plain URL of an object in a public S3 bucket."""
+    import obstore  # noqa: PLC0415 - only who uses buckets has it
+
+    store = _opened(place, _profile() | {"access_key_id": "nobody", "secret_access_key": "nothing"})
+    return obstore.sign(store, "GET", place.key, timedelta(minutes=1)).partition("?")[0]
+
+
+def explained(error: Exception, place: Place) -> SpecError | ContentError:
+    """An error of `obstore` in words: a `SpecError` where settings or the job must change before it can work."""
+    text = str(error)
+    where, answer = f"{place} at {_endpoint(place)}", _answer(text)
+    if any(mark in text for mark in _METADATA):
+        return SpecError(f"{where}: this machine has no credentials for it: {_CREDENTIALS[place.scheme]}")
+    if re.search(r"<Code>(NoSuchBucket|ContainerNotFound)<", text):
+        return SpecError(f"there is no bucket {place.bucket!r} at {_endpoint(place)} ({answer}): check its name")
+    if re.search(r"\b(301|307) |PermanentRedirect|AuthorizationHeaderMalformed|without LOCATION", text):
+        return SpecError(f"{where} is in another region ({answer}): set AWS_REGION to the region of the bucket")
+    if re.search(r"\b(401 Unauthorized|403 Forbidden)\b", text):
+        return SpecError(f"{where} refuses this machine's credentials ({answer}): {_CREDENTIALS[place.scheme]}")
+    if "HTTP error" in text:
+        return ContentError(f"{where} does not answer ({answer}): check the network and the endpoint, then try again")
+    return ContentError(f"{where}: {answer}")
+
+
+def _answer(text: str) -> str:
+    """What the server said, in one line; of a body only its code and message, since some repeat what was signed."""
+    parts = [re.search(rf"<{name}>([^<]*)<", text) for name in ("Code", "Message")]
+    if said := ": ".join(part[1].strip() for part in parts if part):
+        return said
+    status = re.search(r"status code: (\d{3}[ \w]*)", text)
+    first = text.partition("\n")[0]
+    return status[1].strip() if status else re.sub(r"\?\S*", "", first.rpartition(" - ")[2])[:300]
+
+
+def _opened(place: Place, profile: Mapping[str, str]) -> Store:
+    try:
+        from obstore import store as kinds  # noqa: PLC0415 - only who uses buckets has it
+        from obstore.exceptions import BaseError  # noqa: PLC0415
+    except ImportError as error:
+        raise SpecError(f"{place}: {INSTALL}") from error
+    _check_endpoint(_s3_endpoint() or profile.get("endpoint", ""))
+    # Plain HTTP is for servers that the owner of this machine named so; the defaults are all HTTPS.
+    client: ClientConfig = {"allow_http": True, "timeout": _TIMEOUT, "connect_timeout": _CONNECT}
+    retry: RetryConfig = {"max_retries": _RETRIES, "retry_timeout": _RETRY_FOR}
+    try:
+        if place.scheme == "s3":
+            config = cast("S3Config", dict(profile))
+            return kinds.S3Store(place.bucket, config=config, client_options=client, retry_config=retry)
+        if place.scheme == "gs":
+            return kinds.GCSStore(place.bucket, client_options=client, retry_config=retry)
+        return kinds.AzureStore(place.bucket, client_options=client, retry_config=retry)
+    except (BaseError, OSError, ValueError) as error:
+        reason = _answer(str(error))
+        raise SpecError(f"{place} can't be opened ({reason}): {_CREDENTIALS[place.scheme]}") from error
+
+
+def _endpoint(place: Place) -> str:
+    """Where the bucket is, for people."""
+    if place.scheme == "gs":
+        return "Google Cloud Storage"
+    if place.scheme == "az":
+        return f"Azure account {os.environ.get('AZURE_STORAGE_ACCOUNT_NAME', '(none set)')}"
+    profile = _profile()
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or profile.get("region", "us-east-1")
+    return _s3_endpoint() or profile.get("endpoint") or f"Amazon S3, {region}"
+
+
+def _s3_endpoint() -> str:
+    names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+    return next(filter(None, map(os.environ.get, names)), "")
+
+
+def _check_endpoint(endpoint: str) -> None:
+    """Raise `SpecError` for an endpoint that is no URL, at which obstore would panic; "": none."""
+    try:
+        parts = urlsplit(endpoint)
+        good = parts.scheme in {"http", "https"} and bool(parts.hostname) and not parts.username
+        good = good and (parts.port or 443) > 0 and not (parts.query or parts.fragment)
+    except ValueError:
+        good = False
+    if endpoint and not good:
+        raise SpecError(
+            "AWS_ENDPOINT_URL is not an address: write https://HOST or http://HOST:PORT, without keys in it"
+        )
+
+
+_PROFILE = {
+    "access_key_id": "aws_access_key_id",
+    "secret_access_key": "aws_secret_access_key",
+    "session_token": "aws_session_token",
+    "region": "region",
+    "endpoint": "endpoint_url",
+}
+
+
+def _profile() -> dict[str, str]:
+    """What the environment does not say of keys, region and endpoint, from the profile in `~/.aws`; {} for nothing.
+
+    Only keys that stand there: what other programs have to be asked for (single sign-on, roles) is left to them.
+    """
+    if os.environ.get("AWS_ACCESS_KEY_ID"):
+        return {}
+    name = os.environ.get("AWS_PROFILE") or "default"
+    found = _section("AWS_CONFIG_FILE", "config", name if name == "default" else f"profile {name}")
+    found |= _section("AWS_SHARED_CREDENTIALS_FILE", "credentials", name)
+    said = {ours: found[theirs] for ours, theirs in _PROFILE.items() if found.get(theirs)}
+    if os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION"):
+        said.pop("region", None)
+    if _s3_endpoint():
+        said.pop("endpoint", None)
+    return said
+
+
+def _section(variable: str, file: str, section: str) -> dict[str, str]:
+    """One section of a file that `variable` names, or that lies in `~/.aws`; {} where it is not there."""
+    path = Path(os.environ.get(variable) or Path.home() / ".aws" / file)
+    parser = configparser.RawConfigParser()
+    try:
+        parser.read(path, encoding="utf-8")
+    except (configparser.Error, UnicodeDecodeError, OSError) as error:  # whose text may show a key
+        raise SpecError(f"{path} can't be read ({type(error).__name__}): mend it or take it away") from None
+    return dict(parser.items(section)) if parser.has_section(section) else {}

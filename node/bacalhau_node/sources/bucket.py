@@ -1,0 +1,352 @@
+"""Inputs in buckets: `s3://bucket/prefix`, `gs://…`, `az://…`.
+
+Theory of operation. A listing pins every object to the state that it had then: its version where the bucket keeps
+versions, and its ETag. Only that state is ever read (`If-Match` with every request): an object that was overwritten
+or removed since is an error that names it, unless its version is still there. What came is in the store under
+its CID, and `Fetched` knows which state of which object that is: a rerun reads nothing from the bucket.
+
+A prefix is a folder, as people see it in a console: keys are split at `/`, and what can't be a file below a folder
+(a key that is a folder for others as well, a name that no disk takes) is listed as unusable.
+
+What opens the bucket is this machine's, so it serves this machine's owner: the jobs of others get what they
+need by URLs that their own requester signed (`presign`), never by a key that they only had to name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from bacalhau_node.buckets import Buckets, Place, claims, explained, parse, public_url, unsigned
+from bacalhau_node.errors import BugError, ContentError, SpecError
+from bacalhau_node.fetched import Fetched
+from bacalhau_node.literals import nearest
+from bacalhau_node.ports import Access, ContentStore, Told
+from bacalhau_node.sharding import Entry, Reference, Unusable, UrlRef, shown
+from bacalhau_node.spec import InputSource
+
+if TYPE_CHECKING:
+    from obstore import GetOptions, ObjectMeta
+
+    from bacalhau_node.buckets import Store
+
+PART: Final = 4 * 1024 * 1024
+"""Bytes that one request asks for; what is larger comes in parts, many at once."""
+
+REQUESTS: Final = 32
+"""Requests of a node at once: 128 MiB on their way at most."""
+
+PARTS: Final = 8
+"""Parts of one object at once."""
+
+MOST_VERSIONS: Final = 10_000
+"""Objects of a listing that are each asked for their version; in a larger one ETags alone pin them."""
+
+_CHANGED: Final = "it changed after the job was planned: run the job again"
+_LONGEST: Final = 255  # bytes of a name, on every disk of ours
+_T = TypeVar("_T")
+
+
+class BucketSource:
+    """`ports.Source` over object stores. `folder`: for large files on their way, on the file system of the store."""
+
+    def __init__(self, content: ContentStore, *, fetched: Fetched, folder: Path) -> None:
+        self._content, self._fetched, self._folder = content, fetched, folder
+        self._buckets = Buckets()
+        self._room = asyncio.Semaphore(REQUESTS)
+
+    def claims(self, source: str) -> bool:
+        """Whether `source` names a bucket."""
+        return claims(source)
+
+    # --- listing ---
+
+    def list(self, source: InputSource, *, index: int) -> list[Entry]:
+        """Every object below the prefix, or the one object with this very key."""
+        place = parse(source.source)
+        store = self._buckets.open(place)
+        if not place.folder and (one := _head(store, place, forgiving=True)) is not None:
+            return [_entry(place, one, path=place.key.rpartition("/")[2], index=index)]
+        found = _looked_at(store, place, _listed(store, place))
+        if not found:
+            raise ContentError(_nothing(store, place))
+        below = len(place.key) + 1 if place.key else 0
+        paths = [meta["path"][below:] for meta in found]
+        problems = _problems(place, paths)
+        entries = [
+            _entry(place, meta, path=path, index=index, problem=problems.get(path, ""))
+            for meta, path in zip(found, paths, strict=True)
+        ]
+        return sorted(entries, key=lambda entry: entry.path.encode())
+
+    # --- bytes ---
+
+    async def fetch(self, entries: Sequence[Entry], *, access: Access, told: Told) -> None:
+        """Bring the objects here, many at once, each in the state that was listed."""
+        missing = [(entry, _reference(entry)) for entry in entries if self._known(_reference(entry)) is None]
+        if missing and not access.own:
+            raise ContentError(
+                f"{shown(missing[0][1].url)}: this node's credentials for buckets are its owner's,"
+                " and serve no jobs of others: their requester has to send signed URLs"
+            )
+        queue = iter(missing)
+
+        async def work() -> None:
+            for entry, reference in queue:
+                await self._bring(entry, reference, told)
+
+        await _together(work() for _ in range(min(REQUESTS, len(missing))))
+
+    def open(self, reference: Reference, *, scratch: Path) -> Path:
+        """The store's own file where it has one, else one written to `scratch` (once for each CID)."""
+        if not isinstance(reference, UrlRef):
+            raise BugError(f"a source of buckets was asked to open {reference!r}")
+        cid = self._known(reference)
+        if cid is None:
+            raise ContentError(f"{shown(reference.url)} is no longer in this node's store: run the job again")
+        path = self._content.file(cid)
+        if path is None:
+            path = scratch / cid
+            if not path.exists():  # an export appears whole or not at all
+                scratch.mkdir(parents=True, exist_ok=True)
+                self._content.export(cid, path)
+        return path
+
+    def check(self, reference: Reference) -> None:
+        """An object's state was read once and can't change; the store's file that was handed out is looked at again."""
+        if isinstance(reference, UrlRef) and claims(reference.url) and (cid := self._known(reference)) is not None:
+            self._content.file(cid)
+
+    async def presign(self, reference: UrlRef, *, seconds: int) -> UrlRef:
+        """The same object as a URL that anybody can read for so long; its version is the ETag.
+
+        Of an object with versions it reads the newest, and only if that is still the one that was listed. Raises
+        `SpecError` or `ContentError`.
+        """
+        import obstore  # noqa: PLC0415 - only who uses buckets has it
+
+        place = parse(reference.url)
+        version = _pins(reference)[1]
+        if place.scheme == "s3" and unsigned(place):
+            return UrlRef(public_url(place), version, reference.sha256)
+        store = self._buckets.open(place)
+        signing = obstore.sign_async(store, "GET", place.key, timedelta(seconds=seconds))
+        return UrlRef(await _answered(place, signing), version, reference.sha256)
+
+    def _known(self, reference: UrlRef) -> str | None:
+        """The CID of what is here already."""
+        cid = self._fetched.recall(reference.url, reference.version)
+        return cid if cid is not None and self._content.has(cid) else None
+
+    async def _bring(self, entry: Entry, reference: UrlRef, told: Told) -> None:
+        place = parse(reference.url)
+        if entry.size <= PART:
+            data = await self._part(place, reference, entry.size, None)
+            cid = await asyncio.to_thread(self._content.add_bytes, data)
+        else:
+            cid = await self._bring_parts(entry, reference, told)
+        self._content.flush()
+        self._fetched.remember(reference.url, reference.version, cid)
+        told(entry.path, entry.size, entry.size, cid)
+
+    async def _bring_parts(self, entry: Entry, reference: UrlRef, told: Told) -> str:
+        """A large object, part by part into a file that nobody else knows, then into the store."""
+        place, done = parse(reference.url), 0
+        path = self._folder / f"bucket-{secrets.token_hex(8)}"
+        starts = iter(range(0, entry.size, PART))
+
+        async def work() -> None:
+            nonlocal done
+            for start in starts:
+                end = min(start + PART, entry.size)
+                data = await self._part(place, reference, end - start, (start, end))
+                await asyncio.to_thread(_write_at, path, start, data)
+                done += len(data)
+                told(entry.path, done, entry.size, "")
+
+        try:
+            _make(path, entry.size)
+            await _together(work() for _ in range(PARTS))
+            return await asyncio.to_thread(lambda: self._content.add_path(path, move=True))
+        except OSError as error:
+            raise ContentError(f"{place} can't be written to {path.parent}: {error.strerror or error}") from error
+        finally:
+            path.unlink(missing_ok=True)
+
+    async def _part(self, place: Place, reference: UrlRef, size: int, between: tuple[int, int] | None) -> bytes:
+        """The object, or the bytes of it between two offsets, in its listed state."""
+        import obstore  # noqa: PLC0415 - only who uses buckets has it
+
+        version, etag = _pins(reference)
+        options: GetOptions = {"if_match": etag}
+        if version is not None:
+            options["version"] = version
+        if between is not None:
+            options["range"] = between
+        async with self._room:
+            try:
+                store = self._buckets.open(place)
+                answer = await _answered(place, obstore.get_async(store, place.key, options=options))
+                data = bytes(await _answered(place, answer.bytes_async()))
+            except SpecError as error:  # settings that have changed since the listing
+                raise ContentError(str(error)) from error
+        if len(data) != size:
+            raise ContentError(f"{place} has {len(data)} bytes in place of {size}: {_CHANGED}")
+        return data
+
+
+# --- listing ---
+
+
+def _listed(store: Store, place: Place) -> list[ObjectMeta]:
+    import obstore  # noqa: PLC0415 - only who uses buckets has it
+    from obstore.exceptions import InvalidPathError  # noqa: PLC0415
+
+    try:
+        return list(_asked(place, lambda: obstore.list(store, place.key or None).collect()))
+    except InvalidPathError as error:
+        key = str(error).partition("\n")[0]
+        raise ContentError(
+            f"{place} holds a key that can't be a path of files ({key}): name a folder beside it, or rename the object"
+        ) from error
+
+
+def _head(store: Store, place: Place, *, forgiving: bool = False) -> ObjectMeta | None:
+    """What the bucket says about one object; None if it is not there, or (`forgiving`) may not be looked at."""
+    import obstore  # noqa: PLC0415 - only who uses buckets has it
+    from obstore.exceptions import PermissionDeniedError  # noqa: PLC0415
+
+    try:
+        return _asked(place, lambda: obstore.head(store, place.key), but=(FileNotFoundError, PermissionDeniedError))
+    except FileNotFoundError:
+        return None
+    except PermissionDeniedError as error:
+        if forgiving:  # listing may be allowed, and else says why it is not
+            return None
+        raise explained(error, place) from error
+
+
+def _looked_at(store: Store, place: Place, listed: Sequence[ObjectMeta]) -> list[ObjectMeta]:
+    """The listing with versions, where the bucket keeps them, and without what marks a folder.
+
+    Consoles mark an empty folder by an empty object whose key ends in "/", which is listed under a name without it:
+    so whatever is empty is asked for by its name.
+    """
+    first = next((_head(store, place.at(meta["path"])) for meta in listed if meta["size"]), None)
+    versioned = first is not None and first["version"] is not None and len(listed) <= MOST_VERSIONS
+
+    def look(meta: ObjectMeta) -> ObjectMeta | None:
+        return _head(store, place.at(meta["path"])) if versioned or not meta["size"] else meta
+
+    with ThreadPoolExecutor(REQUESTS // 2) as pool:
+        return [meta for meta in pool.map(look, listed) if meta is not None]
+
+
+def _problems(place: Place, paths: Sequence[str]) -> dict[str, str]:
+    """Path -> why it can't be a file."""
+    folders = {path[:at] for path in paths for at in range(len(path)) if path[at] == "/"}
+    twice = {path for path, count in Counter(paths).items() if count > 1}
+    found = {}
+    for path in paths:
+        if path in folders:
+            found[path] = "is a file and a folder too"
+        elif path in twice:
+            found[path] = "is there twice, by keys that differ in '/' only"
+        elif max(len(part.encode()) for part in path.split("/")) > _LONGEST:
+            found[path] = f"has a name longer than {_LONGEST} bytes, which no disk takes"
+    base = f"{place}/"
+    return {path: f"{shown(base + path)} {problem}: rename the object" for path, problem in found.items()}
+
+
+def _entry(place: Place, meta: ObjectMeta, *, path: str, index: int, problem: str = "") -> Entry:
+    etag = meta["e_tag"] or ""
+    url = str(place.at(meta["path"]))
+    if not etag:
+        problem = problem or f"{shown(url)} has no ETag, so nobody can tell whether it changes"
+    reference = UrlRef(url, f"{meta['version']} {etag}" if meta["version"] else etag)
+    if problem:
+        return Unusable(path, reference, meta["size"], index, problem=problem)
+    return Entry(path, reference, meta["size"], index)
+
+
+def _pins(reference: UrlRef) -> tuple[str | None, str]:
+    """(version, ETag) of a reference that `_entry` made."""
+    version, blank, etag = reference.version.partition(" ")
+    return (version, etag) if blank else (None, version)
+
+
+def _nothing(store: Store, place: Place) -> str:
+    """That nothing is there, and what is."""
+    import obstore  # noqa: PLC0415 - only who uses buckets has it
+
+    root = _asked(place, lambda: obstore.list_with_delimiter(store))
+    names = [f"{name}/" for name in root["common_prefixes"]] + [meta["path"] for meta in root["objects"]]
+    if not names:
+        return f"the bucket {place.scheme}://{place.bucket} is empty"
+    near = nearest(place.key.partition("/")[0], [name.rstrip("/") for name in names])
+    return f"there is nothing at {place}{near or '.'} The bucket holds, for example, {', '.join(map(shown, names[:5]))}"
+
+
+# --- asking ---
+
+
+def _asked(place: Place, ask: Callable[[], _T], *, but: tuple[type[Exception], ...] = ()) -> _T:
+    """The answer to a question about `place`, with every error of the library in our words, save those in `but`."""
+    from obstore.exceptions import BaseError, InvalidPathError  # noqa: PLC0415 - only who uses buckets has it
+
+    try:
+        return ask()
+    except (BaseError, OSError) as error:
+        if isinstance(error, (*but, InvalidPathError)):
+            raise
+        raise explained(error, place) from error
+
+
+async def _answered(place: Place, answer: Awaitable[_T]) -> _T:
+    """What came for an object that was listed; a `ContentError` tells what is the matter with it now."""
+    from obstore.exceptions import BaseError, PreconditionError  # noqa: PLC0415 - only who uses buckets has it
+
+    try:
+        return await answer
+    except PreconditionError as error:
+        raise ContentError(f"{shown(str(place))}: {_CHANGED}") from error
+    except (BaseError, OSError) as error:
+        known = explained(error, place)
+        if isinstance(error, FileNotFoundError) and not isinstance(known, SpecError):
+            raise ContentError(f"{shown(str(place))} is gone: it was removed after the job was planned") from error
+        raise ContentError(str(known)) from error
+
+
+async def _together(work: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Run all at once; the first failure ends the others and is raised as it is."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for one in work:
+                group.create_task(one)
+    except ExceptionGroup as failed:
+        raise failed.exceptions[0] from failed.exceptions[0].__cause__
+
+
+def _reference(entry: Entry) -> UrlRef:
+    if not isinstance(entry.reference, UrlRef):
+        raise BugError(f"a source of buckets was asked to fetch {entry!r}")
+    return entry.reference
+
+
+def _make(path: Path, size: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("xb") as made:
+        made.truncate(size)
+
+
+def _write_at(path: Path, start: int, data: bytes) -> None:
+    """Opened for each part: a thread that is late finds no file, and never somebody else's descriptor."""
+    with path.open("r+b") as part:
+        part.seek(start)
+        part.write(data)

@@ -1,0 +1,372 @@
+"""Buckets as inputs and as the place of results, on a real S3 server; boto3 fills them and looks at what is there."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import aiohttp
+import obstore
+import pytest
+
+from bacalhau_node import sharding
+from bacalhau_node.buckets import explained, parse
+from bacalhau_node.content.blocks import BlockStore
+from bacalhau_node.errors import BugError, ContentError, SpecError
+from bacalhau_node.fetched import Fetched
+from bacalhau_node.ports import Access
+from bacalhau_node.sharding import ContentRef, Entry, LocalStamp, Unusable, UrlRef
+from bacalhau_node.sources import bucket as module
+from bacalhau_node.sources.bucket import BucketSource
+from bacalhau_node.spec import InputSource
+from tests.object_store import ObjectStore, new_bucket
+
+
+@pytest.fixture
+def source(tmp_path) -> Iterator[BucketSource]:
+    root = tmp_path / "store"
+    with contextlib.closing(BlockStore(root)) as store, contextlib.closing(Fetched(root)) as table:
+        yield BucketSource(store, fetched=table, folder=tmp_path / "work")
+
+
+def listed(source: BucketSource, text: str, index: int = 0) -> list[Entry]:
+    return source.list(InputSource(source=text), index=index)
+
+
+async def fetched(source: BucketSource, entries: list[Entry], told=lambda *_: None, *, own: bool = True) -> None:
+    async with asyncio.timeout(60):
+        await source.fetch(entries, access=Access(own=own), told=told)
+
+
+def read(source: BucketSource, entry: Entry, scratch: Path) -> bytes:
+    return source.open(entry.reference, scratch=scratch).read_bytes()
+
+
+# --- names ---
+
+
+@pytest.mark.parametrize("text", ["s3://bucket", "s3://bucket/a b/*.csv", "gs://bucket/x", "az://container/x/"])
+def test_it_claims_the_names_of_buckets(source, text):
+    assert source.claims(text)
+
+
+@pytest.mark.parametrize("text", ["/data", "https://s3.amazonaws.com/b/x", "ipfs://Qm", "S3://bucket", "s3:bucket"])
+def test_it_claims_nothing_else(source, text):
+    assert not source.claims(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["s3://", "s3:///x", "s3://u:p@host/x", "s3://host:80/x", "s3://a..b/x", "s3://b?x/y", "s3://b%2f/x"],
+)
+def test_a_name_that_is_not_that_of_a_bucket_is_the_authors_error(source, text):
+    with pytest.raises(SpecError, match="does not name a bucket"):
+        listed(source, text)
+
+
+@pytest.mark.parametrize("key", ["a//b", "../x", "a/./b", "/lead", "a\0b", "a\nb"])
+def test_a_key_that_can_not_be_a_path_is_the_authors_error(source, key):
+    with pytest.raises(SpecError, match="can't be a path of files"):
+        listed(source, f"s3://bucket/{key}")
+
+
+# --- listing ---
+
+FILES = {"data/b.csv": b"22", "data/a/z": b"1", "data/a.b": b"333", "data/é 日+%25?#.csv": b"4444", "data/Z": b"5"}
+
+
+@pytest.mark.parametrize("end", ["", "/"])
+def test_a_prefix_is_a_folder_sorted_by_the_bytes_of_its_paths(source, bucket, end):
+    bucket.put(FILES | {"database/no": b"", "other": b""})
+    entries = listed(source, f"s3://{bucket.name}/data{end}", index=3)
+    assert [(entry.path, entry.size, entry.source) for entry in entries] == [
+        ("Z", 1, 3),
+        ("a.b", 3, 3),
+        ("a/z", 1, 3),
+        ("b.csv", 2, 3),
+        ("é 日+%25?#.csv", 4, 3),
+    ]
+    assert {entry.reference.url for entry in entries} == {f"s3://{bucket.name}/{key}" for key in FILES}
+
+
+def test_a_whole_bucket_is_a_folder(source, bucket):
+    bucket.put(FILES)
+    assert {entry.path for entry in listed(source, f"s3://{bucket.name}")} == set(FILES)
+
+
+def test_the_key_of_an_object_is_one_file_with_its_own_name(source, bucket):
+    bucket.put(FILES | {"data/b.csv.gz": b""})
+    (entry,) = listed(source, f"s3://{bucket.name}/data/b.csv")
+    assert (entry.path, entry.size) == ("b.csv", 2)
+
+
+def test_what_marks_an_empty_folder_is_no_file_and_an_empty_file_is_one(source, bucket):
+    bucket.put({"data/": b"", "data/sub/": b"", "data/sub/x": b"1", "data/empty/": b"", "data/_SUCCESS": b""})
+    assert [entry.path for entry in listed(source, f"s3://{bucket.name}/data")] == ["_SUCCESS", "sub/x"]
+
+
+def test_a_key_that_is_a_folder_too_waits_until_it_is_selected(source, bucket):
+    bucket.put({"data/x": b"1", "data/x/y": b"2"})
+    entries = listed(source, f"s3://{bucket.name}/data/")
+    assert [entry.path for entry in entries if isinstance(entry, Unusable)] == ["x"]
+    assert [unit[0].path for unit in sharding.select(entries, ["x/*"])] == ["x/y"]
+    with pytest.raises(ContentError, match=f"s3://{bucket.name}/data/x is a file and a folder too: rename"):
+        sharding.select(entries, [])
+
+
+def test_a_name_that_no_disk_takes_waits_until_it_is_selected():
+    place = parse("s3://bucket/data")
+    problems = module._problems(place, ["é" * 128, "é" * 127, "twice", "twice"])
+    assert problems["é" * 128].endswith("longer than 255 bytes, which no disk takes: rename the object")
+    assert set(problems) == {"é" * 128, "twice"}
+
+
+def test_a_key_that_no_path_can_stand_for_is_an_error_naming_it(source, bucket):
+    bucket.put({"data/new\nline": b"1"})
+    with pytest.raises(ContentError, match=r"holds a key that can't be a path of files .*new"):
+        listed(source, f"s3://{bucket.name}/data")
+
+
+def test_an_empty_prefix_is_an_error_with_what_is_there(source, bucket):
+    with pytest.raises(ContentError, match=f"the bucket s3://{bucket.name} is empty"):
+        listed(source, f"s3://{bucket.name}/flihgts/2013")
+    bucket.put({"flights/2013.csv": b"1", "readme": b"2"})
+    with pytest.raises(ContentError) as caught:
+        listed(source, f"s3://{bucket.name}/flihgts/2013")
+    assert str(caught.value) == (
+        f"there is nothing at s3://{bucket.name}/flihgts/2013; did you mean flights?"
+        " The bucket holds, for example, flights/, readme"
+    )
+
+
+def test_more_objects_than_a_page_holds_are_all_listed(source, bucket):
+    store = source._buckets.open(parse(f"s3://{bucket.name}"))
+
+    async def fill() -> None:
+        await asyncio.gather(*(obstore.put_async(store, f"data/{number:04}", b"x") for number in range(1_100)))
+
+    asyncio.run(fill())
+    assert [entry.path for entry in listed(source, f"s3://{bucket.name}/data")] == [f"{n:04}" for n in range(1_100)]
+
+
+# --- bytes ---
+
+
+async def test_what_is_fetched_holds_the_bytes_that_were_listed(source, bucket, tmp_path):
+    files = FILES | {"data/empty": b"", "data/5MB": os.urandom(5_000_000)}
+    bucket.put(files)
+    entries = listed(source, f"s3://{bucket.name}/data")
+    told = []
+    await fetched(source, entries, lambda *what: told.append(what))
+    assert {f"data/{entry.path}": read(source, entry, tmp_path / "scratch") for entry in entries} == files
+    for entry in entries:
+        source.check(entry.reference)
+    ends = {name: (done, total) for name, done, total, cid in told if cid}
+    assert ends == {entry.path: (entry.size, entry.size) for entry in entries}
+    parts = [done for name, done, total, cid in told if name == "5MB" and not cid]
+    assert parts == sorted(parts)
+    assert parts[-1] == 5_000_000
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+async def test_a_rerun_asks_the_bucket_for_nothing(source, bucket, tmp_path):
+    bucket.put({"x": b"1"})
+    (entry,) = listed(source, f"s3://{bucket.name}/x")
+    await fetched(source, [entry])
+    bucket.delete("x")
+    told = []
+    await fetched(source, [entry], lambda *what: told.append(what))
+    assert (told, read(source, entry, tmp_path)) == ([], b"1")
+
+
+@pytest.mark.parametrize("size", [3, 5_000_000])
+async def test_an_object_that_changed_after_the_plan_is_an_error_naming_it(source, bucket, tmp_path, size):
+    bucket.put({"x": bytes(size)})
+    (entry,) = listed(source, f"s3://{bucket.name}/x")
+    bucket.put({"x": b"\1" * size})
+    with pytest.raises(ContentError, match=f"s3://{bucket.name}/x: it changed after the job was planned"):
+        await fetched(source, [entry])
+    assert not list((tmp_path / "work").glob("*"))
+
+
+@pytest.mark.parametrize("size", [3, 5_000_000])
+async def test_an_object_that_is_gone_is_an_error_naming_it(source, bucket, tmp_path, size):
+    bucket.put({"x": bytes(size), "y": b"1"})
+    entries = listed(source, f"s3://{bucket.name}")
+    bucket.delete("x")
+    with pytest.raises(ContentError, match=f"s3://{bucket.name}/x is gone: it was removed after the job was planned"):
+        await fetched(source, entries)
+    with pytest.raises(ContentError, match="no longer in this node's store"):
+        source.open(entries[0].reference, scratch=tmp_path)
+
+
+async def test_a_bucket_with_versions_gives_the_planned_ones(source, bucket, tmp_path):
+    bucket.put({"old": b"0"})
+    bucket.keep_versions()
+    bucket.put({"x": b"one", "y": b"1"})
+    entries = listed(source, f"s3://{bucket.name}")
+    bucket.put({"x": b"two!"})
+    bucket.delete("old")
+    await fetched(source, entries[:2])
+    assert [read(source, entry, tmp_path) for entry in entries[:2]] == [b"0", b"one"]
+    version = entries[2].reference.version.partition(" ")[0]
+    bucket.s3.delete_object(Bucket=bucket.name, Key="y", VersionId=version)
+    with pytest.raises(ContentError, match="/y is gone: it was removed"):
+        await fetched(source, entries)
+
+
+async def test_the_jobs_of_others_are_never_served_by_this_machines_credentials(source, bucket):
+    bucket.put({"x": b"1"})
+    entries = listed(source, f"s3://{bucket.name}")
+    with pytest.raises(ContentError, match="this node's credentials for buckets are its owner's"):
+        await fetched(source, entries, own=False)
+
+
+async def test_a_fetch_that_is_cancelled_leaves_nothing(source, bucket, tmp_path):
+    bucket.put({"x": os.urandom(20_000_000)})
+    (entry,) = listed(source, f"s3://{bucket.name}")
+    begun = asyncio.Event()
+    task = asyncio.create_task(fetched(source, [entry], lambda *_: begun.set()))
+    first = asyncio.create_task(begun.wait())
+    await asyncio.wait((task, first), return_when=asyncio.FIRST_COMPLETED)
+    task.cancel()
+    first.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert list((tmp_path / "work").iterdir()) == []
+    with pytest.raises(ContentError):
+        source.open(entry.reference, scratch=tmp_path)
+
+
+async def test_many_sources_share_what_was_fetched(source, bucket, tmp_path):
+    bucket.put({"x": b"1"})
+    entries = listed(source, f"s3://{bucket.name}")
+    await fetched(source, entries)
+    with contextlib.closing(Fetched(tmp_path / "store")) as table:
+        assert table.recall(entries[0].reference.url, entries[0].reference.version)
+
+
+def test_what_another_source_listed_is_a_bug_to_open_and_ignored_by_the_check(source, tmp_path):
+    for reference in (LocalStamp("/nowhere", 1, 1, 1, 1), ContentRef("Qm"), UrlRef("https://example.org/x")):
+        source.check(reference)
+    with pytest.raises(BugError):
+        source.open(ContentRef("Qm"), scratch=tmp_path)
+
+
+# --- for other nodes ---
+
+
+async def test_a_signed_url_reads_the_object_and_only_in_its_planned_state(source, bucket):
+    bucket.put({"data/é 日.csv": b"one"})
+    (entry,) = listed(source, f"s3://{bucket.name}")
+    signed = await source.presign(entry.reference, seconds=60)
+    assert signed.url.startswith(os.environ["AWS_ENDPOINT_URL"])
+    assert os.environ["AWS_SECRET_ACCESS_KEY"] not in signed.url
+    async with aiohttp.ClientSession() as session:
+
+        async def get(url: str) -> tuple[int, bytes]:
+            async with session.get(url, headers={"If-Match": signed.version}) as answer:
+                return answer.status, await answer.read()
+
+        assert await get(signed.url) == (200, b"one")
+        assert (await get(signed.url.partition("?")[0]))[0] == 403
+        bucket.put({"data/é 日.csv": b"two"})
+        assert (await get(signed.url))[0] == 412
+
+
+async def test_of_a_public_bucket_the_plain_url_is_given(source, bucket, monkeypatch):
+    bucket.put({"a b": b"1"})
+    (entry,) = listed(source, f"s3://{bucket.name}")
+    monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")
+    signed = await source.presign(entry.reference, seconds=60)
+    assert signed == UrlRef(f"{os.environ['AWS_ENDPOINT_URL']}/{bucket.name}/a%20b", entry.reference.version)
+
+
+# --- what can be wrong ---
+
+
+def test_a_bucket_that_is_not_there_is_told(source, bucket):
+    with pytest.raises(SpecError, match=r"there is no bucket 'nowhere' at http://127.0.0.1:\d+ \(NoSuchBucket"):
+        listed(source, "s3://nowhere/data")
+    with pytest.raises(SpecError, match="there is no bucket 'nowhere'"):
+        listed(source, "s3://nowhere")
+
+
+@pytest.mark.parametrize("key", ["", "/data", "/data/x"])
+def test_wrong_credentials_are_told_with_what_to_set_and_never_shown(source, bucket, monkeypatch, key):
+    bucket.put({"data/x": b"1"})
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "some-other-secret")
+    with pytest.raises(SpecError, match=r"refuses this machine's credentials .*set AWS_ACCESS_KEY_ID") as caught:
+        listed(source, f"s3://{bucket.name}{key}")
+    assert "s3://" + bucket.name in str(caught.value)
+    assert os.environ["AWS_ENDPOINT_URL"] in str(caught.value)
+    assert "some-other-secret" not in str(caught.value)
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", ObjectStore("").secret_key)
+    assert listed(source, f"s3://{bucket.name}/data")
+
+
+def test_a_private_bucket_is_not_read_without_a_signature(source, bucket, monkeypatch):
+    monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")
+    with pytest.raises(SpecError, match=r"refuses this machine's credentials \(AccessDenied"):
+        listed(source, f"s3://{bucket.name}")
+
+
+async def test_a_server_that_went_away_is_told(source, bucket, monkeypatch):
+    bucket.put({"x": b"1"})
+    (entry,) = listed(source, f"s3://{bucket.name}")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    monkeypatch.setattr("bacalhau_node.buckets._RETRIES", 0)
+    with pytest.raises(ContentError, match=r"/x at http://127.0.0.1:1 does not answer .*check the network"):
+        await fetched(source, [entry])
+
+
+@pytest.mark.parametrize("endpoint", ["nonsense", "http://", "http://key:secret@host/", "ftp://host", "http://h:x"])
+def test_an_endpoint_that_is_no_address_is_told(source, monkeypatch, endpoint):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    with pytest.raises(SpecError, match="AWS_ENDPOINT_URL is not an address") as caught:
+        listed(source, "s3://bucket")
+    assert "key:secret" not in str(caught.value)
+
+
+def test_an_azure_container_without_an_account_is_told(source, monkeypatch):
+    monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_NAME", raising=False)
+    with pytest.raises(SpecError, match=r"az://container/x can't be opened .*set AZURE_STORAGE_ACCOUNT_NAME"):
+        listed(source, "az://container/x")
+
+
+def test_the_keys_of_a_profile_serve_where_the_environment_has_none(source, bucket, monkeypatch, tmp_path):
+    bucket.put({"x": b"1"})
+    keys = (
+        f"aws_access_key_id = {os.environ['AWS_ACCESS_KEY_ID']}\naws_secret_access_key = {ObjectStore('').secret_key}"
+    )
+    (tmp_path / "credentials").write_text(f"[default]\naws_access_key_id = no\n[work]\n{keys}\n")
+    (tmp_path / "config").write_text(f"[profile work]\nendpoint_url = {os.environ['AWS_ENDPOINT_URL']}\n")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_PROFILE", "work")
+    assert [entry.path for entry in listed(source, f"s3://{bucket.name}")] == ["x"]
+    (tmp_path / "credentials").write_text("secret-without-a-section\n")
+    with pytest.raises(SpecError, match="credentials can't be read") as caught:
+        listed(source, f"s3://{bucket.name}")
+    assert "secret-without" not in str(caught.value)
+
+
+def test_without_credentials_anywhere_the_error_says_what_to_set():
+    error = OSError("Error performing PUT http://169.254.169.254/latest/api/token in 6ms - HTTP error")
+    told = explained(error, parse("s3://bucket"))
+    assert isinstance(told, SpecError)
+    assert "this machine has no credentials for it: set AWS_ACCESS_KEY_ID" in str(told)
+
+
+def test_two_buckets_are_two_stores(source, bucket, s3_server):
+    bucket.put({"x": b"1"})
+    with new_bucket(s3_server) as other:
+        other.put({"y": b"2"})
+        assert [entry.path for entry in listed(source, f"s3://{other.name}")] == ["y"]
+    assert [entry.path for entry in listed(source, f"s3://{bucket.name}")] == ["x"]
