@@ -1,10 +1,11 @@
 """Who may ask a node for what.
 
-Theory of operation. Every request but `/health` and `/ready` carries a key (`Authorization: Bearer …`). Only
-hashes of keys are held and compared, all of them, in constant time. A node on loopback has one key of its own,
-which lies in a file that only its user can read. Keys for others come from a file with a line for each: a
-role, the sha256 of the key in hex, a name. `admin` is the node's owner; `submit` sees and cancels
-the jobs of that name and no others. Content is open to every key: who can name a CID knows what it names.
+Theory of operation. Every request but `/health` and `/ready` carries a key (`Authorization: Bearer …`); what the
+`gateway` gives is also had with a capability. Only hashes of keys are held and compared, all of them, in constant
+time. A node on loopback has one key of its own, which lies in a file that only its user can read. Keys for others
+come from a file with a line for each: a role, the sha256 of the key in hex, a name. `admin` is the node's owner;
+`submit` sees and cancels the jobs of that name and no others. Content is open to every key: who can name a CID
+knows what it names.
 
 No browser page is ever a client, so whatever a browser adds to requests from pages (`Origin`, `Sec-Fetch-Site`)
 is refused, and a node on loopback answers only to loopback names: a page of a site that points its own name
@@ -49,13 +50,20 @@ class Keys:
 
     def caller(self, authorization: str | None) -> Caller | None:
         """Whose key this header carries; None for no key, or one that opens nothing."""
-        scheme, _, key = (authorization or "").partition(" ")
-        digest = sha256(key.strip().encode("utf-8", "surrogateescape")).digest()
+        if not (key := bearer(authorization)):
+            return None
+        digest = sha256(key.encode("utf-8", "surrogateescape")).digest()
         found = None
         for known, caller in self._entries:
             if hmac.compare_digest(known, digest):
                 found = caller
-        return found if scheme.lower() == "bearer" else None
+        return found
+
+
+def bearer(authorization: str | None) -> str:
+    """The key or capability in a header `Authorization: Bearer …`, "" if there is none."""
+    scheme, _, key = (authorization or "").partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else ""
 
 
 def own_key(token: str) -> tuple[bytes, Caller]:

@@ -22,6 +22,7 @@ from bacalhau_node.api import metrics, shapes
 from bacalhau_node.api.answers import TRAFFIC, Handler, Refused, answer, errors
 from bacalhau_node.api.auth import Caller, Keys, foreign
 from bacalhau_node.api.content import Content
+from bacalhau_node.api.gateway import GatewayRoutes
 from bacalhau_node.api.jobs import CALLER, Jobs
 from bacalhau_node.api.selection import NO_RULES, Selection
 from bacalhau_node.client import LocalClient
@@ -33,7 +34,8 @@ KEEPALIVE: Final = 30.0
 
 BACKLOG: Final = 128
 
-OPEN_PATHS: Final = frozenset(("/health", "/ready"))
+OPEN: Final = frozenset(("/health", "/ready", "/ipfs/{cid}", "/ipfs/{cid}/{path}"))
+"""Routes that need no key. Those of the gateway look at rights themselves."""
 
 _CLOSE_SECONDS = 2.0
 
@@ -55,7 +57,8 @@ class ApiServer:
         self._loopback = True
         app = web.Application(middlewares=[_counted, errors, self._guarded])
         app[TRAFFIC] = self._traffic = metrics.Traffic()
-        app.add_routes([*self._jobs.routes(), *Content(client).routes(), *self._routes()])
+        gateway = GatewayRoutes(client.node.gateway, client.node.content, self._keys)
+        app.add_routes([*self._jobs.routes(), *Content(client).routes(), *gateway.routes(), *self._routes()])
         self._runner = web.AppRunner(
             app,
             access_log=None,
@@ -98,7 +101,8 @@ class ApiServer:
         """Who asks, from where, in which form: before anything of the request is read."""
         if (why := foreign(request.headers, loopback=self._loopback)) is not None:
             raise Refused(403, SpecError(why))
-        if request.path in OPEN_PATHS:
+        route = request.match_info.route.resource
+        if route is not None and route.canonical in OPEN:
             return await handler(request)
         caller = self._keys.caller(request.headers.get("Authorization"))
         if caller is None:
