@@ -67,6 +67,11 @@ def tree(folder: Path) -> dict[str, bytes | str | None]:
     return found
 
 
+def _half_made(store: BlockStore) -> list[Path]:
+    """What lies in `tmp/` beside the locks of those who live."""
+    return [path for path in store.folder.glob("tmp/*/*") if path.name != "lock"]
+
+
 def test_it_is_the_port(store):
     _: ContentStore = store
 
@@ -282,7 +287,7 @@ def test_a_failed_move_leaves_the_source_as_it_was(store, tmp_path):
     with pytest.raises(ContentError):
         store.add_path(tmp_path / "in", move=True)
     assert (tmp_path / "in/a").read_bytes() == BIG
-    assert not list(store.folder.glob("tmp/*"))
+    assert not _half_made(store)
 
 
 # --- export ---
@@ -429,7 +434,7 @@ def test_a_newer_format_and_an_unknown_profile_are_refused_by_name(folder):
     BlockStore(folder).close()
     with contextlib.closing(sqlite3.connect(folder / "index.sqlite")) as database:
         database.execute("PRAGMA user_version = 7")
-    with pytest.raises(ContentError, match="has format 7, this program reads format 1"):
+    with pytest.raises(ContentError, match="has format 7, this program reads formats 1 to 2"):
         BlockStore(folder)
     with pytest.raises(SpecError, match="'v9' is not a UnixFS profile: there are unixfs-v0-2015"):
         BlockStore(folder, profile="v9")

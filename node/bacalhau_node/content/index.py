@@ -1,10 +1,15 @@
-"""The store's index: which block lies where, which files are whole, what is pinned. SQLite.
+"""The store's index: which block lies where, which files are whole, what is pinned, what was used when. SQLite.
 
 Theory of operation. One row a block, keyed by its sha2-256, says where its bytes are: in the
 row itself (`data`), in a file of its own (`data` and `file` empty), or in a slice of a whole file
-that the store owns (`file`, `at`, `length`). A slice shorter than the block is the data of a dag-pb
-leaf: the few bytes around it are computed. Rows are written only after the files that they name, in transactions
-of SQLite, so whatever the index claims is on disk whenever a process dies.
+(`file`, `at`, `length`), which the store owns or, where it has a `path`, somebody else. A slice shorter than the block
+is the data of a dag-pb leaf: the few bytes around it are computed. `codec` says how the block's links are read, and is
+`RAW` for all that have none; `used` is when (seconds since 1970) it was last put, imported or asked for.
+
+**Files and rows.** Whatever the index claims is on disk whenever a process dies: files get their place in the same
+transaction as their rows, before it is committed, and lose it in a later one than their rows. So the lock that
+SQLite gives to writers orders the files too, among all processes, and nobody's file is removed
+while its row is on the way.
 
 Several processes of one user share an index: WAL lets them read while one writes, and SQLite's own locks order the
 writers, so no lock file is needed beside it. Within a process one connection serves all threads
@@ -15,84 +20,121 @@ process; a power failure may undo the last ones, or take bytes from the files th
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
+from bacalhau_node.cid import RAW
+from bacalhau_node.content import schema
 from bacalhau_node.errors import BugError, ContentError
 from bacalhau_node.filesystem import on_network
 
-VERSION = 1
 BUSY_SECONDS = 20
 """How long a writer waits for another process's transaction, which lasts milliseconds."""
 
+FRESH: Final = 300
+"""Seconds for which a block that was used needs no new note of it (a guess: times only order what is collected)."""
 
-_SCHEMA = """
-CREATE TABLE file (
-    id INTEGER PRIMARY KEY, root BLOB NOT NULL UNIQUE, size INTEGER NOT NULL,
-    mtime_ns INTEGER NOT NULL, inode INTEGER NOT NULL, boot TEXT NOT NULL);
-CREATE TABLE block (
-    digest BLOB PRIMARY KEY, size INTEGER NOT NULL, data BLOB,
-    file INTEGER REFERENCES file (id), at INTEGER, length INTEGER);
-CREATE TABLE pin (cid BLOB PRIMARY KEY, count INTEGER NOT NULL) WITHOUT ROWID;
-"""
-_PUT_BLOCK = """
-INSERT INTO block (digest, size, data, file, at, length) VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (digest) DO UPDATE
-SET data = excluded.data, file = excluded.file, at = excluded.at, length = excluded.length
+Pins = Mapping[tuple[str, bytes], int]
+"""Changes of counts, by owner and root (binary CIDv1)."""
+
+_SET = "used = excluded.used, codec = max(ifnull(codec, 0), excluded.codec)"
+_PUT = "INSERT INTO block (digest, size, data, file, at, length, codec, used) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+_PUT_BLOCK = f"""{_PUT} ON CONFLICT (digest) DO UPDATE
+SET data = excluded.data, file = excluded.file, at = excluded.at, length = excluded.length, {_SET}"""
+_PUT_LINKED = f"""{_PUT} ON CONFLICT (digest) DO UPDATE SET {_SET}"""
+_MOVE_LINKED = """
+UPDATE block SET file = ?, at = ?, length = ? WHERE digest = ? AND file IN (SELECT id FROM file WHERE path IS NOT NULL)
 """
 _PUT_FILE = """
-INSERT INTO file (root, size, mtime_ns, inode, boot) VALUES (?, ?, ?, ?, ?) ON CONFLICT (root) DO UPDATE
-SET size = excluded.size, mtime_ns = excluded.mtime_ns, inode = excluded.inode, boot = excluded.boot RETURNING id
+INSERT INTO file (root, size, mtime_ns, inode, boot, device, path) VALUES (?, ?, ?, ?, ?, ?, ?)
+ON CONFLICT (root) DO UPDATE SET size = excluded.size, mtime_ns = excluded.mtime_ns, inode = excluded.inode,
+boot = excluded.boot, device = excluded.device, path = excluded.path
 """
-_PUT_PIN = "INSERT INTO pin VALUES (?, ?) ON CONFLICT (cid) DO UPDATE SET count = count + excluded.count"
+_PUT_PIN = "INSERT INTO pin VALUES (?, ?, ?) ON CONFLICT (owner, cid) DO UPDATE SET count = count + excluded.count"
+_BLOCKS = """
+SELECT digest, block.size, data, root, at, length, codec, used, path IS NOT NULL FROM block
+LEFT JOIN file ON file.id = block.file
+"""
+_FILES = """
+SELECT root, size, mtime_ns, inode, boot, device, path FROM file
+WHERE EXISTS (SELECT 1 FROM block WHERE digest = substr(root, -32))
+"""
 
 
 class Slice(msgspec.Struct, frozen=True, gc=False):
-    """Where a block's data lies in the whole file of this root (binary CIDv1)."""
+    """Where a block's data lies in the whole file of this root (binary CIDv1); `linked`: a file of somebody else."""
 
     root: bytes
     at: int
     length: int
+    linked: bool = False
 
 
 class Block(msgspec.Struct, frozen=True, gc=False):
-    """One block: its bytes in the row, a slice of a whole file, or (neither) a file of its own."""
+    """One block: its bytes in the row, a slice of a whole file, or (neither) a file of its own.
+
+    `codec` says how its links are read, `RAW`: it has none.
+    """
 
     digest: bytes
     size: int
     data: bytes | None = None
     slice: Slice | None = None
+    codec: int = RAW
+    used: int = 0
 
 
 class Stamp(msgspec.Struct, frozen=True, gc=False):
     """What a file looked like when the store itself hashed it, and in which run of the machine.
 
     After a crash of the machine a file may lack bytes that were never flushed, with its times
-    intact: so a stamp of an earlier boot proves nothing.
+    intact: so a stamp of an earlier boot proves nothing. `device` is 0 for the store's own files.
     """
 
     size: int
     mtime_ns: int
     inode: int
     boot: str
+    device: int = 0
 
 
-class OwnedFile(msgspec.Struct, frozen=True, gc=False):
-    """A whole file that the store owns, named by its root (binary CIDv1)."""
+class WholeFile(msgspec.Struct, frozen=True, gc=False):
+    """A whole file, named by its root (binary CIDv1): the store's own, or the one at `path` that belongs to a user."""
 
     root: bytes
     stamp: Stamp
+    path: Path | None = None
+
+
+class Node(msgspec.Struct, frozen=True, gc=False):
+    """What the collector has to know of a block. `size`: what it takes here, nothing for a linked one."""
+
+    id: int
+    digest: bytes
+    size: int
+    codec: int
+    used: int
+
+
+def _nothing() -> None:
+    """There are no files to put in their place."""
 
 
 class Index:
-    """The index of the store in `folder`; raises `ContentError` when it is damaged, newer, missing or busy for long."""
+    """The index of the store in `folder`; raises `ContentError` when it is damaged, newer, missing or busy for long.
 
-    def __init__(self, folder: Path) -> None:
+    `read` gives the bytes of a block that has a file of its own, where their look has to tell what they are.
+    """
+
+    def __init__(self, folder: Path, *, read: Callable[[bytes], bytes]) -> None:
         self._path = folder / "index.sqlite"
         self._lock = threading.RLock()
         with self._guarded():
@@ -100,112 +142,105 @@ class Index:
             try:
                 self._db.execute(f"PRAGMA journal_mode = {'DELETE' if on_network(folder) else 'WAL'}")
                 self._db.execute("PRAGMA synchronous = NORMAL")
-                self._create(folder)
+                self._prepare(folder, read)
             except BaseException:
                 self._db.close()
                 raise
 
+    # --- reading ---
+
     def find(self, digest: bytes) -> Block | None:
         """The block with this digest, or None."""
-        row = self._row(
-            "SELECT digest, block.size, data, root, at, length FROM block LEFT JOIN file ON file.id = block.file"
-            " WHERE digest = ?",
-            digest,
-        )
+        row = self._row(f"{_BLOCKS} WHERE digest = ?", digest)
         return None if row is None else _block(row)
 
-    def has(self, digest: bytes) -> bool:
-        """Whether the index knows this block."""
-        return self._row("SELECT 1 FROM block WHERE digest = ?", digest) is not None
+    def use(self, digest: bytes) -> bool:
+        """Whether the block is here; from now on it counts as used, and whoever collects knows before this returns."""
+        row = self._row("SELECT used FROM block WHERE digest = ?", digest)
+        if row is None:
+            return False
+        now = int(time.time())
+        if row[0] is not None and now - row[0] < FRESH:
+            return True
+        with self.transaction() as db:
+            return db.execute("UPDATE block SET used = ? WHERE digest = ?", (now, digest)).rowcount > 0
 
-    def file(self, root: bytes) -> OwnedFile | None:
+    def file(self, root: bytes) -> WholeFile | None:
         """The whole file with this root, or None."""
-        row = self._row("SELECT root, size, mtime_ns, inode, boot FROM file WHERE root = ?", root)
-        return None if row is None else OwnedFile(row[0], Stamp(*row[1:]))
+        row = self._row(f"{_FILES} AND root = ?", root)
+        return None if row is None else _file(row)
 
-    def pins(self, cid: bytes) -> int:
-        """How often this root is pinned."""
-        row = self._row("SELECT count FROM pin WHERE cid = ?", cid)
-        return 0 if row is None else int(row[0])
-
-    def write(
-        self, blocks: Sequence[Block], *, files: Iterable[OwnedFile] = (), pins: Mapping[bytes, int] | None = None
-    ) -> None:
-        """Write files, blocks (their slices name files of this or an earlier call) and changes of pins at once."""
-        with self._transaction() as db:
-            ids = {file.root: db.execute(_PUT_FILE, _file_row(file)).fetchone()[0] for file in files}
-            db.executemany(_PUT_BLOCK, [self._block_row(block, ids) for block in blocks])
-            if pins:
-                db.executemany(_PUT_PIN, list(pins.items()))
-                db.execute("DELETE FROM pin WHERE count <= 0")
+    def files(self) -> list[WholeFile]:
+        """Every whole file."""
+        return [_file(row) for row in self.rows(f"{_FILES} ORDER BY root")]
 
     def blocks(self) -> Iterator[Block]:
         """Every block, in pages, so that others may write meanwhile."""
         last: bytes = b""
-        while True:
-            rows = self._rows(
-                "SELECT digest, block.size, data, root, at, length FROM block LEFT JOIN file ON file.id = block.file"
-                " WHERE digest > ? ORDER BY digest LIMIT 500",
-                last,
-            )
-            if not rows:
-                return
+        while rows := self.rows(f"{_BLOCKS} WHERE digest > ? ORDER BY digest LIMIT 500", last):
             yield from map(_block, rows)
             last = rows[-1][0]
 
-    def files(self) -> list[OwnedFile]:
-        """Every whole file."""
-        rows = self._rows("SELECT root, size, mtime_ns, inode, boot FROM file ORDER BY root")
-        return [OwnedFile(row[0], Stamp(*row[1:])) for row in rows]
+    def pins(self, cid: bytes, *, without: Collection[str] = ()) -> int:
+        """How often this root is pinned, by all but some owners."""
+        rows = self.rows("SELECT owner, count FROM pin WHERE cid = ?", cid)
+        return sum(count for owner, count in rows if owner not in without)
 
-    def close(self) -> None:
-        """Close the connection."""
-        with self._lock:
-            self._db.close()
+    def pins_of(self, owner: str, cid: bytes) -> int:
+        """How often this owner has pinned this root."""
+        return sum(count for (count,) in self.rows("SELECT count FROM pin WHERE owner = ? AND cid = ?", owner, cid))
 
-    def _create(self, folder: Path) -> None:
-        version = self._db.execute("PRAGMA user_version").fetchone()[0]
-        if version == 0:
-            with self._transaction() as db:  # another process may have been quicker
-                version = db.execute("PRAGMA user_version").fetchone()[0]
-                if version == 0:
-                    self._refuse_orphans(folder)
-                    for statement in filter(str.strip, _SCHEMA.split(";")):
-                        db.execute(statement)
-                    db.execute(f"PRAGMA user_version = {VERSION}")
-                    version = VERSION
-        if version != VERSION:
-            raise ContentError(
-                f"the content store {folder} has format {version}, this program reads format {VERSION}:"
-                " use the version that wrote it, or another folder",
-            )
+    def owners(self) -> list[str]:
+        """Who has pinned something."""
+        return [owner for (owner,) in self.rows("SELECT DISTINCT owner FROM pin ORDER BY owner")]
 
-    def _refuse_orphans(self, folder: Path) -> None:
-        if any(True for name in ("blocks", "files") for _ in (folder / name).glob("*/*")):
-            raise ContentError(
-                f"the content store {folder} has blocks but its index {self._path.name} is missing or empty:"
-                " restore it from a backup, or move the folder away to start a new store",
-            )
+    def pinned(self) -> list[bytes]:
+        """Every root that is pinned."""
+        return [cid for (cid,) in self.rows("SELECT DISTINCT cid FROM pin")]
 
-    def _block_row(self, block: Block, ids: dict[bytes, int]) -> tuple[Any, ...]:
-        if block.slice is None:
-            return (block.digest, block.size, block.data, None, None, None)
-        root = block.slice.root
-        if root not in ids:
-            ids[root] = self._db.execute("SELECT id FROM file WHERE root = ?", (root,)).fetchone()[0]
-        return (block.digest, block.size, None, ids[root], block.slice.at, block.slice.length)
+    def room(self) -> int:
+        """How many bytes the store takes: its files, and the index so far as it is in use."""
+        own = "SELECT ifnull(sum(size), 0) FROM block WHERE data IS NULL AND file IS NULL"
+        whole = "SELECT ifnull(sum(size), 0) FROM file WHERE path IS NULL"
+        pages = "SELECT (page_count - freelist_count) * page_size FROM"
+        pragmas = "pragma_page_count, pragma_freelist_count, pragma_page_size"
+        return sum(int(self.rows(query)[0][0]) for query in (own, whole, f"{pages} {pragmas}"))
 
-    def _row(self, query: str, key: bytes) -> tuple[Any, ...] | None:
-        with self._lock, self._guarded():
-            row: tuple[Any, ...] | None = self._db.execute(query, (key,)).fetchone()
-            return row
+    # --- writing ---
 
-    def _rows(self, query: str, *keys: bytes) -> list[tuple[Any, ...]]:
-        with self._lock, self._guarded():
-            return self._db.execute(query, keys).fetchall()
+    def write(
+        self,
+        blocks: Sequence[Block] = (),
+        *,
+        files: Iterable[WholeFile] = (),
+        pins: Pins | None = None,
+        released: Collection[str] = (),
+        place: Callable[[], None] = _nothing,
+    ) -> None:
+        """Write files, blocks (their slices name files of this or an earlier call) and changes of pins at once.
+
+        `place` puts the store's own files where they belong. `released`: owners whose pins go, before new ones come.
+        """
+        now = int(time.time())
+        with self.transaction() as db:
+            place()
+            ids: dict[bytes, int] = {}
+            for file in files:
+                self._put_file(file)
+            rows = [(block, self._block_row(block, ids, now)) for block in blocks]
+            linked = [row for block, row in rows if block.slice is not None and block.slice.linked]
+            db.executemany(_PUT_BLOCK, [row for block, row in rows if block.slice is None or not block.slice.linked])
+            if linked:  # the store's own bytes are better than those of a file that may change
+                db.executemany(_MOVE_LINKED, [(row[3], row[4], row[5], row[0]) for row in linked])
+                db.executemany(_PUT_LINKED, linked)
+            db.executemany("DELETE FROM pin WHERE owner = ?", [(owner,) for owner in released])
+            if pins:
+                db.executemany(_PUT_PIN, [(owner, cid, count) for (owner, cid), count in pins.items()])
+                db.execute("DELETE FROM pin WHERE count <= 0")
 
     @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """One transaction; no other thread or process writes meanwhile."""
         with self._lock, self._guarded():
             self._db.execute("BEGIN IMMEDIATE")
             try:
@@ -215,6 +250,59 @@ class Index:
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
                 raise
+
+    def rows(self, query: str, *values: object) -> list[tuple[Any, ...]]:
+        """The rows of a query."""
+        with self._lock, self._guarded():
+            return self._db.execute(query, values).fetchall()
+
+    def close(self) -> None:
+        """Close the connection."""
+        with self._lock:
+            self._db.close()
+
+    def _prepare(self, folder: Path, read: Callable[[bytes], bytes]) -> None:
+        schema.define(self._db, read=read)
+        version = self._version()
+        if version < schema.VERSION:
+            with self.transaction() as db:  # another process may have been quicker
+                version = self._version()
+                if version == 0:
+                    self._refuse_orphans(folder)
+                    schema.create(db)
+                elif version < schema.VERSION:
+                    schema.upgrade(db, version)
+        elif version > schema.VERSION:
+            raise schema.refuse(folder, version)
+
+    def _version(self) -> int:
+        return int(self._db.execute("PRAGMA user_version").fetchone()[0])
+
+    def _refuse_orphans(self, folder: Path) -> None:
+        if any(True for name in ("blocks", "files") for _ in (folder / name).glob("*/*")):
+            raise ContentError(
+                f"the content store {folder} has blocks but its index {self._path.name} is missing or empty:"
+                " restore it from a backup, or move the folder away to start a new store",
+            )
+
+    def _put_file(self, file: WholeFile) -> None:
+        stamp, path = file.stamp, None if file.path is None else os.fsencode(file.path)
+        row = (file.root, stamp.size, stamp.mtime_ns, stamp.inode, stamp.boot, stamp.device, path)
+        only_linked = " WHERE path IS NOT NULL" if path is not None else ""
+        self._db.execute(_PUT_FILE + only_linked, row)
+
+    def _block_row(self, block: Block, ids: dict[bytes, int], now: int) -> tuple[Any, ...]:
+        if block.slice is None:
+            return (block.digest, block.size, block.data, None, None, None, block.codec, now)
+        root = block.slice.root
+        if root not in ids:
+            ids[root] = self._db.execute("SELECT id FROM file WHERE root = ?", (root,)).fetchone()[0]
+        return (block.digest, block.size, None, ids[root], block.slice.at, block.slice.length, block.codec, now)
+
+    def _row(self, query: str, key: bytes) -> tuple[Any, ...] | None:
+        with self._lock, self._guarded():
+            row: tuple[Any, ...] | None = self._db.execute(query, (key,)).fetchone()
+            return row
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
@@ -237,11 +325,12 @@ def _advice(error: sqlite3.OperationalError) -> str:
     return "; check that its disk has room and may be written to"
 
 
-def _file_row(file: OwnedFile) -> tuple[Any, ...]:
-    stamp = file.stamp
-    return (file.root, stamp.size, stamp.mtime_ns, stamp.inode, stamp.boot)
+def _file(row: Sequence[Any]) -> WholeFile:
+    root, *stamp, path = row
+    return WholeFile(root, Stamp(*stamp), None if path is None else Path(os.fsdecode(path)))
 
 
 def _block(row: Sequence[Any]) -> Block:
-    digest, size, data, root, at, length = row
-    return Block(digest, size, data, None if root is None else Slice(root, at, length))
+    digest, size, data, root, at, length, codec, used, linked = row
+    place = None if root is None else Slice(root, at, length, bool(linked))
+    return Block(digest, size, data, place, codec or RAW, used or 0)

@@ -1,0 +1,136 @@
+"""Checked reads of what the index claims: bytes that are not the ones of their name are never handed out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import msgspec
+
+from bacalhau_node.cid import RAW, Cid
+from bacalhau_node.content.collect import lose
+from bacalhau_node.content.index import Block, Index, Stamp, WholeFile
+from bacalhau_node.content.intake import Files
+from bacalhau_node.content.reader import Reader
+from bacalhau_node.content.unixfs import leaf_block
+from bacalhau_node.errors import ContentError
+from bacalhau_node.sharding import shown
+
+
+class Disk:
+    """Reads blocks and whole files; `reader.Blocks` for what is in the index."""
+
+    def __init__(self, index: Index, files: Files) -> None:
+        self._index, self._files = index, files
+
+    def block(self, cid: Cid) -> bytes:
+        """The bytes of one block, checked; raises `ContentError`."""
+        block = self._index.find(cid.digest)
+        if block is None:
+            folder = self._files.folder
+            raise ContentError(f"the block {cid} is not in the content store {folder}: import its data here first")
+        return self._checked(block, cid)
+
+    def file_size(self, cid: Cid) -> int | None:
+        """The size of a file that the index knows without reading it."""
+        whole = self._index.file(cid.v1().binary)
+        if whole is not None:
+            return whole.stamp.size
+        block = self._index.find(cid.digest) if cid.codec == RAW else None
+        return None if block is None else block.size
+
+    def file(self, root: Cid) -> Path | None:
+        """The path of a file that is here as one piece, hashed only when its stamp is another one."""
+        whole = self._index.file(root.v1().binary)
+        if whole is None:
+            return None
+        if self._files.stamp(whole) != whole.stamp:
+            self._hash_again(whole)
+        return self._files.path(whole)
+
+    def damage(self) -> Iterator[str]:
+        """Read everything; says, a sentence each, what is missing or damaged."""
+        for block in self._index.blocks():
+            try:
+                self._checked(block, Cid.raw(block.digest))
+            except ContentError as error:
+                yield str(error)
+        for whole in self._index.files():
+            try:
+                self._hash_again(whole)
+            except ContentError as error:
+                yield str(error)
+
+    def _checked(self, block: Block, cid: Cid) -> bytes:
+        if block.slice is not None and block.slice.linked:
+            return self._linked(block, cid)
+        data, place = block.data, f"the index of {self._files.folder}"
+        if data is None:
+            path = self._path(block)
+            place = str(path)
+            data = _read(path, block, cid)
+        if not cid.matches(data):
+            raise ContentError(f"the block {cid} in {place} is damaged: import its data again to replace it")
+        return data
+
+    def _path(self, block: Block) -> Path:
+        if block.slice is None:
+            return self._files.block_path(block.digest)
+        return self._files.file_path(block.slice.root)
+
+    def _linked(self, block: Block, cid: Cid) -> bytes:
+        """A block that lies in a file of a user, which may have changed at any time."""
+        assert block.slice is not None, "only slices are linked"
+        whole = self._index.file(block.slice.root)
+        if whole is None or whole.path is None:  # lost, or replaced by the store's own, since the block was found
+            return self.block(cid)
+        stamp = self._files.stamp(whole)
+        data = _read(whole.path, block, cid) if stamp is not None and _same(stamp, whole) else None
+        if data is None or not cid.matches(data):
+            self._lose(whole)
+        return data
+
+    def _lose(self, whole: WholeFile) -> NoReturn:
+        lose(self._index, self._files, whole.root)
+        raise ContentError(f"{shown(str(whole.path))} changed since it was added to the content store: add it again")
+
+    def _hash_again(self, whole: WholeFile) -> None:
+        """Compare a whole file with its blocks; raises `ContentError`, or notes the stamp that it has now."""
+        root, path = Cid(whole.root), self._files.path(whole)
+        stamp = self._files.stamp(whole)
+        if whole.path is not None and (stamp is None or not _same(stamp, whole)):
+            self._lose(whole)
+        if stamp is None or stamp.size != whole.stamp.size:
+            raise _not_whole(root, path)
+        with path.open("rb") as file:
+            for chunk in Reader(self, root).chunks(root, size=whole.stamp.size):
+                if file.read(len(chunk)) != chunk:
+                    raise _not_whole(root, path)
+        self._index.write(files=(WholeFile(whole.root, stamp, whole.path),))
+
+
+def _same(stamp: Stamp, whole: WholeFile) -> bool:
+    """Whether a linked file looks as it did, in this run of the machine or an earlier one."""
+    return msgspec.structs.replace(stamp, boot=whole.stamp.boot) == whole.stamp
+
+
+def _not_whole(root: Cid, path: Path) -> ContentError:
+    return ContentError(f"{path}, which holds the file {root}, was changed or removed: import its data again")
+
+
+def _read(path: Path, block: Block, cid: Cid) -> bytes:
+    try:
+        if block.slice is None:
+            return path.read_bytes()
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            data = os.pread(handle, block.slice.length, block.slice.at)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        raise ContentError(
+            f"the block {cid} cannot be read from {path} ({error.strerror}): import its data again to replace it"
+        ) from error
+    return leaf_block(data, raw=block.size == block.slice.length)
