@@ -30,50 +30,54 @@ INSERT INTO fetched (url, version, cid) VALUES (?, ?, ?) ON CONFLICT (url, versi
 
 
 class Fetched:
-    """The table in `folder` (made when it is not there). Quick, and for any thread; raises `ContentError`."""
+    """The table in `folder`, opened when it is first used. Quick, and for any thread; raises `ContentError`."""
 
     def __init__(self, folder: Path, *, most: int = MOST) -> None:
-        self._path = folder / "fetched.sqlite"
+        self._path, self._most = folder / "fetched.sqlite", most
         self._lock = threading.Lock()
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with self._guarded():
-            self._db = sqlite3.connect(self._path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False)
-            try:
-                self._open(folder, most)
-            except BaseException:
-                self._db.close()
-                raise
-
-    def _open(self, folder: Path, most: int) -> None:
-        self._db.execute(f"PRAGMA journal_mode = {'DELETE' if on_network(folder) else 'WAL'}")
-        self._db.execute("PRAGMA synchronous = NORMAL")
-        self._db.execute(_SCHEMA)
-        self._db.execute("DELETE FROM fetched WHERE id <= (SELECT max(id) FROM fetched) - ?", (most,))
+        self._db: sqlite3.Connection | None = None
 
     def recall(self, url: str, version: str) -> str | None:
         """The CID of what this URL held when its version was `version`, if it was ever fetched."""
-        with self._guarded():
-            query = "SELECT cid FROM fetched WHERE url = ? AND version = ?"
-            row = self._db.execute(query, (url, version)).fetchone()
+        with self._guarded() as db:
+            row = db.execute("SELECT cid FROM fetched WHERE url = ? AND version = ?", (url, version)).fetchone()
         return None if row is None else str(row[0])
 
     def remember(self, url: str, version: str, cid: str) -> None:
         """Note what this version of the URL was; its content must be in the store, flushed, already."""
-        with self._guarded():
-            self._db.execute(_PUT, (url, version, cid))
+        with self._guarded() as db:
+            db.execute(_PUT, (url, version, cid))
 
     def close(self) -> None:
         """Close the table."""
         with self._lock:
-            self._db.close()
+            if self._db is not None:
+                self._db.close()
+            self._db = None
 
     @contextmanager
-    def _guarded(self) -> Iterator[None]:
+    def _guarded(self) -> Iterator[sqlite3.Connection]:
         """One user of the connection at a time, and errors that say which file."""
         with self._lock:
             try:
-                yield
-            except sqlite3.Error as error:
+                if self._db is None:
+                    self._db = self._open()
+                yield self._db
+            except (sqlite3.Error, OSError) as error:
                 raise ContentError(
                     f"{self._path}: {error}; make room on its disk, or remove the file: it only saves fetching again"
                 ) from error
+
+    def _open(self) -> sqlite3.Connection:
+        folder = self._path.parent
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        db = sqlite3.connect(self._path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+        try:
+            db.execute(f"PRAGMA journal_mode = {'DELETE' if on_network(folder) else 'WAL'}")
+            db.execute("PRAGMA synchronous = NORMAL")
+            db.execute(_SCHEMA)
+            db.execute("DELETE FROM fetched WHERE id <= (SELECT max(id) FROM fetched) - ?", (self._most,))
+        except BaseException:
+            db.close()
+            raise
+        return db

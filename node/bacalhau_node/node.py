@@ -28,6 +28,7 @@ from bacalhau_node.executors.docker import DockerExecutor
 from bacalhau_node.executors.gpus import Gpus, at_once
 from bacalhau_node.executors.process import ProcessExecutor
 from bacalhau_node.executors.sandbox import SandboxExecutor
+from bacalhau_node.fetched import Fetched
 from bacalhau_node.folders import NodeFolder, data_folder, take_folder
 from bacalhau_node.ids import JobId, NodeId, short
 from bacalhau_node.journal import SqliteJournal
@@ -44,6 +45,7 @@ from bacalhau_node.results import ResultSource
 from bacalhau_node.retention import Retention
 from bacalhau_node.reuse import equal_job, obstacle
 from bacalhau_node.runner import Runner
+from bacalhau_node.sources.bucket import BucketSource
 from bacalhau_node.sources.ipfs import ContentSource
 from bacalhau_node.sources.local import LocalSource
 from bacalhau_node.spec import InputSource, JobSpec, PythonCell
@@ -94,7 +96,9 @@ class Node:
         self._probed = asyncio.get_running_loop().time()
         self._journal, self._transport = journal, transport
         files = ContentSource(content)
-        self._sources: tuple[Source, ...] = (LocalSource(), ResultSource(content, files), files)
+        self._fetched = Fetched(folder.store)
+        buckets = BucketSource(content, fetched=self._fetched, folder=folder.path / "work")
+        self._sources: tuple[Source, ...] = (LocalSource(), ResultSource(content, files), files, buckets)
         self._publishers: tuple[Publisher, ...] = (StorePublisher(),)
         self._layers = Layers(folder.root / "layers")
         self._runner = Runner(
@@ -307,6 +311,7 @@ class Node:
             await asyncio.gather(*(option.executor.close() for option in self._options))
             await self._transport.close()
             self._journal.close()
+            self._fetched.close()
             await asyncio.to_thread(shutil.rmtree, self.folder.path / "work", ignore_errors=True)
             self.content.close()  # on a full disk this may fail
         finally:

@@ -241,6 +241,14 @@ async def test_a_fetch_that_is_cancelled_leaves_nothing(source, bucket, tmp_path
         source.open(entry.reference, scratch=tmp_path)
 
 
+async def test_what_two_shards_want_at_once_is_brought_once(source, bucket):
+    bucket.put({"x": bytes(100), "y": b"1"})
+    entries = listed(source, f"s3://{bucket.name}")
+    told = []
+    await asyncio.gather(*(fetched(source, entries, lambda *what: told.append(what)) for _ in range(5)))
+    assert sorted(name for name, *_ in told) == ["x", "y"]
+
+
 async def test_many_sources_share_what_was_fetched(source, bucket, tmp_path):
     bucket.put({"x": b"1"})
     entries = listed(source, f"s3://{bucket.name}")

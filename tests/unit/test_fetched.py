@@ -45,5 +45,5 @@ def test_only_the_newest_rows_are_kept(tmp_path):
 def test_a_damaged_table_is_an_error_that_says_what_to_remove(tmp_path):
     (tmp_path / "fetched.sqlite").write_bytes(b"not a database, but long enough to look at" * 100)
     with pytest.raises(ContentError, match=r"fetched\.sqlite.*remove the file") as caught:
-        Fetched(tmp_path)
+        Fetched(tmp_path).recall("u", "")
     assert isinstance(caught.value.__cause__, sqlite3.Error)

@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
+from weakref import WeakValueDictionary
 
 from bacalhau_node.buckets import Buckets, Place, claims, explained, parse, public_url, unsigned
 from bacalhau_node.errors import BugError, ContentError, SpecError
@@ -60,6 +61,7 @@ class BucketSource:
         self._content, self._fetched, self._folder = content, fetched, folder
         self._buckets = Buckets()
         self._room = asyncio.Semaphore(REQUESTS)
+        self._locks: WeakValueDictionary[UrlRef, asyncio.Lock] = WeakValueDictionary()
 
     def claims(self, source: str) -> bool:
         """Whether `source` names a bucket."""
@@ -99,7 +101,10 @@ class BucketSource:
 
         async def work() -> None:
             for entry, reference in queue:
-                await self._bring(entry, reference, told)
+                lock = self._locks.setdefault(reference, asyncio.Lock())
+                async with lock:  # of two shards that want it one brings it
+                    if self._known(reference) is None:
+                        await self._bring(entry, reference, told)
 
         await _together(work() for _ in range(min(REQUESTS, len(missing))))
 
