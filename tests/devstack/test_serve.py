@@ -27,31 +27,11 @@ from bacalhau_node.http_client import HttpClient
 from bacalhau_node.node import open_node
 from bacalhau_node.protocol.events import ShardChanged
 from bacalhau_node.spec import InputSource, JobSpec, PythonCell, Sharding
+from tests.certificate import CERTIFICATE, KEY
 from tests.cutter import Cutter
 
 MAIN = "import sys; sys.argv[0] = 'bacalhau-node'; from bacalhau_node.cli import main; main()"
 SECONDS = 60
-CERTIFICATE = """\
------BEGIN CERTIFICATE-----
-MIIBmzCCAUGgAwIBAgIUPhy/QzM5cf1A6hVe5/IvdpVfRQYwCgYIKoZIzj0EAwIw
-FDESMBAGA1UEAwwJbG9jYWxob3N0MCAXDTI2MTEyNjEwNDEyNFoYDzIxMjYxMTAy
-MTA0MTI0WjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjO
-PQMBBwNCAASyamHrxqVikw3PA13Mo8LAyHMMMT0J3Wpm6Ljo7trwkBrh33qrMlyK
-NHKdcLP0bmgH5srQJ8LDcwJWqVlIvOHdo28wbTAdBgNVHQ4EFgQU4P3OFYbodc+u
-gEBKfwCeQgOyt/EwHwYDVR0jBBgwFoAU4P3OFYbodc+ugEBKfwCeQgOyt/EwDwYD
-VR0TAQH/BAUwAwEB/zAaBgNVHREEEzARgglsb2NhbGhvc3SHBH8AAAEwCgYIKoZI
-zj0EAwIDSAAwRQIgBF7ANSPtf4RiJd8OoptSgSf2YB1sU4mHq/FHLzSp1QICIQCZ
-ZlvlGfDTtXSfOEEgHiLP9esKWKZyU1MA5srZevtplQ==
------END CERTIFICATE-----
-"""
-KEY = """\
------BEGIN PRIVATE KEY-----
-MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg2+jcRbPXeEa5m907
-SJzFJsQlhHm2mpys146NuKOoTuChRANCAASyamHrxqVikw3PA13Mo8LAyHMMMT0J
-3Wpm6Ljo7trwkBrh33qrMlyKNHKdcLP0bmgH5srQJ8LDcwJWqVlIvOHd
------END PRIVATE KEY-----
-"""
-"""Self-signed for localhost and 127.0.0.1, for these tests alone."""
 
 
 def _token(ready: dict[str, Any]) -> str:
