@@ -12,7 +12,7 @@ The author of a message is the key of the connection it came by, never a field i
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -300,24 +300,39 @@ class Signed(msgspec.Struct, frozen=True, array_like=True, gc=False):
     signature: bytes
 
 
-class Digest(msgspec.Struct, frozen=True, tag="digest", gc=False):
-    """What I know: (node, version) of as many as the sender wants to compare. `answer`: tell me yours as well."""
+class Copy(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A record on its way. `age`: whole seconds since its node made it, by the clocks of those who had it; no less."""
 
-    known: tuple[tuple[NodeId, int], ...]
-    answer: bool = False
+    signed: Signed
+    age: Annotated[int, msgspec.Meta(ge=0)]
+
+
+class Digest(msgspec.Struct, frozen=True, tag="digest", gc=False):
+    """What I know: for each node 8 bytes of its id's hash and 8 of its version. The answer is `Records`.
+
+    `complete`: nothing was left out. `room`: how many records of nodes that are not named here I would take.
+    """
+
+    known: bytes
+    complete: bool = True
+    room: Annotated[int, msgspec.Meta(ge=0)] = 0
 
 
 class Records(msgspec.Struct, frozen=True, tag="records"):
-    """Records that the other lacks, and the nodes whose newer records are wanted in return."""
+    """Records that the other lacks; `wanted`: hashes (8 bytes each) of the nodes whose newer ones are wanted in return.
 
-    records: tuple[Signed, ...]
-    wanted: tuple[NodeId, ...] = ()
+    `parting`: I have neighbours enough; take these and try others.
+    """
+
+    records: tuple[Copy, ...]
+    wanted: bytes = b""
+    parting: bool = False
 
 
 class PeersWanted(msgspec.Struct, frozen=True, tag="peers-wanted", gc=False):
     """Peer exchange: give me records of up to so many nodes that can be dialled, at random."""
 
-    count: int
+    count: Annotated[int, msgspec.Meta(ge=0)]
 
 
 MembershipMessage = Digest | Records | PeersWanted

@@ -139,16 +139,41 @@ class LinkDown(msgspec.Struct, frozen=True):
     node: NodeId
 
 
+class Dialled(msgspec.Struct, frozen=True):
+    """A `Dial` led to this node: there is a link to it, which may be older. `LinkUp` does not say why there is one."""
+
+    address: str
+    node: NodeId
+
+
 class DialFailed(msgspec.Struct, frozen=True):
-    """A `Dial` led nowhere; `node` where it was known."""
+    """A `Dial` led nowhere; `node` where it was known. With "" for the address: nothing could be sent to `node`."""
 
     address: str
     node: NodeId | None
     reason: str
 
 
+class Join(msgspec.Struct, frozen=True):
+    """Be part of a network: the first event of membership. All are multiaddrs.
+
+    `addresses`: of nodes to be linked with, tried until they were met. `remembered`: of neighbours in an earlier life.
+    """
+
+    addresses: tuple[str, ...] = ()
+    remembered: tuple[str, ...] = ()
+
+
+class Leave(msgspec.Struct, frozen=True):
+    """This node is about to end: its neighbours should know. Nothing else happens in membership from then on."""
+
+
 class LoadChanged(msgspec.Struct, frozen=True):
-    """What this node says about itself is different now: its next record says so. `record.version` is not looked at."""
+    """What this node says about itself is different now: its next record says so.
+
+    `record.version` is the wall clock now (nanoseconds since 1970; 0: not looked at), which a machine that has slept
+    must set again. `record.neighbours` is not looked at.
+    """
 
     record: NodeRecord
 
@@ -275,17 +300,27 @@ class Publish(msgspec.Struct, frozen=True):
 
 
 class Dial(msgspec.Struct, frozen=True):
-    """Open a link to `address`, a multiaddr (to `node`, where it is known); `LinkUp` or `DialFailed` is the answer."""
+    """Open a link to `address`, a multiaddr (to `node`, where it is known); `Dialled` or `DialFailed` is the answer."""
 
     address: str
     node: NodeId | None = None
 
 
 class HangUp(msgspec.Struct, frozen=True):
-    """Close the links to `node`. `reason`: what it did wrong, to be told once in the log; "" for nothing."""
+    """Close the links to `node`. `reason`: what it did wrong, to be told once in the log.
+
+    "": nothing; membership just needs no link to it, so it stays open for those executions that still need it.
+    """
 
     node: NodeId
     reason: str = ""
+
+
+class Complain(msgspec.Struct, frozen=True):
+    """Tell once in the log what is wrong with `node`, which may be this one."""
+
+    node: NodeId
+    reason: str
 
 
 class Learn(msgspec.Struct, frozen=True):
@@ -395,7 +430,10 @@ Event = (
     | NodeGone
     | LinkUp
     | LinkDown
+    | Dialled
     | DialFailed
+    | Join
+    | Leave
     | LoadChanged
     | ResultKept
     | JobSealed
@@ -408,6 +446,7 @@ Effect = (
     | Publish
     | Dial
     | HangUp
+    | Complain
     | Learn
     | NodeSeen
     | NodeGone

@@ -1,6 +1,6 @@
-"""Which state may follow which: the transitions of a shard at the requester and at a compute node.
+"""Which state may follow which: of a shard at the requester, of an execution at a compute node, of a node in a view.
 
-Both machines change the state of a record in one place, by these tables. A pair that is not in
+The machines change the state of a record in one place, by these tables. A pair that is not in
 the table is a bug of this package, and the error carries what happened to the record before. What
 *peers* send out of turn never gets here: the machines drop it first, by the execution it names.
 
@@ -50,9 +50,23 @@ EXECUTION: Final[Table] = {
 }
 """An execution at a compute node. `drop`: kept elsewhere, rejected, cancelled, recalled or orphaned."""
 
+MEMBER: Final[Table] = {
+    "known": {"link": "neighbour", "fail": "suspect", "leave": "left", "fade": "forgotten", "evict": "forgotten"},
+    "neighbour": {"part": "known", "lose": "suspect", "leave": "left"},
+    "suspect": {"hear": "known", "link": "neighbour", "die": "dead", "leave": "left", "fade": "forgotten"},
+    "dead": {"hear": "known", "link": "neighbour", "leave": "left", "expire": "forgotten"},
+    "left": {"hear": "known", "link": "neighbour", "expire": "forgotten"},
+    "forgotten": {},
+}
+"""Another node, in a node's view. `link`, `part`: both agreed to be neighbours, or one has enough. `lose`: its link
+broke, or it answers nothing; `fail`: it could not be reached; `hear`: it has made a record since, or it has a link;
+`die`: nobody opened for a while; `fade`: its record is too old; `expire`: that can't come back any more; `evict`: the
+view is full. A forgotten node may be met again, as a new one."""
+
 DIAGRAMS: Final[Mapping[str, tuple[str, Table]]] = {
     "A shard, at the requester": ("waiting", SHARD),
     "An execution, at a compute node": ("taken", EXECUTION),
+    "Another node, in a view": ("known", MEMBER),
 }
 
 
