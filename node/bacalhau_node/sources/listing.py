@@ -124,7 +124,7 @@ def clean_name(name: str) -> str:
 
 def is_list(source: str) -> bool:
     """Whether an input is a file with a URL on each line, by its name."""
-    path = urlsplit(source).path if "://" in source and not source.startswith("ipfs://") else source
+    path = source if source.startswith(("/", "ipfs://")) else re.split("[?#]", source)[0]
     return path.endswith(LIST_SUFFIXES)
 
 
@@ -193,7 +193,7 @@ class _Page(HTMLParser):
 
 
 def read_index(page: str, url: str) -> Iterator[str]:
-    """The URLs of what an index (as Apache, nginx and others make them) shows directly below `url`, each once.
+    """The URLs of what an index (as Apache, nginx and others make them) shows below `url`, each once.
 
     Folders end in "/". Left out: what leads elsewhere or up, and links that only sort the page anew. Raises
     `ContentError` for a page that is no index.
@@ -213,7 +213,7 @@ def read_index(page: str, url: str) -> Iterator[str]:
         except ValueError:
             continue
         below = target.removeprefix(folder)
-        if target == below or not below or "?" in below or target in seen or "/" in below.rstrip("/"):
+        if target == below or not below or "?" in below or target in seen:
             continue
         seen.add(target)
         yield target

@@ -72,7 +72,7 @@ class UrlSource:
     def __init__(
         self, content: ContentStore, *, fetched: Fetched, folder: Path, own: bool = True, limits: Limits | None = None
     ) -> None:
-        self._content, self._fetched, self._folder, self._own = content, fetched, folder, own
+        self._content, self._fetched, self._parts, self._own = content, fetched, folder, own
         self._limits = limits or Limits()
         self._loop = asyncio.get_running_loop()
         self._locks: WeakValueDictionary[UrlRef, asyncio.Lock] = WeakValueDictionary()
@@ -144,13 +144,14 @@ class UrlSource:
 
     async def _folder(self, web: Web, root: str, page: bytes, index: int) -> Sequence[Entry]:
         """All files below an index, level by level."""
-        files: Sequence[str] = ()
+        files: dict[str, str] = {}
         pages: Sequence[tuple[str, bytes]] = [(root, page)]
         seen = {root}
         for _ in range(MAX_LEVELS):
             links = [link for url, body in pages for link in listing.read_index(_decoded(body), url)]
-            files = [*files, *(link for link in links if not link.endswith("/"))]
-            folders = [link for link in links if link.endswith("/") and link not in seen]
+            paths = {link: listing.below(link, root) for link in links}
+            files |= {link: path for link, path in paths.items() if not link.endswith("/")}
+            folders = [link for link in paths if link.endswith("/") and link not in seen]
             seen.update(folders)
             if len(files) > MAX_FILES or len(seen) > MAX_FOLDERS:
                 raise ContentError(
@@ -164,9 +165,8 @@ class UrlSource:
             raise ContentError(
                 f"{listing.shown_url(root)} has more than {MAX_LEVELS} levels of folders: name one below"
             )
-        paths = [listing.below(link, root) for link in files]
-        entries = await self._files(web, files, index)
-        return [_renamed(entry, path) for entry, path in zip(entries, paths, strict=True)]
+        entries = await self._files(web, tuple(files), index)
+        return [_renamed(entry, path) for entry, path in zip(entries, files.values(), strict=True)]
 
     async def _pages(self, web: Web, folders: Sequence[str]) -> Sequence[tuple[str, bytes]]:
         async def page(url: str) -> tuple[str, bytes]:
@@ -210,7 +210,7 @@ class UrlSource:
         reference, module = _url(entry.reference), _late("download")
         version = "" if _is_mark(reference.version) else reference.version
         wanted: Wanted = module.Wanted(url=reference.url, version=version, size=size, sha256=reference.sha256)
-        part = self._folder / f"url-{uuid.uuid4().hex}"
+        part = self._parts / f"url-{uuid.uuid4().hex}"
         got: Got = await module.download(web, wanted, part, _Telling(entry.path, told, self._loop.time))
         try:
             cid = await asyncio.to_thread(lambda: self._content.add_path(part, move=True))
