@@ -29,7 +29,7 @@ from hypothesis.stateful import (
 
 from bacalhau_node.errors import BugError
 from bacalhau_node.ids import Execution, JobId
-from bacalhau_node.messages import ErrorKind, Message, Offer, Outcome, Recall, ShardError
+from bacalhau_node.messages import ErrorKind, Message, Offer, Outcome, Propose, Recall, ShardError
 from bacalhau_node.protocol import events as ev
 from bacalhau_node.protocol import recovery, voting, watch
 from bacalhau_node.protocol.book import Book
@@ -67,6 +67,7 @@ HEAD = st.sampled_from(((0, 0), (0, 0), (2, 0), (3, 7)))
 """How many executions end well, and what time passes, before there is any mischief."""
 
 HOW = ("well", "lost", "twice")
+PACKED = ("well", "well", "well", "unsent", "unreadable")
 KINDS: tuple[ErrorKind | None, ...] = (None, None, "exception", "signal", "node", "memory")
 
 
@@ -82,6 +83,8 @@ class Body:
         """Executions given to the executor, and whether their code has started."""
         self.ran: set[Execution] = set()
         self.keeps: list[Execution] = []
+        self.packs: list[tuple[str, Offer]] = []
+        """Offers that are made ready for another node."""
         self.kept: Counter[Execution] = Counter()
         self.seals: list[JobId] = []
         self.sealed: Counter[JobId] = Counter()
@@ -103,6 +106,8 @@ class World(RuleBasedStateMachine):
         self.mischief = MISCHIEF
         self.still: set[str] = set()
         self.offers: set[Execution] = set()
+        self.unreadable: set[Execution] = set()
+        """Executions whose input was gone before they could be offered."""
 
     @initialize(slots=st.integers(1, 2), nodes=st.integers(1, 3), liar=st.booleans(), job=JOB, head=HEAD)
     def begin(self, slots: int, nodes: int, job: dict[str, Any], head: tuple[int, int], *, liar: bool) -> None:
@@ -148,8 +153,10 @@ class World(RuleBasedStateMachine):
                 case ev.Send(to=to, message=message):
                     self.referee.sent(to, message)
                     if isinstance(message, Offer):
-                        self.offered(to, message)
-                    self.net.append((node, to, message))
+                        self.offered(to, message, restarted=event is None)
+                        body.packs.append((to, message))
+                    else:
+                        self.net.append((node, to, message))
                 case ev.SetTimer(timer=timer, at=at):
                     body.timers[timer] = at
                 case ev.Keep(execution=execution):
@@ -163,8 +170,11 @@ class World(RuleBasedStateMachine):
                 case _:
                     self.work(node, effect, event)
 
-    def offered(self, to: str, offer: Offer) -> None:
-        """Who may get a shard: nobody who tried it or was outvoted, as long as there are others."""
+    def offered(self, to: str, offer: Offer, *, restarted: bool) -> None:
+        """Who may get a shard: nobody who tried it or was outvoted, as long as there are others.
+
+        A requester that comes back doesn't know its votes any more, and takes their attempts for live ones.
+        """
         book = self.hosts[REQUESTER].requester.book
         job = book.jobs[offer.job]
         able = [node.id for node in book.placement.nodes.values() if not node.suspect and node.id not in job.never]
@@ -174,6 +184,8 @@ class World(RuleBasedStateMachine):
             if execution in self.offers:
                 continue  # the same once more
             self.offers.add(execution)
+            if restarted:
+                continue
             assert to not in self.referee.outvoted or not trusted, f"{to} was outvoted, and gets {one} beside {trusted}"
             tried = [node for attempt, node in shard.tried.items() if attempt != one.attempt]
             if to in tried and (len(shard.live) > 1 or shard.votes):
@@ -249,8 +261,10 @@ class World(RuleBasedStateMachine):
         body = self.bodies[REQUESTER]
         for _ in range(50):
             going = any(to not in self.still for _, to, _ in self.net)
-            if not (going or (store and (body.keeps or body.seals))):
+            if not (going or body.packs or (store and (body.keeps or body.seals))):
                 return
+            while body.packs:
+                self.pack("well", 0)
             net, self.net = self.net, []
             for sender, to, message in net:
                 if to in self.still:
@@ -338,6 +352,40 @@ class World(RuleBasedStateMachine):
     @precondition(lambda self: self.bodies[REQUESTER].keeps)
     def keep(self, *, crash: bool) -> None:
         self.feed(REQUESTER, ev.ResultKept(self.bodies[REQUESTER].keeps.pop(0)), crash=crash)
+
+    @rule(how=st.sampled_from(PACKED), n=NUMBER)
+    @precondition(lambda self: self.bodies[REQUESTER].packs)
+    def pack(self, how: str, n: int) -> None:
+        """An offer is packed and sent, or its node can't be reached, or one of its shards has no input any more."""
+        packs = self.bodies[REQUESTER].packs
+        to, offer = packs.pop(n % len(packs))
+        live = self.hosts[REQUESTER].requester.wants
+        executions = [Execution(offer.job, one.shard, one.attempt) for one in offer.shards]
+        shards = [one for one, execution in zip(offer.shards, executions, strict=True) if live(execution, to)]
+        executions = [execution for execution in executions if live(execution, to)]
+        if how == "unsent":
+            self.feed(REQUESTER, ev.OfferUnsent(tuple(executions), "it is away"))
+        elif how == "unreadable" and executions and self.mischief:
+            self.mischief -= 1
+            self.unreadable.update(executions[:1])
+            self.feed(REQUESTER, ev.OfferFailed(executions[0], ShardError("input")))
+            shards, executions = shards[1:], executions[1:]
+        if how != "unsent" and shards:
+            self.net.append((REQUESTER, to, Offer(offer.job, offer.spec, tuple(shards), offer.count)))
+            self.feed(REQUESTER, ev.OfferPacked(tuple(executions)))
+
+    @rule(n=NUMBER, lied=st.booleans())
+    @precondition(lambda self: self.mischief and any(isinstance(one[2], Propose) for one in self.net))
+    def lose_a_result(self, n: int, *, lied: bool) -> None:
+        """The bytes of a result that was proposed don't come, or are not what they should be."""
+        proposed = [one for one in self.net if isinstance(one[2], Propose)]
+        sender, to, message = one = proposed[n % len(proposed)]
+        if not self.hosts[to].requester.wants(message.execution, sender):
+            return
+        self.mischief -= 1
+        self.net.remove(one)
+        self.feed(to, ev.ResultComing(message.execution, sender))
+        self.feed(to, ev.ResultMissing(message.execution, sender, "it did not come", lied))
 
     @rule(node=NODE)
     @precondition(lambda self: self.net)

@@ -29,7 +29,7 @@ from bacalhau_node.messages import (
 )
 from bacalhau_node.protocol import events as ev
 from bacalhau_node.protocol.compute import HEARTBEAT, MAX_PREFETCH, ORPHAN_GRACE, Compute
-from bacalhau_node.protocol.placement import LEASE, MAX_OFFER
+from bacalhau_node.protocol.placement import LEASE, LONGEST_REST, MAX_OFFER
 from bacalhau_node.protocol.requester import Requester
 from bacalhau_node.protocol.watch import LEASE_CHECK
 from bacalhau_node.testing.builders import a_failure, a_job, a_job_id, a_result, a_spec, an_execution, matching, sent
@@ -42,6 +42,8 @@ class Desk:
         self.machine = Requester("req")
         self.now = now
         self.journal: dict[Any, ev.Row] = {}
+        self.packs = True
+        """Offers are packed at once."""
         for node in nodes:
             self(ev.NodeSeen(node, room))
 
@@ -53,6 +55,8 @@ class Desk:
         for write in writes:
             row = write.row
             self.journal[(type(row), row.job, getattr(row, "shard", None))] = row
+        if self.packs and (packed := offers(effects)):
+            effects += self(ev.OfferPacked(tuple(packed)))
         return effects
 
     def hear(self, sender: str, message: Message) -> list[ev.Effect]:
@@ -332,6 +336,8 @@ def fail(desk: Desk, *kinds: Any, node: str = "n-1") -> list[ev.Effect]:
     effects: list[ev.Effect] = []
     for attempt, kind in enumerate(kinds, start=1):
         effects = desk.propose(node, an_execution(attempt=attempt), a_failure(kind), room=1)
+        if kind == "node":
+            desk.later(LONGEST_REST, ev.RetryTimer(a_job_id()))  # the node has rested
     return effects
 
 

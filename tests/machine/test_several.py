@@ -246,6 +246,7 @@ def test_losses_and_repeats_are_counted_across_restarts() -> None:
     blocks = {a_job_id(): ("block-0",)}
     machine, effects = Requester.recover("req", desk.journal.values(), 100.0, resume=True, blocks=blocks)
     assert offers(effects) == [an_execution(attempt=2)]
+    machine.step(ev.OfferPacked((an_execution(attempt=2),)), 100.0)
     machine.step(ev.TimerFired(ev.LeaseTimer(a_job_id())), 100.0 + LEASE)
     assert machine.book.jobs[a_job_id()].shards[0].lost == 2
 

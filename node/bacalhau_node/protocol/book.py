@@ -30,9 +30,7 @@ from bacalhau_node.protocol.events import (
 )
 from bacalhau_node.protocol.placement import Placement
 from bacalhau_node.protocol.records import LIVE, PHASES, Attempt, Ended, Job, Node, Shard
-
-MAX_LOST: Final = 3
-"""Attempts that may be lost with their nodes before the shard fails, for each of its replicas (DESIGN section 5)."""
+from bacalhau_node.protocol.voting import MAX_LOST
 
 _TO_PHASE: Final[Mapping[str, tuple[str, ...]]] = {
     "waiting": (),
@@ -44,10 +42,16 @@ _TO_PHASE: Final[Mapping[str, tuple[str, ...]]] = {
 
 
 class Book:
-    """Jobs, nodes, and the effects of the present step. `now` is the time of that step."""
+    """Jobs, nodes, and the effects of the present step. `now` is the time of that step.
 
-    def __init__(self) -> None:
+    `addresses`: where others can dial this node, None when it is on no network. `network`: how many nodes that has.
+    """
+
+    def __init__(self, node: NodeId) -> None:
+        self.node = node
         self.now = 0.0
+        self.addresses: tuple[str, ...] | None = None
+        self.network = 1
         self.jobs: dict[JobId, Job] = {}
         self.placement = Placement()
         self.touched: dict[JobId, Job] = {}
@@ -61,6 +65,10 @@ class Book:
     def send(self, to: NodeId, message: Message) -> None:
         """Send a message at the end of the step."""
         self._out.append(Send(to, message))
+
+    def emit(self, effect: Effect) -> None:
+        """Carry this out at the end of the step."""
+        self._out.append(effect)
 
     def timer(self, timer: Timer, *, after: float) -> None:
         """Ask for a timer, `after` seconds from now."""
@@ -106,7 +114,8 @@ class Book:
         shard.attempts += 1
         shard.tried[shard.attempts] = node.id
         execution = Execution(job.id, shard.index, shard.attempts)
-        self.track(Attempt(execution, job, shard, node, heard=self.now, offered=self.now, since=self.now))
+        attempt = Attempt(execution, job, shard, node, heard=self.now, offered=self.now, since=self.now)
+        self.track(attempt)
         node.unanswered += 1
         self._rate(job, shard)
         if shard.state == "waiting":
@@ -114,11 +123,12 @@ class Book:
         else:
             self._rows.append(Write(job.shard_row(shard)))
         self._queue(job, shard)
-        self.send_offer(shard.live[shard.attempts])
+        self.send_offer(attempt)
 
     def track(self, attempt: Attempt) -> None:
-        """List a live attempt with its job, its shard and its node."""
+        """List a live attempt with its job, its shard and its node; its offer is still to be sent."""
         execution = attempt.execution
+        attempt.packing = attempt.node.id != self.node
         attempt.job.live[execution] = attempt.node.live[execution] = attempt
         attempt.shard.live[execution.attempt] = attempt
 
@@ -158,6 +168,13 @@ class Book:
         attempt.node.room = 0
         attempt.shard.lost += 1
         self.give_back(attempt, why, forget=False)
+
+    def unsent(self, attempt: Attempt, reason: str) -> None:
+        """The attempt's node could not be reached: it is tried again when there is no other, and nothing is spent."""
+        attempt.node.suspect = True
+        attempt.node.room = 0
+        attempt.job.busy = f"{attempt.node.id} can't be reached: {reason}"
+        self.give_back(attempt, attempt.job.busy, forget=False)
 
     def _fall_back(self, job: Job, shard: Shard, why: str) -> None:
         """The shard is as far as what is left of its live attempts."""
@@ -261,6 +278,8 @@ class Book:
             shard.queued = True
             self._rate(job, shard)
         job.fresh.extend(job.shards)
+        self.placement.rate(job)
+        job.few = self.placement.usable(job) < job.spec.replicas
         self.placement.house(job)
         self.jobs[job.id] = job
         self._rows.append(Write(job.row()))
@@ -269,6 +288,7 @@ class Book:
 
     def adopt(self, job: Job) -> None:
         """A job from the journal, with its live attempts."""
+        self.placement.rate(job)
         self.jobs[job.id] = job
         for shard in reversed(job.shards):
             if shard.state == "accepted" and shard.accepted is not None:

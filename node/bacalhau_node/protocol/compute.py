@@ -34,7 +34,9 @@ from bacalhau_node.errors import BugError
 from bacalhau_node.ids import Execution, JobId, NodeId
 from bacalhau_node.messages import (
     Accept,
+    Announce,
     Cancel,
+    Grant,
     Heartbeat,
     Kept,
     Message,
@@ -47,7 +49,10 @@ from bacalhau_node.messages import (
     Started,
     Take,
 )
+from bacalhau_node.protocol import invariants
+from bacalhau_node.protocol.announcing import Bidder
 from bacalhau_node.protocol.events import (
+    BidTimer,
     ComputeRow,
     Effect,
     Event,
@@ -67,7 +72,7 @@ from bacalhau_node.protocol.events import (
     Write,
 )
 from bacalhau_node.protocol.placement import LEASE
-from bacalhau_node.protocol.tables import EXECUTION, Story, illegal, remember, told
+from bacalhau_node.protocol.tables import EXECUTION, Story, illegal, remember
 from bacalhau_node.spec import JobSpec
 
 HEARTBEAT: Final = LEASE / 3
@@ -75,9 +80,7 @@ HEARTBEAT: Final = LEASE / 3
 
 PROPOSE_AGAIN: Final = 5.0
 PROPOSE_SELDOM: Final = 60.0
-"""Seconds after which an unanswered proposal is sent again; doubled from the one to the other (a guess).
-
-A requester that waits for other nodes to agree doesn't answer, and a proposal may be of 200 kB."""
+"""Seconds after which a proposal of up to 200 kB is sent again that waits for others to agree; doubled (a guess)."""
 
 ORPHAN_GRACE: Final = 600.0
 """Seconds of silence after which a requester's work is given up (DESIGN section 5)."""
@@ -93,12 +96,13 @@ REMEMBERED: Final = 256
 
 @dataclass(slots=True, eq=False, repr=False)
 class Held:
-    """One execution and whose it is; `outcome` from its end on."""
+    """One execution and whose it is; `outcome` from its end on, and `grant` for its requester to fetch that."""
 
     execution: Execution
     requester: NodeId
     state: str = "taken"
     outcome: Outcome | None = None
+    grant: Grant | None = None
     patience: float = PROPOSE_AGAIN
     """Seconds until it is proposed again."""
     story: Story = ()
@@ -131,10 +135,13 @@ class Compute:
         self.node = node
         self.slots = slots
         self.prefetch = 0
+        self.network = 1
+        """How many nodes there are, about."""
         self.active = 0
         """Executions taken or running."""
         self.held: dict[Execution, Held] = {}
         self._refuse = refuse
+        self._bidder = Bidder(node)
         self._owners: dict[NodeId, Owner] = {}
         self._jobs: dict[JobId, JobHere] = {}
         self._now = 0.0
@@ -174,7 +181,7 @@ class Compute:
         self._now = now
         for row in rows:
             if isinstance(row, ComputeRow) and row.outcome is not None:
-                held = Held(row.execution, row.requester, state="proposed", outcome=row.outcome)
+                held = Held(row.execution, row.requester, state="proposed", outcome=row.outcome, grant=row.grant)
                 self._hold(held)
                 self._propose(held)
         return self, self._effects()
@@ -191,15 +198,11 @@ class Compute:
 
     def check(self) -> None:
         """Raise `BugError` if the records contradict each other or break a rule of the protocol."""
-        active = sum(held.state in ("taken", "running") for held in self.held.values())
-        if active != self.active or active > self.slots + MAX_PREFETCH:
-            raise BugError(f"node {self.node}: {active} executions at work, counted {self.active}, {self.slots} slots")
-        owned = [held for owner in self._owners.values() for held in owner.held.values()]
-        if len(owned) != len(self.held) or sum(job.held for job in self._jobs.values()) != len(self.held):
-            raise BugError(f"node {self.node}: {len(self.held)} executions held, {len(owned)} owned")
-        for held in self.held.values():
-            if (held.outcome is not None) != (held.state in ("proposed", "accepted")):
-                raise BugError(f"execution {held.execution} is {held.state}", story=told(held.story))
+        owned = sum(len(owner.held) for owner in self._owners.values())
+        counted = sum(job.held for job in self._jobs.values())
+        if owned != len(self.held) or counted != owned:
+            raise BugError(f"node {self.node}: {len(self.held)} executions held, {owned} owned, {counted} counted")
+        invariants.check_held(self.held.values(), active=self.active, most=self.slots + MAX_PREFETCH)
 
     # --- messages ---
 
@@ -219,6 +222,9 @@ class Compute:
                 self._drop_all(sender, message.executions)
             case Recall():
                 self._recalled(sender, message)
+            case Announce():
+                if self._refuse(sender, message.spec) is None:
+                    self._out += self._bidder.hear(sender, message, nodes=self.network, now=self._now)
             case _:
                 raise BugError(f"a compute node was given the message {type(message).__name__}")
 
@@ -237,7 +243,7 @@ class Compute:
                 again += [held] if held.state == "proposed" else []
             elif self.room and self._unseen(execution):
                 taken.append(execution)
-                self._hold(Held(execution, sender))
+                self._hold(Held(execution, sender, grant=offer.grant))
                 runs.append(Run(execution, offer.spec, one.block, offer.count, sender, offer.grant, offer.secrets))
             else:
                 self._see(execution)
@@ -245,8 +251,7 @@ class Compute:
         if taken:
             self._out.append(Send(sender, Take(tuple(taken), self.room)))
         if busy:
-            reason = f"all {self.slots} slots are in use"
-            self._out.append(Send(sender, Refuse(tuple(busy), "busy", reason, self.room)))
+            self._out.append(Send(sender, Refuse(tuple(busy), "busy", f"all {self.slots} slots are in use", self.room)))
         self._out.extend(runs)
         for held in again:
             self._propose(held)
@@ -280,7 +285,7 @@ class Compute:
         self._free()
         self._adapt(outcome.seconds)
         held.outcome = outcome
-        self._rows.append(Write(ComputeRow(execution, held.requester, outcome)))
+        self._rows.append(Write(ComputeRow(execution, held.requester, outcome, held.grant)))
         self._propose(held)
 
     def _free(self) -> None:
@@ -366,6 +371,8 @@ class Compute:
         match event.timer:
             case HeartbeatTimer() as timer:
                 self._beat(timer.requester)
+            case BidTimer() as timer:
+                self._out += self._bidder.bid(timer.job, self.room)
             case ProposeTimer() as timer:
                 held = self.held.get(timer.execution)
                 if held is not None and held.state == "proposed":

@@ -73,11 +73,15 @@ class ShardRow(msgspec.Struct, frozen=True, tag="shard"):
 
 
 class ComputeRow(msgspec.Struct, frozen=True, tag="compute"):
-    """A result that this node owes a requester, until it is kept or refused (`outcome` None: forget it)."""
+    """A result that this node owes a requester, until it is kept or refused (`outcome` None: forget it).
+
+    `grant`: with it the requester fetches the result's bytes.
+    """
 
     execution: Execution
     requester: NodeId
     outcome: Outcome | None
+    grant: Grant | None = None
 
 
 Row = JobRow | ShardRow | ComputeRow
@@ -176,6 +180,42 @@ class LoadChanged(msgspec.Struct, frozen=True):
     """
 
     record: NodeRecord
+
+
+class OfferPacked(msgspec.Struct, frozen=True):
+    """What these executions need can be fetched now, and their offer to another node is on its way."""
+
+    executions: tuple[Execution, ...]
+
+
+class OfferFailed(msgspec.Struct, frozen=True):
+    """This execution can't be offered to another node: its input can't be read, or its secrets are gone."""
+
+    execution: Execution
+    error: ShardError
+
+
+class OfferUnsent(msgspec.Struct, frozen=True):
+    """The node that these executions are for could not be reached."""
+
+    executions: tuple[Execution, ...]
+    reason: str
+
+
+class ResultComing(msgspec.Struct, frozen=True):
+    """`node` has proposed a result, whose bytes are fetched before the requester is given the proposal."""
+
+    execution: Execution
+    node: NodeId
+
+
+class ResultMissing(msgspec.Struct, frozen=True):
+    """The bytes of a result that `node` proposed did not come; `lied`: or were not what it had said."""
+
+    execution: Execution
+    node: NodeId
+    reason: str
+    lied: bool = False
 
 
 class ResultKept(msgspec.Struct, frozen=True):
@@ -287,7 +327,11 @@ Timer = (
 
 
 class Send(msgspec.Struct, frozen=True):
-    """Send `message` to a node (perhaps this one)."""
+    """Send `message` to a node (perhaps this one).
+
+    An offer to another node is packed first: what its shards need is made fetchable, `OfferPacked` says so, or
+    `OfferFailed`.
+    """
 
     to: NodeId
     message: Message
@@ -435,6 +479,11 @@ Event = (
     | Join
     | Leave
     | LoadChanged
+    | OfferPacked
+    | OfferFailed
+    | OfferUnsent
+    | ResultComing
+    | ResultMissing
     | ResultKept
     | JobSealed
     | ExecutionStarted

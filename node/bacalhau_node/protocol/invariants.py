@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from typing import Protocol
 
 from bacalhau_node.errors import BugError
-from bacalhau_node.ids import NodeId
+from bacalhau_node.ids import Execution, NodeId
+from bacalhau_node.messages import Outcome
 from bacalhau_node.protocol.records import LIVE, Job, Node, Shard
-from bacalhau_node.protocol.tables import told
+from bacalhau_node.protocol.tables import Story, told
 from bacalhau_node.protocol.voting import winner
 
 DECIDED = ("accepted", "kept", "failed")
@@ -64,3 +66,21 @@ def _check_shard(job: Job, shard: Shard) -> None:
         wrong = f"{shard.state}, though its outcome was ok={shard.accepted.outcome.ok}"
     if wrong:
         raise BugError(f"shard {shard.index} of job {job.id}: {wrong}", story=told(shard.story))
+
+
+class _Held(Protocol):
+    execution: Execution
+    state: str
+    outcome: Outcome | None
+    story: Story
+
+
+def check_held(held: Iterable[_Held], *, active: int, most: int) -> None:
+    """Raise `BugError` for the first rule that the executions of a compute node break."""
+    found = 0
+    for one in held:
+        found += one.state in ("taken", "running")
+        if (one.outcome is not None) != (one.state in ("proposed", "accepted")):
+            raise BugError(f"execution {one.execution} is {one.state}", story=told(one.story))
+    if found != active or found > most:
+        raise BugError(f"{found} executions at work, counted {active}, at most {most} are possible")

@@ -16,18 +16,21 @@ replicas also when it has waited a lease for them. A **distrusted** node, whose 
 something only when all others are out of the question.
 
 Nodes that were **suspected** (silent for a lease) or full have no room; `probe` lets one shard
-try them again when a job's patience is over.
+try them again when a job's patience is over. A node where executions fail by its own fault **rests**, longer each time,
+so that a daemon which is away for a moment does not burn the attempts of a job.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter, OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 from bacalhau_node.ids import NodeId
+from bacalhau_node.messages import NodeRecord
 from bacalhau_node.protocol import ranking
+from bacalhau_node.protocol.fitness import unfit
 from bacalhau_node.protocol.records import Job, Node, Shard
 
 LEASE: Final = 15.0
@@ -35,6 +38,10 @@ LEASE: Final = 15.0
 
 MAX_OFFER: Final = 256
 """Shards in one offer: about 30 kB, so that the first ones start before the last are sent (a guess)."""
+
+FIRST_REST: Final = 3.0
+LONGEST_REST: Final = 60.0
+"""Seconds that a node gets nothing after a fault of its own, doubled with each in a row (a guess: a daemon starts)."""
 
 SCAN: Final = 16
 """How many shards that were tried before are looked at for one node: bounds the work of an event (a guess)."""
@@ -62,9 +69,28 @@ class Placement:
             self._order.add(node_id)
         return node
 
-    def room(self, node: Node, reported: int) -> None:
+    def record(self, node: Node, record: NodeRecord, jobs: Iterable[Job]) -> None:
+        """The node says this about itself: it may run other ones of the `jobs` now."""
+        before, node.record = node.record, record
+        if before is None or _lasting(before) != _lasting(record):
+            for job in jobs:
+                self._rate(job, node)
+
+    def _rate(self, job: Job, node: Node) -> None:
+        if node.record is not None and (why := unfit(job.spec, node.record)):
+            job.unfit[node.id] = why
+        else:
+            job.unfit.pop(node.id, None)
+
+    def fault(self, node: Node, now: float) -> None:
+        """An execution has failed by the node's own fault: it rests."""
+        node.rest = now + min(FIRST_REST * 2**node.faults, LONGEST_REST)
+        node.faults += 1
+        node.room = 0
+
+    def room(self, node: Node, reported: int, now: float) -> None:
         """The node says it has room for `reported` more; offers on their way to it are not counted in that."""
-        node.room = max(0, reported - node.unanswered)
+        node.room = max(0, reported - node.unanswered) if now >= node.rest else 0
         if node.room and self.nodes.get(node.id) is node:
             self._open[node.id] = node
             self.changed = True
@@ -95,11 +121,16 @@ class Placement:
             job.ringed = True
             self._ring.append(job)
 
+    def rate(self, job: Job) -> None:
+        """Find the nodes that can't run a new job."""
+        for node in self.nodes.values():
+            self._rate(job, node)
+
     def house(self, job: Job) -> None:
         """Find the homes of a new job's shards; equal blocks (shards without input) get different ones."""
         if len(self.nodes) < 2:
             return
-        left = self._shares(len(job.shards) * job.spec.replicas)
+        left = self._shares(job)
         seen: Counter[str] = Counter()
         for shard in job.shards:
             again = seen[shard.block]
@@ -110,10 +141,10 @@ class Placement:
                 job.homes.setdefault(node, deque()).append(shard)
                 shard.home = shard.home or node
 
-    def _shares(self, executions: int) -> dict[NodeId, float]:
+    def _shares(self, job: Job) -> dict[NodeId, float]:
         """How many of a job's executions each node should be home to: by its room, and none of a doubtful one."""
-        weights = {node.id: self._weight(node) for node in self.nodes.values()}
-        each = executions / (sum(weights.values()) or 1.0)
+        weights = {node.id: 0.0 if job.excludes(node.id) else self._weight(node) for node in self.nodes.values()}
+        each = len(job.shards) * job.spec.replicas / (sum(weights.values()) or 1.0)
         return {node: math.ceil(weight * each) for node, weight in weights.items()}
 
     def pairs(self, now: float) -> Iterator[tuple[Node, Job, Shard]]:
@@ -139,22 +170,26 @@ class Placement:
         self.changed = False
 
     def hopeless(self, job: Job) -> bool:
-        """Whether every known node has refused the job for good."""
-        return bool(self.nodes) and all(node in job.never for node in self.nodes)
+        """Whether every known node has refused the job for good, or can't run it."""
+        return bool(self.nodes) and all(job.excludes(node) for node in self.nodes)
 
-    def probe(self, job: Job) -> None:
+    def usable(self, job: Job) -> int:
+        """How many known nodes may run shards of the job."""
+        return sum(not (node.distrusted or job.excludes(node.id)) for node in self.nodes.values())
+
+    def probe(self, job: Job, now: float) -> None:
         """Let one shard try each idle node that had no room; suspects only when there is no other."""
-        able = [node for node in self.nodes.values() if node.id not in job.never]
+        able = [node for node in self.nodes.values() if not job.excludes(node.id)]
         for node in [node for node in able if not node.suspect] or able:
             if not node.room and not node.live:
-                self.room(node, 1)
+                self.room(node, 1, now)
         self.ready(job)
 
     # --- who gets what ---
 
     def suits(self, job: Job, shard: Shard, node: Node, now: float) -> bool:
         """Whether the shard's next attempt may go to this node."""
-        if node.id in job.never or (node.distrusted and self._other(job, None)):
+        if job.excludes(node.id) or (node.distrusted and self._other(job, None)):
             return False
         if not shard.had(node.id):
             return True
@@ -163,7 +198,7 @@ class Placement:
     def _other(self, job: Job, shard: Shard | None) -> bool:
         """Whether there is a node that answers, can run the job, is trusted, and has not tried the shard."""
         return any(
-            not (node.suspect or node.distrusted or node.id in job.never or (shard is not None and shard.had(node.id)))
+            not (node.suspect or node.distrusted or job.excludes(node.id) or (shard is not None and shard.had(node.id)))
             for node in self.nodes.values()
         )
 
@@ -187,7 +222,7 @@ class Placement:
         return None
 
     def _pick(self, job: Job, node: Node, now: float) -> Shard | None:
-        if node.id in job.never or (node.distrusted and self._other(job, None)):
+        if job.excludes(node.id) or (node.distrusted and self._other(job, None)):
             return None
         for _ in range(min(len(job.again), SCAN)):
             shard = job.again.popleft()
@@ -220,3 +255,8 @@ class Placement:
             if shard.wants and self.suits(job, shard, node, now):
                 return shard
         return None
+
+
+def _lasting(record: NodeRecord) -> tuple[object, ...]:
+    """What decides which jobs a node can run."""
+    return record.leaving, record.labels, record.engines

@@ -16,7 +16,7 @@ from typing import Final, cast, get_args
 from msgspec import structs
 
 from bacalhau_node.ids import Execution, JobId, NodeId
-from bacalhau_node.messages import Outcome
+from bacalhau_node.messages import NodeRecord, Outcome
 from bacalhau_node.protocol.events import JobRow, JobState, ShardRow, ShardState, Tried
 from bacalhau_node.protocol.tables import SHARD, Story, illegal, remember
 from bacalhau_node.spec import JobSpec
@@ -40,10 +40,15 @@ class Node:
     `room`: how many more shards to offer it now. `unanswered` of our offers are neither taken nor
     refused yet: what it reports as room was counted without them. `suspect`: it was silent for a
     lease and has not been heard since. `distrusted`: its answer was outvoted; never forgotten.
+    `record`: what it says about itself, None for this node and for one that only bid. `faults`: so many executions
+    in a row have failed by its own fault; it gets no more before `rest`.
     """
 
     id: NodeId
     room: int = 0
+    record: NodeRecord | None = None
+    faults: int = 0
+    rest: float = 0.0
     unanswered: int = 0
     suspect: bool = False
     distrusted: bool = False
@@ -66,6 +71,10 @@ class Attempt:
     phase: str = "offered"
     recalled: float | None = None
     """When it was last asked back."""
+    packing: bool = False
+    """Its offer is not on its way yet: nothing can be heard of it."""
+    coming: bool = False
+    """It has ended, and the bytes of its result are on their way here."""
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -149,13 +158,27 @@ class Job:
     seconds: deque[float] = field(default_factory=lambda: deque(maxlen=DURATIONS))
     live: dict[Execution, Attempt] = field(default_factory=dict)
     never: dict[NodeId, str] = field(default_factory=dict)
+    """Nodes that have refused it for good, and why."""
+    unfit: dict[NodeId, str] = field(default_factory=dict)
+    """Nodes that can't run it by what they say about themselves, and why."""
+    few: bool = False
+    """Fewer nodes are known that could run it than it has replicas."""
+    announced: int = 0
+    """How often it was announced."""
+    bids: int = 0
+    """How many nodes have answered the last time."""
     busy: str = ""
     ringed: bool = False
     lease_armed: bool = False
     retry_armed: bool = False
     watch_armed: bool = False
+    announce_armed: bool = False
     patience: float = 0.0
     """Seconds until busy nodes are tried again; 0: none was yet."""
+
+    def excludes(self, node: NodeId) -> str:
+        """Why this node gets none of its shards; "" if it may."""
+        return self.never.get(node) or self.unfit.get(node, "")
 
     @property
     def unfinished(self) -> int:

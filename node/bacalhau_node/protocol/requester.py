@@ -23,8 +23,12 @@ suspected: it gets no offer while there are others, until it is heard again. See
 this requester does not want; an empty one only says "I am here", and keeps the node from giving
 up the work of a silent requester. For what has been kept already the answer is `Kept` again.
 
+**Other nodes.** An offer to another node is packed outside of this machine: until `OfferPacked` its lease does not
+run, and nothing can be heard of it. A result of another node is fetched before its proposal comes here, so what is
+accepted is here: no death of a node takes it away. What does not come (`ResultMissing`) is a lost attempt.
+
 **Kept.** An outcome that counts, a result or the final failure of a shard, is accepted (journaled), then
-kept (stored), then its node may forget it. What ends a shard is told by `_repeats`; failures of
+kept (stored), then its node may forget it. What ends a shard is told by `voting.repeats`; failures of
 some shards never stop the others. When every shard is final, the job is sealed over what was
 kept and ends. A job that is cancelled, or runs out of its time, or that no node can run, decides
 so at once (journaled as its state), stops what has no outcome yet, and ends in the same way.
@@ -40,6 +44,7 @@ from bacalhau_node.errors import BugError
 from bacalhau_node.ids import Execution, JobId, NodeId
 from bacalhau_node.messages import (
     Accept,
+    Bid,
     Cancel,
     Heartbeat,
     Kept,
@@ -52,9 +57,10 @@ from bacalhau_node.messages import (
     Started,
     Take,
 )
-from bacalhau_node.protocol import invariants, recovery, watch
-from bacalhau_node.protocol.book import MAX_LOST, Book
+from bacalhau_node.protocol import announcing, invariants, moving, recovery, voting, watch
+from bacalhau_node.protocol.book import Book
 from bacalhau_node.protocol.events import (
+    AnnounceTimer,
     CancelRequested,
     Effect,
     Event,
@@ -73,9 +79,6 @@ from bacalhau_node.protocol.events import (
 )
 from bacalhau_node.protocol.records import Attempt, Ended, Job, Shard
 
-MAX_KILLED: Final = 2
-"""Attempts that a signal may kill before the shard fails: one repeat (DESIGN section 5)."""
-
 FIRST_PATIENCE: Final = 1.0
 LONGEST_PATIENCE: Final = 15.0
 """Seconds until nodes without room are tried again; doubled from first to longest while they stay so (a guess)."""
@@ -86,7 +89,7 @@ class Requester:
 
     def __init__(self, node: NodeId) -> None:
         self.node = node
-        self.book = Book()
+        self.book = Book(node)
 
     # --- the way in ---
 
@@ -104,6 +107,8 @@ class Requester:
                 self._seen(event)
             case NodeGone():
                 self._gone(event.node)
+            case _ if isinstance(event, moving.Moved):
+                moving.step(self.book, event)
             case _:
                 self._told(event)
         return self._settled()
@@ -150,6 +155,7 @@ class Requester:
             elif job.unfinished:
                 self._set_deadline(job)
                 for attempt in job.live.values():
+                    attempt.packing = attempt.node.id != node
                     self.book.send_offer(attempt)
         return self, self._settled()
 
@@ -165,6 +171,11 @@ class Requester:
                 return True
             case _:
                 return False
+
+    def wants(self, execution: Execution, sender: NodeId) -> bool:
+        """Whether a result of this execution, proposed by `sender`, may still count."""
+        verdict = self.book.verdict(sender, execution)
+        return isinstance(verdict, Attempt) or verdict == "late"
 
     def check(self) -> None:
         """Raise `BugError` if the records contradict each other or break a rule of the protocol."""
@@ -189,7 +200,10 @@ class Requester:
     def _seen(self, event: NodeSeen) -> None:
         node = self.book.placement.know(event.node)
         node.suspect = False
-        self.book.placement.room(node, event.room)
+        if event.record is not None:
+            self.book.placement.record(node, event.record, self.book.jobs.values())
+        if event.record is None or not node.live:  # else it tells its room itself, and sooner
+            self.book.placement.room(node, event.room, self.book.now)
 
     def _gone(self, node_id: NodeId) -> None:
         node = self.book.placement.nodes.get(node_id)
@@ -218,12 +232,15 @@ class Requester:
                 self._heartbeat(sender, message)
             case Refuse():
                 self._refused(sender, message)
+            case Bid():
+                announcing.bid(self.book, sender, message)
+                return
             case Lines():
                 pass  # for the clients; the engine passes them on
             case _:
                 raise BugError(f"a requester was given the message {type(message).__name__}")
         if node is not None and not isinstance(message, Started | Lines):
-            self.book.placement.room(node, message.room)
+            self.book.placement.room(node, message.room, self.book.now)
 
     def _taken(self, sender: NodeId, message: Take) -> None:
         if unwanted := self._alive(sender, message.executions):
@@ -263,7 +280,7 @@ class Requester:
 
     def _at_work(self, job: Job) -> None:
         job.patience = FIRST_PATIENCE
-        usable = len(self.book.placement.nodes) - len(job.never)
+        usable = sum(not job.excludes(node) for node in self.book.placement.nodes)
         few = f"{job.spec.replicas} replicas, {usable} node{'s' * (usable != 1)}: some run a shard more than once"
         self.book.become(job, "Running", few if usable < job.spec.replicas else "")
 
@@ -304,24 +321,15 @@ class Requester:
         self._at_work(job)
         if outcome.ok:
             job.seconds.append(outcome.seconds)
-        if outcome.ok or not self._repeats(attempt, outcome):
+            attempt.node.faults = 0
+        if outcome.ok or not voting.repeats(attempt.shard, outcome, job.spec):
             self.book.vote(job, attempt.shard, Ended(attempt.execution, sender, outcome))
         else:
             theirs = outcome.error is not None and outcome.error.kind == "node"
+            if theirs:
+                self.book.placement.fault(attempt.node, self.book.now)
             self.book.send(sender, Reject(attempt.execution, "the shard is repeated"))
             self.book.give_back(attempt, "to be repeated", forget=not theirs)
-
-    def _repeats(self, attempt: Attempt, outcome: Outcome) -> bool:
-        """Whether a failed attempt is repeated; counts it by the kind of its error (DESIGN section 5)."""
-        shard, kind = attempt.shard, outcome.error.kind if outcome.error else "exit"
-        if kind == "node":
-            shard.lost += 1
-            return shard.lost < MAX_LOST * attempt.job.spec.replicas
-        if kind == "signal":
-            shard.killed += 1
-            return shard.killed < MAX_KILLED
-        shard.failed += 1
-        return kind != "memory" and shard.failed <= attempt.job.spec.retries
 
     def _kept(self, execution: Execution) -> None:
         job = self.book.jobs.get(execution.job)
@@ -335,7 +343,7 @@ class Requester:
 
     def _fired(self, event: TimerFired) -> None:
         timer = event.timer
-        if not isinstance(timer, LeaseTimer | RetryTimer | WatchTimer | JobDeadline):
+        if not isinstance(timer, LeaseTimer | RetryTimer | WatchTimer | JobDeadline | AnnounceTimer):
             raise BugError(f"a requester was given the timer {type(timer).__name__}")
         job = self.book.jobs.get(timer.job)
         if job is None:
@@ -351,7 +359,9 @@ class Requester:
             case RetryTimer():
                 job.retry_armed = False
                 job.patience = min(2 * (job.patience or FIRST_PATIENCE), LONGEST_PATIENCE)
-                self.book.placement.probe(job)
+                self.book.placement.probe(job, self.book.now)
+            case AnnounceTimer():
+                announcing.over(self.book, job)
             case JobDeadline():
                 self.book.close(job, "Failed", f"it ran longer than its --job-timeout of {job.spec.job_timeout:g} s")
 
@@ -373,8 +383,10 @@ class Requester:
             if not job.sealing:
                 self.book.finish(job)
             return
-        if job.counts["waiting"] and not job.live:
-            self._explain(job)
+        stuck = bool(job.counts["waiting"]) and not job.live
+        announcing.look(self.book, job, stuck=stuck)
+        if stuck:
+            announcing.explain(self.book, job)
         if job.live and not job.lease_armed:
             job.lease_armed = True
             self.book.timer(LeaseTimer(job.id), after=watch.LEASE_CHECK)
@@ -384,15 +396,3 @@ class Requester:
         if job.wanting and not job.retry_armed:
             job.retry_armed = True
             self.book.timer(RetryTimer(job.id), after=job.patience or FIRST_PATIENCE)
-
-    def _explain(self, job: Job) -> None:
-        """Shards wait and none is at work: say why, or give up when no node can ever run them."""
-        nodes = self.book.placement.nodes
-        if self.book.placement.hopeless(job):
-            # One node needs no name: mostly it is that of the notebook.
-            why = [f"{node}: {job.never[node]}" if len(nodes) > 1 else job.never[node] for node in nodes]
-            self.book.close(job, "Failed", f"no node can run it: {'; '.join(why)}")
-        elif not nodes:
-            self.book.become(job, "Queued", "no node is known yet")
-        else:
-            self.book.become(job, "Queued", job.busy or "every known node is busy")

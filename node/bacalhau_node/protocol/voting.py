@@ -20,16 +20,35 @@ from typing import Final
 
 from bacalhau_node.ids import NodeId
 from bacalhau_node.messages import Outcome, ShardError
-from bacalhau_node.protocol.records import Ended
+from bacalhau_node.protocol.records import Ended, Shard
 from bacalhau_node.spec import JobSpec
 
 EXTRA_VOTES: Final = 2
 """Executions beyond `--replicas` that a shard may have to find equal answers (a guess)."""
 
+MAX_LOST: Final = 3
+"""Attempts that may be lost with their nodes before the shard fails, for each of its replicas (DESIGN section 5)."""
+
+MAX_KILLED: Final = 2
+"""Attempts that a signal may kill before the shard fails: one repeat (DESIGN section 5)."""
+
 Ballot = tuple[str, ...]
 
 _OF_THE_CELL: Final = frozenset(("exception", "exit"))
 """Errors that every node should have alike."""
+
+
+def repeats(shard: Shard, outcome: Outcome, spec: JobSpec) -> bool:
+    """Whether an attempt that failed is repeated; counts it by the kind of its error (DESIGN section 5)."""
+    kind = outcome.error.kind if outcome.error else "exit"
+    if kind == "node":
+        shard.lost += 1
+        return shard.lost < MAX_LOST * spec.replicas
+    if kind == "signal":
+        shard.killed += 1
+        return shard.killed < MAX_KILLED
+    shard.failed += 1
+    return kind != "memory" and shard.failed <= spec.retries
 
 
 def ballot(outcome: Outcome) -> Ballot:

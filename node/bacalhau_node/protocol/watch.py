@@ -46,6 +46,8 @@ def check_leases(book: Book, job: Job) -> None:
     """Give up what is lost, and offer again what was not answered."""
     now = book.now
     for attempt in list(job.live.values()):
+        if attempt.packing:
+            continue
         if now - attempt.heard >= LEASE:
             book.lose(attempt, f"node {attempt.node.id} was silent for {LEASE:g} seconds")
         elif (why := _stuck(attempt, now)) is not None:
@@ -63,7 +65,7 @@ def watch(book: Book, job: Job) -> None:
     """Move work to where there is room."""
     if job.wanting:
         return
-    room = {node.id: node.room for node in book.placement.idle() if not node.distrusted and node.id not in job.never}
+    room = {node.id: node.room for node in book.placement.idle() if not (node.distrusted or job.excludes(node.id))}
     if room:
         _try_again(book, job, room)
         _recall(book, job, room)
@@ -71,6 +73,8 @@ def watch(book: Book, job: Job) -> None:
 
 def _stuck(attempt: Attempt, now: float) -> str | None:
     """What is wrong with an attempt whose node is alive."""
+    if attempt.coming:
+        return None
     timeout, past = attempt.job.spec.timeout, now - attempt.since
     if attempt.phase == "running" and timeout is not None and past >= timeout + OVERTIME:
         return f"did not end it {OVERTIME:g} seconds after its time of {timeout:g} seconds was over"
@@ -89,7 +93,7 @@ def _try_again(book: Book, job: Job, room: dict[str, int]) -> None:
     durations = sorted(job.seconds)
     limit = max(SLOW * durations[len(durations) // 2], SLOW_AT_LEAST) if durations else 0.0
     for attempt in list(job.live.values()):
-        slow = limit and attempt.phase != "offered" and book.now - attempt.since > limit
+        slow = limit and attempt.phase != "offered" and not attempt.coming and book.now - attempt.since > limit
         if slow and not attempt.shard.extra and job.free:
             _second(book, job, attempt, room)
 
@@ -110,7 +114,8 @@ def _second(book: Book, job: Job, attempt: Attempt, room: dict[str, int]) -> Non
 def _recall(book: Book, job: Job, room: dict[str, int]) -> None:
     queues: dict[str, list[Attempt]] = {}
     for attempt in job.live.values():
-        if attempt.phase == "taken" and book.now - max(attempt.since, attempt.recalled or 0.0) >= WATCH:
+        waits = attempt.phase == "taken" and not attempt.coming
+        if waits and book.now - max(attempt.since, attempt.recalled or 0.0) >= WATCH:
             queues.setdefault(attempt.node.id, []).append(attempt)
     for name, queue in sorted(queues.items(), key=lambda one: -len(one[1])):
         elsewhere = sum(left for other, left in room.items() if other != name)

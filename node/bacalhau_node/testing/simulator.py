@@ -249,6 +249,9 @@ class Simulation:
             match effect:
                 case ev.Send(to=to, message=message):
                     self._post(node, to, message)
+                    if isinstance(message, Offer) and to != node:
+                        packed = tuple(Execution(message.job, one.shard, one.attempt) for one in message.shards)
+                        self._soon(node, ev.OfferPacked(packed))
                 case ev.SetTimer(timer=timer, at=at):
                     place.timers[timer] = at
                     self._later(at, partial(self._ring, node, timer, at=at, life=place.life))
