@@ -67,6 +67,10 @@ class Work(Protocol):
         """The job of this node has its final state."""
         ...
 
+    def settled(self, execution: Execution) -> None:
+        """The result of an execution is kept elsewhere or unwanted."""
+        ...
+
     async def keep(self, order: ev.Keep) -> None:
         """Store an accepted result so that its node may forget it."""
         ...
@@ -263,8 +267,8 @@ class Engine:
                 self._spawn(self._sealed(effect))
             case ev.ReleaseJob(job):
                 self._spawn(self._released(job))
-            case ev.Forget():
-                pass  # the store is shared with the requester of this process, which pinned it
+            case ev.Forget(execution):
+                self._work.settled(execution)
 
     def _publish(self, update: ev.ShardChanged | ev.JobChanged) -> None:
         if isinstance(update, ev.JobChanged) and update.state in ev.FINAL_JOB:

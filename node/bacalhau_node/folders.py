@@ -64,6 +64,10 @@ class NodeFolder:
             os.close(lock)
         return lock is None and (self.root / "nodes" / node).is_dir()
 
+    def exists(self, node: NodeId) -> bool:
+        """Whether there is a folder of that node, alive or not."""
+        return (self.root / "nodes" / node).is_dir()
+
     def announce(self, address: Address) -> None:
         """Say where this node's server is reached."""
         _write_private(self.path / _ADDRESS, msgspec.json.encode(address))

@@ -32,6 +32,7 @@ from bacalhau_node.fetched import Fetched
 from bacalhau_node.folders import NodeFolder, data_folder, take_folder
 from bacalhau_node.ids import JobId, NodeId, short
 from bacalhau_node.journal import SqliteJournal
+from bacalhau_node.keeping import Keeping
 from bacalhau_node.layers.store import Layers
 from bacalhau_node.masking import Secrets
 from bacalhau_node.plan import JobPlan, make_plan, read_blocks, store_plan
@@ -101,6 +102,7 @@ class Node:
         self._sources: tuple[Source, ...] = (LocalSource(), ResultSource(content, files), files, buckets)
         self._publishers: tuple[Publisher, ...] = (StorePublisher(),)
         self._layers = Layers(folder.root / "layers")
+        self._keeping = Keeping(folder.node, content)
         self._runner = Runner(
             folder.path / "work",
             node=self.id,
@@ -108,6 +110,7 @@ class Node:
             sources=self._sources,
             choose=self._choose,
             layers=self._layers,
+            keeping=self._keeping,
             publishers=self._publishers,
         )
         self.slots = max(option.capabilities.slots for option in options)
@@ -124,6 +127,7 @@ class Node:
         """Recover the machines from the journal and start the engine."""
         now = asyncio.get_running_loop().time()
         rows = self._journal.load()
+        self._keeping.tidy(rows, exists=self.folder.exists)
         unfinished = [row for row in rows if isinstance(row, ev.JobRow) and row.state not in ev.FINAL_JOB]
         blocks = {row.job: self._blocks(row.plan) for row in unfinished if resume}
         self.interrupted = () if resume else tuple(row.job for row in unfinished)
@@ -141,7 +145,7 @@ class Node:
         self._retention = Retention(
             self.engine.feeds,
             journal=self._journal,
-            content=self.content,
+            keeping=self._keeping,
             busy=lambda job: job in requester.book.jobs,
         )
         self.engine.post(ev.NodeSeen(self.id, self.slots))
@@ -188,10 +192,12 @@ class Node:
             notes = (note,) if note else ()
         job = job or f"j-{uuid.uuid4()}"
         self._runner.entrust(job, entrusted)
+        self._keeping.submitted(job, spec, stored.root)
         try:
             self.engine.settle(ev.Submitted(job, spec, stored.root, stored.blocks, created))
         except ContentError:
             self._runner.ended(job)
+            self._keeping.forgotten((job,))
             raise
         await self.forget_old_jobs(created)
         return Started(job, plan, notes)
@@ -216,7 +222,6 @@ class Node:
             path = Path(source.source).resolve()
             with _as_folder(path) as (folder, below):
                 cid = self.content.add_path(folder)
-            self.content.pin(cid)
             return msgspec.structs.replace(source, source=f"ipfs://{cid}{below}")
 
         return _replaced(spec, tuple(map(pinned, spec.inputs)), tuple(map(pinned, spec.shared)))

@@ -1,21 +1,22 @@
-"""How long a node remembers jobs that have ended: their rows, their feeds, the pins of their results.
+"""How long a node remembers jobs that have ended: their rows, their feeds, and what is kept in the store for them.
 
 The newest `KEPT_JOBS` are remembered, none for longer than `KEPT_SECONDS`; of all but the newest `KEPT_TEXTS`
 the text for late watchers goes earlier, as each may hold megabytes of memory and all of it is in the
-records. Jobs that have not ended are never touched. The journal forgets first: what a crash leaves then is a
-pin too many, never a job whose results may go.
+records. Jobs that have not ended are never touched. The journal forgets first: what a crash leaves then is
+pins that stand for nothing (see `keeping`), never a job whose results may go.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Callable, MutableMapping
 from typing import Final
 
 from bacalhau_node.feed import Feed
 from bacalhau_node.ids import JobId
-from bacalhau_node.ports import ContentStore, Journal
+from bacalhau_node.keeping import Keeping
+from bacalhau_node.ports import Journal
 
 log = logging.getLogger(__name__)
 
@@ -33,10 +34,10 @@ class Retention:
         feeds: MutableMapping[JobId, Feed],
         *,
         journal: Journal,
-        content: ContentStore,
+        keeping: Keeping,
         busy: Callable[[JobId], bool],
     ) -> None:
-        self._feeds, self._journal, self._content, self._busy = feeds, journal, content, busy
+        self._feeds, self._journal, self._keeping, self._busy = feeds, journal, keeping, busy
 
     async def apply(self, now: float) -> list[JobId]:
         """Forget what is too old at `now` (seconds since 1970) or too much; returns the jobs that are gone."""
@@ -51,25 +52,11 @@ class Retention:
         self._journal.forget(jobs)
         for job in jobs:
             del self._feeds[job]
-        await asyncio.to_thread(self._unpin, [cid for feed in gone for cid in _pinned(feed)])
+        await asyncio.to_thread(self._keeping.forgotten, jobs)
         log.info("jobs that ended long ago are forgotten", extra={"jobs": len(jobs)})
         return jobs
-
-    def _unpin(self, cids: Iterable[str]) -> None:
-        for cid in cids:
-            if self._content.pins(cid):
-                self._content.unpin(cid)
-        self._content.flush()
 
 
 def _created(feed: Feed) -> float:
     assert feed.row is not None  # a feed is made by its first row
     return feed.row.created
-
-
-def _pinned(feed: Feed) -> list[str]:
-    """What was pinned for a job: its root, and the record of each shard."""
-    records = [
-        row.outcome.record for row in feed.shard_rows.values() if row.outcome and row.state in ("kept", "failed")
-    ]
-    return [cid for cid in (feed.job.cid, *records) if cid]

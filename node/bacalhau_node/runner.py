@@ -20,6 +20,7 @@ import msgspec
 from bacalhau_node.content.records import encode_outcome, seal
 from bacalhau_node.errors import BacalhauError, ContentError, SpecError
 from bacalhau_node.ids import Execution, JobId, NodeId
+from bacalhau_node.keeping import Keeping
 from bacalhau_node.layers.store import Layer, Layers
 from bacalhau_node.masking import NO_SECRETS, MaskedStream, Secrets
 from bacalhau_node.messages import INLINE_LIMIT, Blob, ErrorKind, Lines, Outcome, ShardError, Transfer, Value
@@ -85,10 +86,11 @@ class Runner:
         sources: Sequence[Source],
         choose: Callable[[JobSpec], tuple[Executor, str]],
         layers: Layers,
+        keeping: Keeping,
         publishers: Sequence[Publisher] = (),
     ) -> None:
         self._folder, self._content, self._sources, self._choose = folder, content, sources, choose
-        self._node, self._layers, self._publishers = node, layers, publishers
+        self._node, self._layers, self._publishers, self._keeping = node, layers, publishers, keeping
         self.at_fault = False
         self._jobs: dict[JobId, _Job] = {}
         self._secrets: dict[JobId, Secrets] = {}
@@ -99,11 +101,24 @@ class Runner:
             self._secrets[job] = secrets
 
     def ended(self, job: JobId) -> None:
-        """The job has ended: forget its secrets."""
+        """The job has ended: forget its secrets, and let its inputs go."""
         self._secrets.pop(job, None)
+        self._keeping.ended(job)
+
+    def settled(self, execution: Execution) -> None:
+        """The result of an execution is kept elsewhere or unwanted: let it go."""
+        self._keeping.settled(execution)
 
     async def execute(self, run: Run, progress: Callable[[Event | Lines | Transfer], None]) -> Outcome:
-        """Run one execution to its outcome; only cancellation is raised."""
+        """Run one execution to its outcome, which is kept until it is `settled`; only cancellation is raised."""
+        try:
+            outcome = await self._outcome(run, progress)
+        finally:
+            self._keeping.ran(run.execution)
+        self._keeping.owed(run.execution, outcome)
+        return outcome
+
+    async def _outcome(self, run: Run, progress: Callable[[Event | Lines | Transfer], None]) -> Outcome:
         execution = run.execution
         secrets = self._secrets.get(execution.job, NO_SECRETS)
         if missing := [name for name in run.spec.secrets if name not in secrets.values]:
@@ -133,12 +148,12 @@ class Runner:
 
     async def keep(self, order: Keep) -> None:
         """Pin an accepted result: the blocks are in the store that all nodes of this user share."""
-        self._content.pin(order.outcome.record)
+        self._keeping.kept(order.execution.job, order.outcome.record)
 
     async def seal(self, order: Seal) -> JobSealed:
         """Store and pin the root over a job's records, then publish it."""
         cid = seal(self._content, order.records)
-        self._content.pin(cid)
+        self._keeping.kept(order.job, cid)
         self._content.flush()
         published, problem = await publish(self._publishers, order.job, cid, order.publish)
         return JobSealed(order.job, cid, published, problem)
@@ -173,6 +188,7 @@ class Runner:
         await self._fetch(entries, run.spec.inputs, access, told)
         await self._fetch(shared, run.spec.shared, access, told)
         heavy = len(entries) + len(shared) > INLINE_FILES
+        await _in_thread_if(heavy, lambda: self._keeping.running(run.execution, (*entries, *shared)))
 
         def stage() -> list[StagedFile]:
             inputs = self._open(entries, run.spec.inputs, mounts(run.spec)[0], scratch)

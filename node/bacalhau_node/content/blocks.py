@@ -76,7 +76,7 @@ class BlockStore:
         self._lock = threading.RLock()  # of pins and flushes; `_pending` is only touched by single dict operations
         self._pending: dict[bytes, tuple[int, bytes]] = {}
         self._pending_bytes = 0
-        self._pins: dict[tuple[str, bytes], int] = {}
+        self._pins: dict[str, dict[bytes, int]] = {}  # by owner
         self._released: set[str] = set()
         self._room = Room(limit, measure=self._index.room, collect=self._collect)
 
@@ -191,10 +191,9 @@ class BlockStore:
     def unpin(self, cid: str, *, owner: str = "") -> None:
         """Take one `pin` back."""
         root = _parsed(cid)
-        key = (owner, root.v1().binary)
         with self._lock:
-            held = 0 if owner in self._released else self._index.pins_of(*key)
-            if held + self._pins.get(key, 0) < 1:
+            held = 0 if owner in self._released else self._index.pins_of(owner, root.v1().binary)
+            if held + self._pins.get(owner, {}).get(root.v1().binary, 0) < 1:
                 raise BugError(f"{cid} was unpinned more often than it was pinned")
             self._change_pin(owner, root, -1)
 
@@ -202,13 +201,13 @@ class BlockStore:
         """How often this root is pinned now, by all owners."""
         root = _parsed(cid).v1().binary
         with self._lock:
-            pending = sum(count for (_, pinned), count in self._pins.items() if pinned == root)
+            pending = sum(counts.get(root, 0) for counts in self._pins.values())
             return self._index.pins(root, without=self._released) + pending
 
     def release(self, owner: str) -> None:
         """Take all pins of this owner back. Durable after the next `flush`."""
         with self._lock:
-            self._pins = {key: count for key, count in self._pins.items() if key[0] != owner}
+            self._pins.pop(owner, None)
             self._released.add(owner)
 
     def owners(self) -> Sequence[str]:
@@ -294,9 +293,9 @@ class BlockStore:
             self._index.use(root.digest)
 
     def _change_pin(self, owner: str, root: Cid, change: int) -> None:
-        key = (owner, root.v1().binary)
         with self._lock:
-            self._pins[key] = self._pins.get(key, 0) + change
+            counts = self._pins.setdefault(owner, {})
+            counts[root.v1().binary] = counts.get(root.v1().binary, 0) + change
 
     def _collect(self, keep: int) -> int:
         with self._writing():

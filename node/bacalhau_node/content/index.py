@@ -42,8 +42,8 @@ BUSY_SECONDS = 20
 FRESH: Final = 300
 """Seconds for which a block that was used needs no new note of it (a guess: times only order what is collected)."""
 
-Pins = Mapping[tuple[str, bytes], int]
-"""Changes of counts, by owner and root (binary CIDv1)."""
+Pins = Mapping[str, Mapping[bytes, int]]
+"""Changes of counts, by owner and by root (binary CIDv1)."""
 
 _SET = "used = excluded.used, codec = max(ifnull(codec, 0), excluded.codec)"
 _PUT = "INSERT INTO block (digest, size, data, file, at, length, codec, used) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
@@ -235,7 +235,9 @@ class Index:
                 db.executemany(_PUT_LINKED, linked)
             db.executemany("DELETE FROM pin WHERE owner = ?", [(owner,) for owner in released])
             if pins:
-                db.executemany(_PUT_PIN, [(owner, cid, count) for (owner, cid), count in pins.items()])
+                db.executemany(
+                    _PUT_PIN, [(owner, cid, count) for owner, counts in pins.items() for cid, count in counts.items()]
+                )
                 db.execute("DELETE FROM pin WHERE count <= 0")
 
     @contextmanager
