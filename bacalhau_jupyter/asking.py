@@ -54,9 +54,12 @@ def start(
         sent.cancel()
         asked.begin(lambda client: sending.call_off(client, made))
         raise
-    monitor = JobMonitor(submission, hint=hint(submission.job), streams=streams)
+    age = None if submission.reused else 0.0
+    monitor = JobMonitor(submission, hint=hint(submission.job), streams=streams, age=age)
     job = _known[submission.job] = Job(asked, monitor, place, cell)
-    return job, (*prepared.notes, *submission.notes)
+    if prepared.local is not None:
+        job.save(prepared.local)
+    return job, prepared.notes if submission.reused else (*prepared.notes, *submission.notes)  # its record has them
 
 
 def _awaited(sent: Future[T], asked: Session, told: Callable[[int, int], None] | None) -> T:

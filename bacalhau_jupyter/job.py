@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
+from concurrent.futures import wait as wait_for
 from dataclasses import dataclass
 from functools import partial as bound
 from pathlib import Path
@@ -74,6 +76,7 @@ class Job:
         self.name = ""
         """What the notebook calls it (`--out`); empty if nothing does."""
         self._final: JobView | None = None
+        self._saved: Future[Path] | None = None
         self.follower: threading.Thread | None = None
         """Shows the job in the background and binds what its line asked for when it has ended."""
         asked.watch(monitor)
@@ -101,12 +104,31 @@ class Job:
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until the job has ended; False if `timeout` seconds were over before. Stop interrupts the wait only.
 
-        A frame that a background cell was asked to bind (`--df`) is bound by then.
+        A frame that a background cell was asked to bind (`--df`) is bound by then, and files that were asked for
+        (`--publish local:DIR`) are there.
         """
+        began = time.monotonic()
         ended = self.monitor.wait_end(timeout)
+        if ended and self._saved is not None:
+            left = None if timeout is None else max(0.0, began + timeout - time.monotonic())
+            ended = bool(wait_for((self._saved,), left).done)
         if ended and self.follower not in {None, threading.current_thread()}:
             self.follower.join()
         return ended
+
+    def save(self, folder: Path) -> None:
+        """Write what the job leaves to `folder`/ID once it has ended, in the background (`--publish local:DIR`)."""
+
+        async def work(client: Client) -> Path:
+            from bacalhau_node.download import download  # noqa: PLC0415  loaded with the client
+
+            ended = asyncio.Event()
+            self.monitor.when_ended(bound(asyncio.get_running_loop().call_soon_threadsafe, ended.set))
+            await ended.wait()
+            await download(client, await client.job(self.id), folder / self.id)
+            return folder / self.id
+
+        self._saved = self._session.begin(work)
 
     def cancel(self) -> None:
         """Ask for the end and return; what is finished is kept."""
@@ -184,9 +206,20 @@ class Job:
         """What stays in the notebook; without the shards' details when the node doesn't answer."""
         snapshot = self.monitor.snapshot()
         try:
-            return Record.of_view(self.view(), self.place, snapshot.elapsed)
+            view = self.view()
+            return Record.of_view(view, self.place, snapshot.elapsed, self._notes())
         except NodeUnreachable:
             return Record.of_snapshot(self.monitor.submission, snapshot, self.place)
+
+    def _notes(self) -> list[str]:
+        """What the record says of where the data came from, and where the result went."""
+        notes = [self.monitor.fetched()]
+        if self.monitor.submission.reused:
+            notes += self.monitor.submission.notes
+        if self._saved is not None and self._saved.done():
+            error = self._saved.exception()
+            notes.append(f"not downloaded: {error}" if error else f"downloaded to {self._saved.result()}")
+        return [note for note in notes if note]
 
     def failure(self, *, printed: bool = False) -> JobFailed | None:
         """Why there is no whole result, to be raised; None if there is one, or the job goes on.

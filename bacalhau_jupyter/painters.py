@@ -39,6 +39,8 @@ QUIET_SECONDS = 0.5
 WAKE = 0.1
 HTML_PERIOD = 1.0
 TERMINAL_PERIOD = 0.25
+BYTES_PERIOD = 10.0
+"""Seconds between two lines about one transfer or another, where each line stays."""
 RESEND_AFTER = 3.5
 FAILURES_TOLD = 4
 VIEW = "bacalhau_jupyter.view"
@@ -109,8 +111,11 @@ class Shown(ABC):
             self.put({"text/plain": "", "text/html": ""})
 
     def finish(self, record: Record) -> None:
-        """Replace the view by the record, twice: a page that was flooded may have missed the first."""
-        if not self._shown:
+        """Replace the view by the record, twice: a page that was flooded may have missed the first.
+
+        A job that was too quick for a view leaves a record only if that says more than its value does.
+        """
+        if not self._shown and not record.notes:
             return
         bundle = record.bundle()
         self.put(bundle)
@@ -206,6 +211,7 @@ class Lines:
         self._monitor, self._place = monitor, place
         self._quarter = 0
         self._told = 0
+        self._bytes_due = 0.0
         submission = monitor.submission
         self._name, self._count = f"job {short(submission.job)}", submission.count
         print(f"{self._name}: {self._count:,} shard{'s' * (self._count != 1)} on {place}", flush=True)  # noqa: T201
@@ -222,6 +228,9 @@ class Lines:
             took = "" if snapshot.elapsed is None else f", {duration(snapshot.elapsed)}"
             print(f"{self._name}: {25 * quarter} % done, {ended:,} shards{took}", flush=True)  # noqa: T201
         self._quarter = max(self._quarter, quarter)
+        if snapshot.fetching and (now := time.monotonic()) >= self._bytes_due:
+            self._bytes_due = now + BYTES_PERIOD
+            print(f"{self._name}: {snapshot.fetching}", flush=True)  # noqa: T201
 
     def clear(self) -> None:
         """Nothing: these are lines too."""
@@ -247,7 +256,8 @@ class Terminal:
         self._due = now + TERMINAL_PERIOD
         record = Record.of_snapshot(self._monitor.submission, self._monitor.snapshot(), self._place)
         width = shutil.get_terminal_size().columns - 1
-        sys.stdout.write(f"\r\x1b[K{record.plain()[:width]}")
+        line = record.plain().replace("\n", " · ")
+        sys.stdout.write(f"\r\x1b[K{line[:width]}")
         sys.stdout.flush()
         self._drawn = True
 
@@ -258,8 +268,8 @@ class Terminal:
             self._drawn = False
 
     def finish(self, record: Record) -> None:
-        """The record's line, if the job was long enough to show one."""
-        shown = self._drawn
+        """The record's line, if the job was long enough to show one, or there is more to say."""
+        shown = self._drawn or record.notes
         self.clear()
         if shown:
             sys.stdout.write(f"{record.plain()}\n")

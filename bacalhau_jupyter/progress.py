@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 
 from bacalhau_jupyter.failures import FailureGroup, Failures
 from bacalhau_jupyter.lines import TAIL_LINES, LineBuffer, LineGate, Piece, Stream, Tail
-from bacalhau_node.feed import ShardText, Update
+from bacalhau_node.feed import ShardBytes, ShardText, Update
 from bacalhau_node.protocol.events import JobChanged, JobState, ShardChanged
+from bacalhau_node.transfers import Transfers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -57,6 +58,8 @@ class Snapshot:
     elapsed: float | None
     eta: float | None
     failures: tuple[FailureGroup, ...]
+    fetching: str = ""
+    """What is on its way to the shards for longer than a moment, in a few words."""
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -98,6 +101,7 @@ class JobMonitor:
         self._states = bytearray(submission.count)
         self._attempts: dict[int, int] = {}
         self._failures = Failures()
+        self._transfers = Transfers()
         self._buffers: dict[tuple[int, Stream], LineBuffer] = {}
         self._tails: dict[int, Tail] = {}
         self._recent = Tail()
@@ -114,6 +118,8 @@ class JobMonitor:
             match update:
                 case ShardText():
                     self._text(update)
+                case ShardBytes():
+                    self._transfers.take(update, self._clock())
                 case ShardChanged():
                     self._shard(update)
                 case JobChanged():
@@ -209,7 +215,13 @@ class JobMonitor:
                 self._elapsed(),
                 self._eta(),
                 self._failures.groups(),
+                self._transfers.now(self._clock()),
             )
+
+    def fetched(self) -> str:
+        """What was brought to the shards from elsewhere, with CIDs, in a sentence; "" for nothing."""
+        with self._changed:
+            return self._transfers.fetched()
 
     # --- all below: the lock is held ---
 
@@ -220,6 +232,8 @@ class JobMonitor:
         if self._states[shard] in ends or (older and code not in ends):  # an end counts whatever attempt it is of
             return
         self._attempt(shard, update.attempt)
+        if update.state != "taken":  # what a shard needs is fetched between its being taken and its start
+            self._transfers.over(shard)
         self._states[shard] = RETRYING if update.attempt > 1 and code in {WAITING, RUNNING} else code
         if code == RUNNING and self._running_since is None:
             self._running_since = self._clock()

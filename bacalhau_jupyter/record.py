@@ -58,7 +58,7 @@ class Place:
 class Record:
     """What is known of a job at one moment. `seconds`: from submission to now or the end, None if nobody measured.
 
-    `shards` is empty where only the live states are known.
+    `shards` is empty where only the live states are known. `notes`: sentences about its inputs and its result.
     """
 
     job: str
@@ -69,6 +69,7 @@ class Record:
     place: Place
     seconds: float | None = None
     shards: tuple[ShardView, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of_snapshot(cls, submission: Submission, snapshot: Snapshot, place: Place) -> Record:
@@ -81,20 +82,25 @@ class Record:
             snapshot.failures,
             place,
             snapshot.elapsed,
+            notes=(snapshot.fetching,) if snapshot.fetching else (),
         )
 
     @classmethod
-    def of_view(cls, view: JobView, place: Place, seconds: float | None) -> Record:
-        """The record of a job as its node tells it."""
+    def of_view(cls, view: JobView, place: Place, seconds: float | None, notes: Sequence[str] = ()) -> Record:
+        """The record of a job as its node tells it; `notes`: what else there is to say."""
         failures = Failures()
         for shard in view.shards:
             if shard.state == "failed" and shard.outcome and shard.outcome.error:
                 failures.add(shard.index, shard.outcome.error)
         states = bytes(CODES[shard.state] for shard in view.shards)
-        return cls(view.job, view.state, view.reason, states, failures.groups(), place, seconds, view.shards)
+        notes = (*notes, *(f"published: {where}" for where in view.published))
+        return cls(view.job, view.state, view.reason, states, failures.groups(), place, seconds, view.shards, notes)
 
     def plain(self) -> str:
-        """The text/plain form: `job j-3f2a91bc: 10/10 shards, 1 failed (7), 12.4 s on this machine (docker)`."""
+        """The text/plain form: `job j-3f2a91bc: 10/10 shards, 1 failed (7), 12.4 s on this machine (docker)`.
+
+        Notes are lines below it.
+        """
         parts = [f"{self._finished:,}/{len(self.states):,} shards", *self._failed_and_stopped()]
         if self.state not in FINAL_JOB:
             parts.append(self.state.lower())
@@ -102,7 +108,7 @@ class Record:
             parts.append(duration(self.seconds))
         place = f" on {self.place.brief}" if self.place.name else ""
         reason = f" ({self._reason})" if self._reason else ""
-        return f"job {short(self.job)}: {', '.join(parts)}{place}{reason}"
+        return "\n".join((f"job {short(self.job)}: {', '.join(parts)}{place}{reason}", *map(_printable, self.notes)))
 
     def bundle(self) -> dict[str, str]:
         """The record as MIME type -> text."""
@@ -118,6 +124,7 @@ class Record:
             f'<img src="data:image/svg+xml;base64,{base64.b64encode(tiles(self.states).encode()).decode()}"'
             f' alt="{escape(self._alt())}" title="{escape(self._alt())}" style="max-width: 100%">'
             + (f'<ul style="margin: 4px 0; padding-left: 20px">{failures}{more}</ul>' if failures else "")
+            + "".join(f"<div>{escape(_printable(note))}</div>" for note in self.notes)
             + (self._table() if self.shards else "")
             + "</div>"
         )
@@ -130,8 +137,8 @@ class Record:
 
     @property
     def _reason(self) -> str:
-        """Why the job is in its state, where the shards' own states don't tell."""
-        return "" if FAILED in self.states else self.reason
+        """Why the job is in its state, where the shards' own states don't tell: then, what is said after that."""
+        return self.reason.partition("; ")[2] if FAILED in self.states else self.reason
 
     def _failed_and_stopped(self) -> list[str]:
         parts = []
@@ -205,13 +212,13 @@ def _tells(head: str, column: Sequence[str]) -> bool:
 
 
 def _cells(row: Sequence[str]) -> str:
-    first, *rest = (escape(_printable(cell)) for cell in row)
+    first, *rest = (escape(_printable(cell)[:200]) for cell in row)
     return f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in rest)}</tr>'
 
 
 def _printable(text: str) -> str:
     """`text` with what UTF-8 can't carry (a file name's odd bytes) and line breaks made visible."""
-    return text.encode("utf-8", "backslashreplace").decode().replace("\n", "\\n")[:200]
+    return text.encode("utf-8", "backslashreplace").decode().replace("\n", "\\n")
 
 
 def duration(seconds: float) -> str:

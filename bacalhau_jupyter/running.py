@@ -49,6 +49,7 @@ class Running:
         painter = self._painter(cancel=False)
         try:
             painters.follow(self.job.monitor, painter)
+            self.job.wait()
         except KeyboardInterrupt:
             raise self._interrupted(painter) from None
         return self._conclude(painter)
@@ -67,6 +68,7 @@ class Running:
             getattr(self.shell, "set_thread_parent", self.shell.set_parent)(parent)
         painter = self._painter(cancel=True)
         painters.follow(self.job.monitor, painter)
+        self.job.wait()
         try:
             self._conclude(painter)
         except BacalhauError as error:

@@ -49,6 +49,8 @@ class Prepared:
     notes: tuple[str, ...] = ()
     node: str | None = None
     """Where it goes; None: to the node that jobs go to now."""
+    local: Path | None = None
+    """The folder that its result is downloaded to (`--publish local:DIR`)."""
     secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
@@ -57,7 +59,7 @@ def prepare(request: options.CellRequest, body: str, *, name: str, first: int, a
     secrets = gathered(request.secrets, os.environ, around.namespace)
     if request.raw:
         spec = options.to_spec(request, Command(shell=body))
-        return Prepared(spec=spec, files={}, node=request.node, secrets=secrets)
+        return Prepared(spec=spec, files={}, node=request.node, local=request.local, secrets=secrets)
     cell = cells.read(body, name=name, first=first)
     requires, doubts = _requires(request, cell)
     bundle = cells.bundle(cell, around, variables=request.vars, extra=request.modules, check=not request.no_check)
@@ -72,7 +74,7 @@ def prepare(request: options.CellRequest, body: str, *, name: str, first: int, a
     )
     notes = (*bundle.notes, *doubts)
     spec = options.to_spec(request, task)
-    return Prepared(spec=spec, files=bundle.files, notes=notes, node=request.node, secrets=secrets)
+    return Prepared(spec=spec, files=bundle.files, notes=notes, node=request.node, local=request.local, secrets=secrets)
 
 
 def _requires(request: options.CellRequest, cell: cells.Cell) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -103,6 +103,7 @@ class LiveView:
             "reason": snapshot.reason,
             "elapsed": None if snapshot.elapsed is None else round(snapshot.elapsed, 1),
             "eta": None if snapshot.eta is None else round(snapshot.eta, 1),
+            "fetching": snapshot.fetching,
             "failures": [(str(group), group.shards[0]) for group in snapshot.failures[:FAILURES_SHOWN]],
             "tails": self._tails(snapshot),
             "cancel": self._cancel is not None,

@@ -180,8 +180,9 @@ class View {
 
     const facts = element("div", "bj-facts");
     this.chips = SHOWN.map((code) => element("span", "bj-chip", { "data-code": code }));
+    this.bytes = element("span", "bj-bytes");
     this.time = element("span", "bj-time");
-    facts.append(...this.chips, this.time);
+    facts.append(...this.chips, this.bytes, this.time);
 
     this.failures = element("div", "bj-failures");
     this.failures.addEventListener("click", (event) => {
@@ -211,6 +212,7 @@ class View {
     this.drawHead(this.summary);
     this.drawBar(counts, ended);
     this.drawTime(this.summary);
+    setText(this.bytes, this.summary.fetching ?? "");
     this.drawFailures(this.summary.failures ?? []);
     this.grid.node.hidden = this.states.length < 2;
     this.grid.draw(this.states, (shard, part) => this.label(shard, part));

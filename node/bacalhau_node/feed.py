@@ -23,6 +23,9 @@ import msgspec
 from bacalhau_node.ids import JobId
 from bacalhau_node.protocol.events import FINAL_JOB, JobChanged, JobRow, ShardChanged, ShardRow
 
+FETCHED_LIMIT = 1_000
+"""Transfers that are over and kept for watchers that come late."""
+
 TEXT_LIMIT = 4 * 1024 * 1024
 """Characters of a job kept for watchers that come late; all of a shard's text is in its record."""
 
@@ -52,7 +55,7 @@ class ShardBytes(msgspec.Struct, frozen=True):
 Update = JobChanged | ShardChanged | ShardText | ShardBytes
 
 Key = tuple[str, int]
-"""What an update is about: ("job", 0), ("shard", index), ("bytes", index) or ("text", its number).
+"""What an update is about: ("job", 0), ("shard", index), ("bytes", index), ("text" or "fetched", its number).
 
 A later one takes its place."""
 
@@ -72,6 +75,7 @@ class Feed:
         self._number = 0
         self._latest: dict[Key, tuple[int, Update]] = {}  # in the order of the numbers
         self._texts: deque[tuple[Key, int]] = deque()
+        self._fetched: deque[Key] = deque()
         self._length = 0
         self._changed = asyncio.Event()
         self._remember(("job", 0), self.job)
@@ -116,8 +120,16 @@ class Feed:
             self._forget_text()
 
     def transfer(self, news: ShardBytes) -> None:
-        """Pass on how far the bytes of a shard are."""
-        self._remember(("bytes", news.shard), news)
+        """Pass on how far the bytes of a shard are. What is all here is remembered for itself."""
+        self._latest.pop(("bytes", news.shard), None)
+        if not news.cid:
+            self._remember(("bytes", news.shard), news)
+            return
+        key = ("fetched", self._number + 1)
+        self._fetched.append(key)
+        self._remember(key, news)
+        if len(self._fetched) > FETCHED_LIMIT:
+            del self._latest[self._fetched.popleft()]
 
     def end(self) -> None:
         """No more updates will come."""

@@ -7,7 +7,7 @@ import asyncio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bacalhau_node.feed import TEXT_LIMIT, Feed, ShardText, Update
+from bacalhau_node.feed import FETCHED_LIMIT, TEXT_LIMIT, Feed, ShardBytes, ShardText, Update
 from bacalhau_node.protocol.events import JobChanged, ShardChanged
 from bacalhau_node.testing.builders import a_job_id
 
@@ -88,3 +88,23 @@ def test_states_are_counted():
     for update in (_shard(0), _shard(1), _shard(0, "kept"), _shard(1, "waiting"), _shard(1, "running")):
         feed.publish(update)
     assert +feed.counts == {"kept": 1, "running": 1}
+
+
+def _bytes(done: int, shard: int = 0, *, name: str = "a", cid: str = "") -> ShardBytes:
+    return ShardBytes(JOB, shard, 1, name, done, 9, cid)
+
+
+async def test_of_a_transfer_that_goes_on_the_latest_is_kept_and_every_one_that_is_over():
+    feed = Feed(JOB)
+    for news in (_bytes(1), _bytes(2), _bytes(9, cid="cid-a"), _bytes(3, name="b"), _bytes(4, name="b")):
+        feed.transfer(news)
+    feed.end()
+    assert (await _all(feed))[1:] == [_bytes(9, cid="cid-a"), _bytes(4, name="b")]
+
+
+def test_transfers_of_a_long_job_are_bounded():
+    feed = Feed(JOB)
+    for number in range(FETCHED_LIMIT + 5):
+        feed.transfer(_bytes(9, number, cid=f"cid-{number}"))
+    kept = [update.cid for _, update in feed.after(0) if isinstance(update, ShardBytes)]
+    assert (len(kept), kept[0]) == (FETCHED_LIMIT, "cid-5")

@@ -9,7 +9,7 @@ import pytest
 
 from bacalhau_jupyter.progress import DONE, FAILED, RETRYING, RUNNING, STOPPED, WAITING, JobMonitor
 from bacalhau_node.client import Submission
-from bacalhau_node.feed import ShardText
+from bacalhau_node.feed import ShardBytes, ShardText
 from bacalhau_node.messages import Frame, ShardError
 from bacalhau_node.protocol.events import JobChanged, ShardChanged
 
@@ -227,3 +227,25 @@ def test_feeding_and_reading_at_once_lose_no_line():
         assert [line for line in lines if line.startswith(f"[shard {index}]")] == [
             f"[shard {index}] {n}" for n in range(total)
         ]
+
+
+# --- bytes ---
+
+
+def test_what_is_fetched_is_in_the_picture_until_its_shard_starts():
+    clock = Clock()
+    one = monitor(2, clock=clock)
+    one.feed(shard(1, "taken"))
+    one.feed(ShardBytes(JOB, 1, 1, "x.csv", 0, 2_000_000, ""))
+    clock.now += 1
+    one.feed(ShardBytes(JOB, 1, 1, "x.csv", 500_000, 2_000_000, ""))
+    assert one.snapshot().fetching == "fetching x.csv 500 kB of 2 MB"
+    one.feed(shard(1, "running"))
+    assert one.snapshot().fetching == ""
+    assert one.fetched() == ""
+
+
+def test_what_was_fetched_is_known_by_its_cid():
+    one = monitor(2)
+    one.feed(ShardBytes(JOB, 1, 1, "x.csv", 2_000_000, 2_000_000, "bafy1"))
+    assert one.fetched() == "fetched 1 file, 2 MB: bafy1"

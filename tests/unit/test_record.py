@@ -51,6 +51,19 @@ def test_the_plain_form_is_one_line():
     assert text == "job j-3f2a91bc: 10/10 shards, 1 failed (7), 12.4 s on this machine (docker)"
 
 
+def test_notes_are_lines_below_and_pass_the_sanitiser():
+    spec = JobSpec(task=PythonCell(bundle="b"))
+    view = JobView(JOB, "Completed", "", "cid", 0.0, spec, ("s3://b/<x>",), (shard(0),))
+    one = Record.of_view(view, HERE, 1.0, ["fetched 1 file, 2 MB: bafy1"])
+    assert one.plain().splitlines()[1:] == ["fetched 1 file, 2 MB: bafy1", "published: s3://b/<x>"]
+    assert "<div>published: s3://b/&lt;x&gt;</div>" in one.html()
+
+
+def test_what_was_not_published_is_told_beside_failures():
+    text = record(failed(2, 1), "Failed", "1 of 2 shards failed; kept in the store, but not published").plain()
+    assert text.endswith("(kept in the store, but not published)")
+
+
 def test_a_job_that_goes_on_says_so():
     text = record([shard(0), shard(1, "running")], "Running").plain()
     assert text == "job j-3f2a91bc: 1/2 shards, running, 12.4 s on this machine (docker)"

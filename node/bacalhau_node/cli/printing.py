@@ -97,7 +97,8 @@ def closing_line(view: JobView, seconds: float) -> str:
     text += f", failed: {_shortened(failed)}" if failed else ""
     text += f", {seconds:.1f} s, {view.cid or 'no result'}"
     text += "".join(f"\npublished: {where}" for where in view.published)
-    return text if failed or not view.reason else f"{text}\n{view.reason}"
+    reason = view.reason.partition("; ")[2] if failed else view.reason  # which failed is told above
+    return f"{text}\n{reason}" if reason else text
 
 
 def _shortened(indices: list[str]) -> str:
