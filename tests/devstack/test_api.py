@@ -43,7 +43,7 @@ ROUTES = [
     ("POST", "/v0/bundle"),
     ("POST", "/v0/blocks/missing"),
     ("POST", "/v0/car"),
-    ("GET", f"/v0/car/{NOWHERE}"),
+    ("GET", f"/ipfs/{NOWHERE}?format=car"),
     ("GET", f"/v0/content/{NOWHERE}"),
     ("GET", "/v0/nodes"),
     ("GET", "/v0/version"),
@@ -403,17 +403,10 @@ async def test_folders_and_unknown_content_are_said_to_be_so(api, tmp_path):
     (tmp_path / "folder").mkdir()
     cid = api.local.node.content.add_path(tmp_path / "folder")
     assert (await api.ask("GET", f"/v0/content/{cid}"))[0] == 422
-    for path in (f"/v0/content/{NOWHERE}", f"/v0/car/{NOWHERE}"):
+    for path in (f"/v0/content/{NOWHERE}", f"/ipfs/{NOWHERE}?format=car"):
         assert (await api.ask("GET", path))[0] == 404
-    for path in ("/v0/content/x", "/v0/car/x", f"/v0/car/{cid}?from=-1", f"/v0/car/{cid}?from=x"):
+    for path in ("/v0/content/x", "/ipfs/x?format=car"):
         assert (await api.ask("GET", path))[0] == 400
-
-
-async def test_an_archive_goes_on_at_any_byte(api):
-    cid = api.local.node.content.add_bytes(bytes(700_000))
-    whole = (await api.ask("GET", f"/v0/car/{cid}"))[1]
-    for start in (1, 57, 300_000, len(whole) - 1, len(whole), len(whole) + 5):
-        assert await api.ask("GET", f"/v0/car/{cid}?from={start}") == (200, whole[start:])
 
 
 async def test_what_was_taken_out_of_one_store_goes_into_another(api):

@@ -10,11 +10,11 @@
 | `POST /v0/bundle` `{files}` | a cell's small folder as a CID |
 | `POST /v0/blocks/missing` `{cids}` | those that are not here |
 | `POST /v0/car` | takes a CAR archive in; every block is checked |
-| `GET /v0/car/CID` | the archive below a CID, parents first, always the same bytes: resumed by `?from=` |
+| `GET /ipfs/CID[/path]?format=…` | the trustless gateway (`gateway`): archives and blocks, for keys and capabilities |
 | `GET /v0/content/CID` | the bytes of a file, whole or a `Range` |
 | `GET /v0/nodes`, `GET /v0/version` | `[NodeView]`, `Version` |
 | `GET /metrics` | Prometheus text |
-| `GET /health`, `GET /ready` | 200 while it lives, 503 while it takes no jobs; the only ones without a key |
+| `GET /health`, `GET /ready` | 200 while it lives, 503 while it takes no jobs; these and `/ipfs` go without a key |
 
 An error is `{"error": "SpecError", "message": "…"}` with the class of `errors.py`, so a client raises what
 the node raised.

@@ -13,14 +13,15 @@ from bacalhau_node.api.answers import Refused, Stream, answer, body, read
 from bacalhau_node.cid import Cid
 from bacalhau_node.client import LocalClient
 from bacalhau_node.content import car
+from bacalhau_node.content.gateway import gathered
 from bacalhau_node.content.reader import Reader
-from bacalhau_node.errors import ContentError, SpecError
+from bacalhau_node.errors import ContentError
 
 IMPORTS = 4
 """Archives that are taken in at once: each may hold some tens of megabytes in memory."""
 
 PART = 1024 * 1024
-"""Bytes that are read from disk at once and then sent, or received and then checked."""
+"""Bytes that are received and then checked at once."""
 
 _RANGE = re.compile(r"bytes=([0-9]{1,18})-([0-9]{0,18})")
 
@@ -39,7 +40,6 @@ class Content:
             web.post("/v0/bundle", self.bundle),
             web.post("/v0/blocks/missing", self.missing),
             web.post("/v0/car", self.take),
-            web.get("/v0/car/{cid}", self.give, allow_head=False),
             web.get("/v0/content/{cid}", self.file, allow_head=False),
         ]
 
@@ -81,17 +81,6 @@ class Content:
 
     # --- out ---
 
-    async def give(self, request: web.Request) -> web.StreamResponse:
-        """The archive below a CID: always the same bytes, so `?from=` goes on where a connection broke."""
-        root = self._here(request)
-        start = _number(request.query.get("from", "0"))
-        headers = {"Content-Type": "application/vnd.ipld.car; version=1; order=dfs; dups=n", **_forever(root, "car")}
-        sections = (car.section(cid, block) for cid, block in car.below(self._store.block, root))
-        parts = _skipped(_chained(car.header([root]), sections), start)
-        async with Stream(request, headers=headers) as stream:
-            await _send(parts, stream)
-        return stream.response
-
     async def file(self, request: web.Request) -> web.StreamResponse:
         """A file's bytes, or a range of them."""
         cid = self._here(request)
@@ -105,7 +94,7 @@ class Content:
                 error = ContentError(f"bytes {start} to {stop} of a file of {size} bytes")
                 raise Refused(416, error, **{"Content-Range": f"bytes */{size}"})
             status, headers["Content-Range"] = 206, f"bytes {start}-{stop - 1}/{size}"
-        headers |= {"Content-Length": str(stop - start), "Content-Disposition": "attachment", **_forever(cid, "file")}
+        headers |= {"Content-Length": str(stop - start), "Content-Disposition": "attachment", **_forever(cid)}
         parts = _limited(_skipped(Reader(self._store, cid).chunks(cid), start), stop - start)
         async with Stream(request, status=status, headers=headers) as stream:
             await _send(parts, stream)
@@ -126,23 +115,17 @@ def _cid(text: str) -> Cid:
 def _file_size(reader: Reader) -> int:
     item = next(reader.walk())
     if item.kind != "file":
-        raise ContentError(f"it is a {item.kind}: name a file in it, or take all of it from /v0/car")
+        raise ContentError(f"it is a {item.kind}: name a file in it, or take all of it from /ipfs/CID?format=car")
     return item.size
 
 
-def _forever(cid: Cid, form: str) -> Mapping[str, str]:
+def _forever(cid: Cid) -> Mapping[str, str]:
     """What may be said of bytes that can never change."""
     return {
-        "Etag": f'"{cid}.{form}"',
+        "Etag": f'"{cid}.file"',
         "Cache-Control": "private, max-age=29030400, immutable",
         "X-Content-Type-Options": "nosniff",
     }
-
-
-def _number(text: str) -> int:
-    if not text.isascii() or not text.isdecimal() or len(text) > 18:
-        raise SpecError(f"from={text[:80]!r}: not a number of bytes")
-    return int(text)
 
 
 def _range(request: web.Request) -> tuple[int, int | None] | None:
@@ -166,24 +149,9 @@ async def _gathered(request: web.Request) -> AsyncIterator[bytes]:
 
 async def _send(parts: Iterator[bytes], stream: Stream) -> None:
     """Read in threads, some parts at once; send them when they are there."""
-
-    def more() -> bytes:
-        found: list[bytes] = []
-        size = 0
-        for part in parts:
-            found.append(part)
-            size += len(part)
-            if size >= PART:
-                break
-        return b"".join(found)
-
-    while data := await asyncio.to_thread(more):
+    parts = gathered(parts)
+    while data := await asyncio.to_thread(next, parts, b""):
         await stream.send(data)
-
-
-def _chained(first: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
-    yield first
-    yield from rest
 
 
 def _skipped(parts: Iterator[bytes], count: int) -> Iterator[bytes]:

@@ -22,7 +22,7 @@ from bacalhau_node.api.auth import Keys, bearer
 from bacalhau_node.cid import Cid
 from bacalhau_node.content.gateway import Gateway
 from bacalhau_node.content.walk import Span, Want, resolved, steps_of
-from bacalhau_node.errors import ContentError, SpecError
+from bacalhau_node.errors import ContentError, NodeUnreachable, SpecError
 from bacalhau_node.ports import ContentStore, Scope
 
 _TYPES: Final[dict[str, str]] = {
@@ -83,7 +83,7 @@ class GatewayRoutes:
             return
         token, cid = bearer(authorization) or None, asked.want.cid
         if not await asyncio.to_thread(lambda: self._gateway.allows(token, cid, root=asked.root)):
-            error = ContentError(f"{cid} is not here, or not for you: a key or a capability is needed")
+            error = NodeUnreachable(f"{cid} is not here, or not for you: a key or a capability is needed")
             raise Refused(401, error, **{"WWW-Authenticate": "Bearer"})
 
     async def _block(self, request: web.Request, asked: _Asked, headers: CIMultiDict[str]) -> web.Response:

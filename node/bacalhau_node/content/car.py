@@ -6,13 +6,13 @@ bytes, and every block against its CID before anybody sees it. `CarImport` puts 
 order that keeps the store's promise: *whoever has a block has all that is below it*. A block without links goes in
 at once; one whose links are not all there waits, in memory and bounded, for those. So the
 order of the archive doesn't matter, one that is cut off leaves no root without its leaves, and a
-root in the store means that nothing below it has to be asked for again. With `wanted` only the root and what is linked
-from blocks that came before it is taken: a sender can't fill a disk with blocks that nobody asked for.
+root in the store means that nothing below it has to be asked for again. Which blocks may come at all is up to who
+feeds it (`incoming`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -57,19 +57,6 @@ def links(cid: Cid, block: bytes) -> list[Cid]:
         return [Cid.decode(link.cid) for link in decode_node(block).links]
     except SpecError as error:
         raise ContentError(f"the block {cid} has a link that can't be followed: {error}") from error
-
-
-def below(get: Callable[[Cid], bytes], root: Cid) -> Iterator[tuple[Cid, bytes]]:
-    """`root` and every block below it, each once, parents first: always in the same order."""
-    waiting, seen = [root], set()
-    while waiting:
-        cid = waiting.pop()
-        if (key := (cid.codec, cid.digest)) in seen:
-            continue
-        seen.add(key)
-        block = get(cid)
-        yield cid, block
-        waiting += reversed(links(cid, block))
 
 
 def _json_links(value: object) -> Iterator[dagjson.Link]:
@@ -240,13 +227,12 @@ class _Waiting:
 
 
 class CarImport:
-    """Puts the blocks of an archive on a shelf, see above. `wanted`: the one root that was asked for."""
+    """Puts the blocks of an archive on a shelf, see above."""
 
-    def __init__(self, shelf: Shelf, *, wanted: Cid | None = None) -> None:
+    def __init__(self, shelf: Shelf) -> None:
         self.bytes = 0
         """What was stored so far."""
         self._shelf = shelf
-        self._wanted = None if wanted is None else {wanted.digest}
         self._waiting: dict[bytes, _Waiting] = {}
         self._waiters: dict[bytes, list[_Waiting]] = {}
         self._waiting_bytes = 0
@@ -258,15 +244,9 @@ class CarImport:
     def take(self, cid: Cid, block: bytes, children: Sequence[Cid] | None = None) -> None:
         """Take one checked block; `children`: what it links to, where that is known already.
 
-        Raises `ContentError` for one that nobody asked for, or when too many wait.
+        Raises `ContentError` when too many wait.
         """
         children = links(cid, block) if children is None else children
-        if self._wanted is not None:
-            if cid.digest not in self._wanted:
-                raise ContentError(
-                    f"the block {cid} was sent, and nobody asked for it: its sender is not to be trusted"
-                )
-            self._wanted.update(child.digest for child in children)
         if cid.digest in self._waiting:
             return
         missing = {child.digest for child in children if not self._shelf.holds(child)}

@@ -19,14 +19,16 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Final, cast
 
 import msgspec
 
-from bacalhau_node.cid import Cid
+from bacalhau_node.cid import RAW, Cid
 from bacalhau_node.content.car import CarReader
+from bacalhau_node.content.dagpb import decode_node
 from bacalhau_node.content.incoming import Incoming, Shelf
-from bacalhau_node.content.reader import MAX_BLOCK
+from bacalhau_node.content.reader import MAX_BLOCK, Reader
 from bacalhau_node.content.walk import Want, steps_of
 from bacalhau_node.errors import ContentError, NodeUnreachable, ProtocolError
 from bacalhau_node.ports import Provider, Scope
@@ -74,8 +76,43 @@ async def fetch(
     was asked, what each answered and how long it took; what came until then stays and is not fetched again.
     """
     want = Want(root, steps_of(path), scope)
-    incoming = await asyncio.to_thread(Incoming, store, want, limit=limit)
-    return await _Fetch(store, incoming, want, providers, told=told, patience=patience).run(path, scope)
+    with store.hold():
+        incoming = await asyncio.to_thread(Incoming, store, want, limit=limit)
+        return await _Fetch(store, incoming, want, providers, told=told, patience=patience).run(path, scope)
+
+
+async def listing(
+    store: Shelf, root: Cid, providers: Sequence[Provider], *, path: str = "", patience: float = 30.0
+) -> list[tuple[str, str, int]]:
+    """What `ports.ContentStore.list` says of the folder or file at `path` below `root`, which need not be here.
+
+    Only what that takes is fetched: the folders, and of each file that isn't one raw block its first block. Sizes of
+    raw blocks are those that their folder gives. Raises `ContentError` like `fetch`.
+    """
+    loose: dict[bytes, bytes] = {}
+    want = Want(root, steps_of(path), "names")
+    with store.hold():
+        incoming = await asyncio.to_thread(Incoming, store, want, loose=loose)
+        fetched = await _Fetch(store, incoming, want, providers, told=None, patience=patience).run(path, "entity")
+        return await asyncio.to_thread(lambda: Reader(_Seen(store, loose), Cid.parse(fetched.cid)).listing())
+
+
+class _Seen:
+    """`reader.Blocks` over a store and blocks that were only looked at."""
+
+    def __init__(self, store: Shelf, loose: dict[bytes, bytes]) -> None:
+        self._store, self._loose = store, loose
+        links = chain.from_iterable(decode_node(block).links for block in loose.values())
+        self._sizes = {link.cid: link.tsize for link in links}
+
+    def block(self, cid: Cid) -> bytes:
+        """The checked bytes of a block."""
+        found = self._loose.get(cid.digest)
+        return self._store.block(cid) if found is None else found
+
+    def file_size(self, cid: Cid) -> int | None:
+        """The size of a file that is one raw block, as it is linked."""
+        return self._sizes.get(cid.binary) if cid.codec == RAW else None
 
 
 @dataclass(eq=False)
@@ -124,11 +161,10 @@ class _Fetch:
     async def run(self, path: str, scope: Scope) -> Fetched:
         """Ask until nothing is missing, or nobody is left."""
         try:
-            with self._store.hold():
-                if self._incoming.missing:
-                    await self._stream(path, scope)
-                if self._incoming.missing:
-                    await self._block_by_block()
+            if self._incoming.missing:
+                await self._stream(path, scope)
+            if self._incoming.missing:
+                await self._block_by_block()
         finally:
             await asyncio.to_thread(self._store.flush)
         if self._incoming.missing:

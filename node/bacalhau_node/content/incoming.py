@@ -32,6 +32,9 @@ from bacalhau_node.errors import ContentError, ProtocolError
 MAX_USELESS: Final = 16 * 1024 * 1024
 """Bytes of blocks that were here already that a sender may send, over as many as were useful."""
 
+MAX_LOOSE: Final = 256 * 1024 * 1024
+"""Bytes of blocks that are held in memory for a listing: of folders with some two million files."""
+
 _HELD_SHARE = 8
 _AROUND = 16  # of a file's bytes so many stand in the blocks around them at most
 
@@ -73,7 +76,7 @@ class Incoming:
         self.bytes = 0
         """Of the blocks that were wanted and came."""
         self._shelf, self._limit, self._loose = shelf, limit, {} if loose is None else loose
-        self._keep_loose = loose is not None
+        self._keep_loose, self._loose_bytes = loose is not None, 0
         self._import = CarImport(shelf)
         self._lock = threading.Lock()
         self._came: set[bytes] = set()
@@ -127,6 +130,9 @@ class Incoming:
             self._import.take(want.cid, block, [one.cid for one in further.below])
         elif self._keep_loose:
             self._loose[want.cid.digest] = block
+            self._loose_bytes += len(block)
+            if self._loose_bytes > MAX_LOOSE:
+                raise ContentError(f"its folders have over {MAX_LOOSE:,} bytes: name one that is in it")
 
     def _meet(self, wants: list[Want]) -> None:
         """Note what is missing of these, following what is here as far as it has to be read."""

@@ -50,8 +50,8 @@ class Want(msgspec.Struct, frozen=True, gc=False):
     @property
     def key(self) -> object:
         """Equal where the same is wanted of the same block, however deep it lies."""
-        plain = not self.steps and self.span is None
-        return self.cid.digest if plain else (self.cid.digest, self.steps, self.span, self.level)
+        binary = self.cid.v1().binary
+        return (binary, self.steps, self.span, self.level) if self.steps or self.span else binary
 
 
 class Expanded(msgspec.Struct, frozen=True, gc=False):

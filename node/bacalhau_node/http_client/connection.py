@@ -130,7 +130,7 @@ class Connection:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=5, sock_read=silence)
         url = URL(f"{self.url}{path}", encoded=True)
         try:
-            async with self._opened().request(
+            async with self.session().request(
                 method,
                 url,
                 data=data and io.BytesIO(data),
@@ -164,7 +164,7 @@ class Connection:
             raise shapes.raised(body)
         self._met = True
 
-    def _opened(self) -> aiohttp.ClientSession:
+    def session(self) -> aiohttp.ClientSession:
         """The session, which belongs to the loop that is first asked on."""
         if self._session is None:
             self._session = aiohttp.ClientSession(

@@ -1,23 +1,28 @@
-"""Content from a node: one archive, every block checked against the CID that was asked for.
+"""Content from the node that a client talks to: by `content.fetch`, from its gateway, over the client's connection.
 
-A connection that breaks is followed by one that goes on at the byte where it broke: an archive of a CID is always
-the same. Nothing that is fetched is believed before its hash was compared.
+Here is only what is special about a client: a node that doesn't answer is asked again, since it may be restarting, and
+what is read at once goes into memory.
 """
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
+from collections.abc import AsyncIterator
 from typing import Final
 
 from bacalhau_node.cid import Cid
-from bacalhau_node.content import car
-from bacalhau_node.errors import ContentError
-from bacalhau_node.http_client.connection import BROKEN, Connection
+from bacalhau_node.content.fetch import fetch as fetch_from
+from bacalhau_node.content.incoming import Shelf
+from bacalhau_node.content.providers import HttpProvider
+from bacalhau_node.errors import ContentError, NodeUnreachable
+from bacalhau_node.http_client.connection import Connection
+from bacalhau_node.ports import Scope
 
 IN_MEMORY: Final = 1024 * 1024 * 1024
 """Bytes that a value read into memory may have."""
 
-_PART = 1024 * 1024
+SILENCE: Final = 120.0
+"""Seconds without a byte after which a node that is connected counts as gone."""
 
 
 class Memory:
@@ -28,47 +33,66 @@ class Memory:
         self._bytes = 0
 
     def holds(self, cid: Cid) -> bool:
-        """See `car.Shelf`."""
+        """See `incoming.Shelf`."""
         return cid.digest in self._blocks
 
     def keep(self, cid: Cid, block: bytes) -> None:
-        """See `car.Shelf`; raises `ContentError` for more than `IN_MEMORY`."""
+        """See `incoming.Shelf`; raises `ContentError` for more than `IN_MEMORY`."""
         self._bytes += len(block)
         if self._bytes > IN_MEMORY:
             raise ContentError(f"over {IN_MEMORY} bytes are too many for the memory: download it to a folder")
         self._blocks[cid.digest] = block
 
     def block(self, cid: Cid) -> bytes:
-        """See `reader.Blocks`."""
+        """See `incoming.Shelf`."""
         if (block := self._blocks.get(cid.digest)) is None:
             raise ContentError(f"the block {cid} was not sent")
         return block
+
+    def flush(self) -> None:
+        """See `incoming.Shelf`."""
+
+    def hold(self) -> contextlib.nullcontext[None]:
+        """See `incoming.Shelf`."""
+        return contextlib.nullcontext()
 
     def file_size(self, _cid: Cid) -> int | None:
         """See `reader.Blocks`."""
         return None
 
 
-async def fetch(connection: Connection, cid: Cid, shelf: car.Shelf) -> None:
-    """Put `cid` and all below it on the shelf; raises `ContentError` for what is not there or not what it should be."""
-    reader, taken = car.CarReader(), car.CarImport(shelf, wanted=cid)
+class _Patient:
+    """The node's gateway as a `ports.Provider` that is asked again until the connection's patience is over."""
 
-    def step(data: bytes) -> None:
-        for name, block in reader.feed(data):
-            taken.take(name, block)
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._gateway = HttpProvider(connection.url, session=connection.session())
+        self.name = f"the node at {connection.url}"
 
-    got, retry = 0, connection.retry()
-    while True:
-        try:
-            async with connection.stream("GET", f"/v0/car/{cid}", query={"from": str(got)}) as response:
-                async for data in response.content.iter_chunked(_PART):
-                    got += len(data)
-                    await asyncio.to_thread(step, data)
-                    retry.progress()
-            break
-        except BROKEN as error:
-            await retry.again(error)
-    reader.end()
-    taken.end()
-    if not shelf.holds(cid):
-        raise ContentError(f"the node sent an archive without {cid}")
+    async def car(self, root: Cid, *, path: str = "", scope: Scope = "all") -> AsyncIterator[bytes]:
+        """See `ports.Provider`. When it breaks in the middle, its blocks are asked for one by one."""
+        retry, begun = self._connection.retry(), False
+        while True:
+            try:
+                async for part in self._gateway.car(root, path=path, scope=scope):
+                    begun = True
+                    yield part
+                return  # noqa: TRY300 - of a generator, there is nothing to put behind `else`
+            except NodeUnreachable as error:
+                if begun:
+                    raise
+                await retry.again(error)
+
+    async def block(self, cid: Cid, *, root: Cid) -> bytes:
+        """See `ports.Provider`."""
+        retry = self._connection.retry()
+        while True:
+            try:
+                return await self._gateway.block(cid, root=root)
+            except NodeUnreachable as error:
+                await retry.again(error)
+
+
+async def fetch(connection: Connection, cid: Cid, shelf: Shelf) -> None:
+    """Put `cid` and all below it on the shelf; raises `ContentError` for what does not come, or not right."""
+    await fetch_from(shelf, cid, [_Patient(connection)], patience=SILENCE)
