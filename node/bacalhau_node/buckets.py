@@ -10,15 +10,16 @@ Errors say which bucket at which endpoint, what the server answered, and what to
 
 from __future__ import annotations
 
+import asyncio
 import configparser
 import os
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 from urllib.parse import urlsplit
 
 from bacalhau_node.errors import ContentError, SpecError
@@ -28,11 +29,15 @@ if TYPE_CHECKING:
 
     Store = AzureStore | GCSStore | S3Store
 
+T = TypeVar("T")
+
 INSTALL = "reading and writing buckets needs obstore: pip install 'bacalhau-jupyter[buckets]'"
 
 _SCHEMES = ("s3", "gs", "az")
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,220}[A-Za-z0-9]")
 """Loose enough for the three kinds (and old names of S3), and nothing that could lead a URL elsewhere."""
+
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 
 _SETTINGS = ("AWS_", "GOOGLE_", "AZURE_")
 _TIMEOUT = timedelta(minutes=5)
@@ -85,9 +90,14 @@ def parse(text: str) -> Place:
         raise SpecError(f"{text!r} does not name a bucket: write {scheme}://BUCKET/PREFIX, without keys or an endpoint")
     folder = not key or key.endswith("/")
     key = key.removesuffix("/")
-    if key and ({"", ".", ".."} & set(key.split("/")) or not key.isprintable()):
+    if key and not is_path(key):
         raise SpecError(f"{text!r}: a key whose parts are empty, '.', '..' or unprintable can't be a path of files")
     return Place(scheme, bucket, key, folder)
+
+
+def is_path(key: str) -> bool:
+    """Whether obstore takes this key, and a file below a folder can be called so."""
+    return not {"", ".", ".."} & set(key.split("/")) and not _UNPRINTABLE.search(key)
 
 
 class Buckets:
@@ -139,6 +149,29 @@ def explained(error: Exception, place: Place) -> SpecError | ContentError:
     if "HTTP error" in text:
         return ContentError(f"{where} does not answer ({answer}): check the network and the endpoint, then try again")
     return ContentError(f"{where}: {answer}")
+
+
+async def answered(place: Place, answer: Awaitable[T], *, but: tuple[type[Exception], ...] = ()) -> T:
+    """The answer, with every error of `obstore` in words, save those in `but` that say no more than their class."""
+    from obstore.exceptions import BaseError  # noqa: PLC0415 - only who uses buckets has it
+
+    try:
+        return await answer
+    except (BaseError, OSError) as error:
+        known = explained(error, place)
+        if isinstance(error, but) and not isinstance(known, SpecError):
+            raise
+        raise known from error
+
+
+async def together(work: Callable[[], Coroutine[Any, Any, None]], count: int) -> None:
+    """Run `work` so many times at once; the first failure ends the others and is raised as it is."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(count):
+                group.create_task(work())
+    except ExceptionGroup as failed:
+        raise failed.exceptions[0] from failed.exceptions[0].__cause__
 
 
 def _answer(text: str) -> str:

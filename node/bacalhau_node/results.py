@@ -119,6 +119,21 @@ class ResultSource:
         return found or values(outcomes, self._store.add_bytes)
 
 
+def shards(store: ContentStore, root: str) -> Listing:
+    """Every file of a sealed result, as `download` lays them out: `shards/INDEX/{stdout,stderr,exit_code,value…}`."""
+    found: Listing = []
+    for shard, record in read_root(store, root):
+        outcome = read_record(store, record)
+        code = f"{outcome.exit_code}\n".encode()
+        blobs = {"exit_code": Blob(len(code), code), "stdout": outcome.stdout, "stderr": outcome.stderr}
+        if outcome.value.kind != "none":
+            blobs[f"value{SUFFIXES[outcome.value.kind]}"] = outcome.value.blob
+        files = [(name, _named(blob, store.add_bytes), blob.size) for name, blob in blobs.items()]
+        wrote = _under("outputs", list(store.list(outcome.outputs))) if outcome.outputs else []
+        found += _under(f"shards/{shard}", [*files, *wrote])
+    return found
+
+
 def outputs(outcomes: Sequence[tuple[int, Outcome]], listing: Callable[[str], Sequence[Listed]]) -> Listing:
     """What the shards wrote, as one folder."""
     names = Names()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import aiohttp
@@ -18,10 +20,12 @@ from bacalhau_node.content.blocks import BlockStore
 from bacalhau_node.errors import BugError, ContentError, SpecError
 from bacalhau_node.fetched import Fetched
 from bacalhau_node.ports import Access
+from bacalhau_node.publishers.s3 import S3Publisher
 from bacalhau_node.sharding import ContentRef, Entry, LocalStamp, Unusable, UrlRef
 from bacalhau_node.sources import bucket as module
 from bacalhau_node.sources.bucket import BucketSource
 from bacalhau_node.spec import InputSource
+from bacalhau_node.testing.builders import a_job_id
 from tests.object_store import ObjectStore, new_bucket
 
 
@@ -378,3 +382,132 @@ def test_two_buckets_are_two_stores(source, bucket, s3_server):
         other.put({"y": b"2"})
         assert [entry.path for entry in listed(source, f"s3://{other.name}")] == ["y"]
     assert [entry.path for entry in listed(source, f"s3://{bucket.name}")] == ["x"]
+
+
+# --- publishing ---
+
+ROOT = "bafyreib2rxk3rw6putwp3cqv4ngqygb2u7k3hzhwkuqxvdxn5rmr4inmea"
+
+
+@dataclass
+class Published:
+    """A publisher over a store, and the result that it is given whatever root it is asked for."""
+
+    publisher: S3Publisher
+    store: BlockStore
+    files: list[tuple[str, str, int]]
+
+    def holds(self, files: dict[str, bytes]) -> None:
+        self.files[:] = [(path, self.store.add_bytes(data), len(data)) for path, data in files.items()]
+
+    async def to(self, target: str) -> tuple[str, ...]:
+        async with asyncio.timeout(60):
+            return await self.publisher.publish(JOB, ROOT, target)
+
+
+JOB = a_job_id()
+RESULT = {"shards/0/stdout": b"hello\n", "shards/0/exit_code": b"0\n", "shards/0/outputs/é 日+%?#.csv": b"1"}
+
+
+@pytest.fixture
+def result(tmp_path) -> Iterator[Published]:
+    with contextlib.closing(BlockStore(tmp_path / "store")) as store:
+        files = []
+        made = S3Publisher(store, files=lambda root: files, folder=tmp_path / "work", profile="unixfs-v0-2015")
+        yield Published(made, store, files)
+
+
+def test_it_claims_s3_only(result):
+    assert result.publisher.claims("s3://b/p")
+    assert not any(map(result.publisher.claims, ("store", "ipfs", "gs://b", "local:/x", "s3")))
+
+
+@pytest.mark.parametrize("prefix", ["", "/", "/p/q", "/p/q/"])
+async def test_a_result_is_published_as_files_and_a_manifest(result, bucket, prefix):
+    result.holds(RESULT | {"shards/1/outputs/large": os.urandom(10_000_000)})
+    result.files.append(("shards/1/outputs/empty/", "cid", 0))
+    urls = await result.to(f"s3://{bucket.name}{prefix}")
+    base = f"{prefix.strip('/')}/{JOB}".lstrip("/")
+    assert urls == (f"s3://{bucket.name}/{base}/", f"s3://{bucket.name}/{base}/manifest.json")
+    there = bucket.read()
+    manifest = json.loads(there.pop(f"{base}/manifest.json"))
+    assert (manifest["job"], manifest["root"], manifest["profile"]) == (JOB, ROOT, "unixfs-v0-2015")
+    assert there == {f"{base}/{path}": result.store.read(cid) for path, cid, _ in result.files[:-1]}
+    assert [tuple(one.values()) for one in manifest["files"]] == result.files[:-1]
+
+
+async def test_what_is_large_goes_up_in_parts(result, bucket):
+    result.holds({"large": bytes(20_000_000)})
+    await result.to(f"s3://{bucket.name}/p")
+    etag = bucket.s3.head_object(Bucket=bucket.name, Key=f"p/{JOB}/large")["ETag"]
+    assert etag.endswith('-3"')
+
+
+async def test_publishing_again_changes_nothing(result, bucket):
+    bucket.keep_versions()
+    result.holds(RESULT | {"large": os.urandom(10_000_000)})
+    first = await result.to(f"s3://{bucket.name}")
+    assert await result.to(f"s3://{bucket.name}") == first
+    versions = bucket.s3.list_object_versions(Bucket=bucket.name)["Versions"]
+    assert sorted(one["Key"] for one in versions) == sorted(bucket.read())
+
+
+async def test_publishing_goes_on_where_it_broke_off(result, bucket):
+    result.holds(RESULT | {"large": os.urandom(10_000_000)})
+    await result.to(f"s3://{bucket.name}")
+    whole = bucket.read()
+    bucket.delete(f"{JOB}/manifest.json", f"{JOB}/large", f"{JOB}/shards/0/stdout")
+    await result.to(f"s3://{bucket.name}")
+    assert bucket.read() == whole
+
+
+@pytest.mark.parametrize("size", [4, 10_000_000])
+@pytest.mark.parametrize("other", ["same size", "shorter", "longer"])
+async def test_a_foreign_object_in_the_way_is_never_overwritten_and_told(result, bucket, size, other):
+    ours = bytes(size)
+    theirs = {"same size": ours[:-1] + b"\1", "shorter": ours[:-1], "longer": ours + b"\0"}[other]
+    result.holds({"x": ours})
+    bucket.put({f"p/{JOB}/x": theirs})
+    with pytest.raises(SpecError, match=f"s3://{bucket.name}/p/{JOB}/x is there already, with other bytes"):
+        await result.to(f"s3://{bucket.name}/p")
+    assert bucket.read() == {f"p/{JOB}/x": theirs}
+
+
+async def test_another_result_of_the_same_job_is_told_by_its_manifest(result, bucket):
+    result.holds(RESULT)
+    await result.to(f"s3://{bucket.name}")
+    result.files.pop()
+    with pytest.raises(SpecError, match=r"manifest\.json is there already"):
+        await result.to(f"s3://{bucket.name}")
+
+
+async def test_a_name_that_can_not_be_a_key_is_told_before_anything_is_written(result, bucket):
+    result.holds(RESULT | {"shards/0/outputs/a\nb": b"1"})
+    with pytest.raises(SpecError, match=r"outputs/a\\nb' of the result can't be a key"):
+        await result.to(f"s3://{bucket.name}")
+    assert bucket.read() == {}
+
+
+async def test_a_check_leaves_nothing_behind(result, bucket):
+    await result.publisher.check(f"s3://{bucket.name}/some/prefix")
+    assert bucket.read() == {}
+
+
+@pytest.mark.parametrize(
+    ("target", "variable", "match"),
+    [
+        ("s3://nowhere-to-be-found/p", "", "there is no bucket 'nowhere-to-be-found'"),
+        ("s3://{}/p", "AWS_SECRET_ACCESS_KEY", "refuses this machine's credentials .*AWS_ACCESS_KEY_ID"),
+        ("s3://{}/p", "AWS_ACCESS_KEY_ID", "refuses this machine's credentials .*AWS_ACCESS_KEY_ID"),
+        ("s3://{}//p", "", "can't be a path"),
+        ("s3:///p", "", "does not name a bucket"),
+    ],
+)
+async def test_what_could_not_be_published_is_told_before_the_job(result, bucket, monkeypatch, target, variable, match):
+    if variable:
+        monkeypatch.setenv(variable, "wrong")
+    result.holds(RESULT)
+    with pytest.raises(SpecError, match=match):
+        await result.publisher.check(target.format(bucket.name))
+    with pytest.raises(SpecError, match=match):
+        await result.to(target.format(bucket.name))

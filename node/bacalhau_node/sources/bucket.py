@@ -17,14 +17,14 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 from weakref import WeakValueDictionary
 
-from bacalhau_node.buckets import Buckets, Place, claims, explained, parse, public_url, unsigned
+from bacalhau_node.buckets import Buckets, Place, answered, claims, explained, parse, public_url, together, unsigned
 from bacalhau_node.errors import BugError, ContentError, SpecError
 from bacalhau_node.fetched import Fetched
 from bacalhau_node.literals import nearest
@@ -106,7 +106,7 @@ class BucketSource:
                     if self._known(reference) is None:
                         await self._bring(entry, reference, told)
 
-        await _together(work() for _ in range(min(REQUESTS, len(missing))))
+        await together(work, min(REQUESTS, len(missing)))
 
     def open(self, reference: Reference, *, scratch: Path) -> Path:
         """The store's own file where it has one, else one written to `scratch` (once for each CID)."""
@@ -142,7 +142,7 @@ class BucketSource:
             return UrlRef(public_url(place), version, reference.sha256)
         store = self._buckets.open(place)
         signing = obstore.sign_async(store, "GET", place.key, timedelta(seconds=seconds))
-        return UrlRef(await _answered(place, signing), version, reference.sha256)
+        return UrlRef(await answered(place, signing), version, reference.sha256)
 
     def _known(self, reference: UrlRef) -> str | None:
         """The CID of what is here already."""
@@ -177,7 +177,7 @@ class BucketSource:
 
         try:
             _make(path, entry.size)
-            await _together(work() for _ in range(PARTS))
+            await together(work, PARTS)
             return await asyncio.to_thread(lambda: self._content.add_path(path, move=True))
         except OSError as error:
             raise ContentError(f"{place} can't be written to {path.parent}: {error.strerror or error}") from error
@@ -186,8 +186,6 @@ class BucketSource:
 
     async def _part(self, place: Place, reference: UrlRef, size: int, between: tuple[int, int] | None) -> bytes:
         """The object, or the bytes of it between two offsets, in its listed state."""
-        import obstore  # noqa: PLC0415 - only who uses buckets has it
-
         version, etag = _pins(reference)
         options: GetOptions = {"if_match": etag}
         if version is not None:
@@ -195,15 +193,16 @@ class BucketSource:
         if between is not None:
             options["range"] = between
         async with self._room:
-            try:
-                store = self._buckets.open(place)
-                answer = await _answered(place, obstore.get_async(store, place.key, options=options))
-                data = bytes(await _answered(place, answer.bytes_async()))
-            except SpecError as error:  # settings that have changed since the listing
-                raise ContentError(str(error)) from error
+            data = await _answered(place, self._get(place, options))
         if len(data) != size:
             raise ContentError(f"{place} has {len(data)} bytes in place of {size}: {_CHANGED}")
         return data
+
+    async def _get(self, place: Place, options: GetOptions) -> bytes:
+        import obstore  # noqa: PLC0415 - only who uses buckets has it
+
+        answer = await obstore.get_async(self._buckets.open(place), place.key, options=options)
+        return bytes(await answer.bytes_async())
 
 
 # --- listing ---
@@ -315,27 +314,16 @@ def _asked(place: Place, ask: Callable[[], _T], *, but: tuple[type[Exception], .
 
 async def _answered(place: Place, answer: Awaitable[_T]) -> _T:
     """What came for an object that was listed; a `ContentError` tells what is the matter with it now."""
-    from obstore.exceptions import BaseError, PreconditionError  # noqa: PLC0415 - only who uses buckets has it
+    from obstore.exceptions import PreconditionError  # noqa: PLC0415 - only who uses buckets has it
 
     try:
-        return await answer
+        return await answered(place, answer, but=(PreconditionError, FileNotFoundError))
     except PreconditionError as error:
         raise ContentError(f"{shown(str(place))}: {_CHANGED}") from error
-    except (BaseError, OSError) as error:
-        known = explained(error, place)
-        if isinstance(error, FileNotFoundError) and not isinstance(known, SpecError):
-            raise ContentError(f"{shown(str(place))} is gone: it was removed after the job was planned") from error
-        raise ContentError(str(known)) from error
-
-
-async def _together(work: Iterable[Coroutine[Any, Any, None]]) -> None:
-    """Run all at once; the first failure ends the others and is raised as it is."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            for one in work:
-                group.create_task(one)
-    except ExceptionGroup as failed:
-        raise failed.exceptions[0] from failed.exceptions[0].__cause__
+    except FileNotFoundError as error:
+        raise ContentError(f"{shown(str(place))} is gone: it was removed after the job was planned") from error
+    except SpecError as error:  # settings that have changed since the listing
+        raise ContentError(str(error)) from error
 
 
 def _reference(entry: Entry) -> UrlRef:
