@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import hashlib
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 
@@ -10,21 +11,32 @@ import pytest
 from bacalhau_node.errors import BugError, ContentError, NodeUnreachable, SpecError
 from bacalhau_node.ports import Packet, Transport
 from bacalhau_node.protocol.events import LinkDown, LinkUp
-from bacalhau_node.transports import memory
+from bacalhau_node.transports.libp2p import LibP2PTransport
 from bacalhau_node.transports.memory import MemoryHub, MemoryTransport
 
 Join = Callable[[str], Awaitable[Transport]]
-DEADLINE = 5
+DEADLINE = 10
 
 
-@pytest.fixture(params=["memory"])
-async def join() -> AsyncIterator[Join]:
-    """Makes nodes that can reach each other; all are closed at the end."""
+@pytest.fixture(params=["memory", "libp2p", "in-process"])
+async def join(request) -> AsyncIterator[Join]:
+    """Makes nodes that can reach each other, over sockets or within this process; all are closed at the end."""
     hub, made = MemoryHub(), []
 
+    async def open_one(name: str) -> Transport:
+        if request.param == "memory":
+            return MemoryTransport(hub, name)
+        inside = request.param == "in-process"
+        listen = [] if inside else ["/ip4/127.0.0.1/tcp/0"]
+        return await LibP2PTransport.open(hashlib.sha256(name.encode()).digest(), listen=listen, in_process=inside)
+
     async def one(name: str) -> Transport:
-        made.append(MemoryTransport(hub, name))
-        return made[-1]
+        new = await open_one(name)
+        for other in made:
+            other.learn(new.node, new.addresses())
+            new.learn(other.node, other.addresses())
+        made.append(new)
+        return new
 
     yield one
     for transport in made:
@@ -66,24 +78,24 @@ async def settled() -> None:
 
 async def test_bytes_arrive_as_they_are_with_their_author(join):
     one, two = await join("n-one"), await join("n-two")
-    await one.send("n-two", b"\x00\xffdata")
-    assert await read(two, 1) == [("n-one", b"\x00\xffdata")]
+    await one.send(two.node, b"\x00\xffdata")
+    assert await read(two, 1) == [(one.node, b"\x00\xffdata")]
 
 
 async def test_both_directions_and_three_nodes(join):
     one, two, three = await join("n-one"), await join("n-two"), await join("n-three")
-    await two.send("n-one", b"from two")
-    await three.send("n-one", b"from three")
-    await one.send("n-three", b"from one")
-    assert sorted(await read(one, 2)) == [("n-three", b"from three"), ("n-two", b"from two")]
-    assert await read(three, 1) == [("n-one", b"from one")]
+    await two.send(one.node, b"from two")
+    await three.send(one.node, b"from three")
+    await one.send(three.node, b"from one")
+    assert sorted(await read(one, 2)) == sorted([(three.node, b"from three"), (two.node, b"from two")])
+    assert await read(three, 1) == [(one.node, b"from one")]
 
 
 async def test_an_empty_and_a_large_message_arrive(join):
     one, two = await join("n-one"), await join("n-two")
     large = bytes(4 * 1024 * 1024)
-    await one.send("n-two", b"")
-    await one.send("n-two", large)
+    await one.send(two.node, b"")
+    await one.send(two.node, large)
     assert sorted(data for _, data in await read(two, 2)) == [b"", large]
 
 
@@ -93,22 +105,22 @@ async def test_each_message_arrives_at_most_once_whoever_sends_at_the_same_time(
     sent = [(sender, b"%d" % number) for sender in senders for number in range(100)]
     async with asyncio.TaskGroup() as group:
         for sender, data in sent:
-            group.create_task(sender.send("n-reader", data))
+            group.create_task(sender.send(reader.node, data))
         got = await read(reader, len(sent))
     assert Counter(got) == Counter((sender.node, data) for sender, data in sent)
 
 
 async def test_what_was_sent_before_anybody_read_is_there(join):
     one, two = await join("n-one"), await join("n-two")
-    await one.send("n-two", b"early")
+    await one.send(two.node, b"early")
     await settled()
-    assert await read(two, 1) == [("n-one", b"early")]
+    assert await read(two, 1) == [(one.node, b"early")]
 
 
 async def test_reading_goes_on_where_the_last_reader_stopped(join):
     one, two = await join("n-one"), await join("n-two")
     for number in range(3):
-        await one.send("n-two", b"%d" % number)
+        await one.send(two.node, b"%d" % number)
     first, rest = await read(two, 1), await read(two, 2)
     assert sorted(data for _, data in first + rest) == [b"0", b"1", b"2"]
 
@@ -119,8 +131,8 @@ async def test_a_reader_that_is_cancelled_loses_nothing(join):
     await settled()
     reading.cancel()
     await asyncio.wait([reading])
-    await one.send("n-two", b"later")
-    assert await read(two, 1) == [("n-one", b"later")]
+    await one.send(two.node, b"later")
+    assert await read(two, 1) == [(one.node, b"later")]
 
 
 async def test_the_reader_ends_when_its_transport_is_closed(join):
@@ -207,41 +219,38 @@ async def test_a_node_that_is_not_there_is_told(join):
     with pytest.raises(NodeUnreachable, match="n-nobody"):
         await one.send("n-nobody", b"")
     await two.close()
-    with pytest.raises(NodeUnreachable, match="n-two"):
-        await one.send("n-two", b"")
+    with pytest.raises(NodeUnreachable, match=two.node):
+        await one.send(two.node, b"")
 
 
 async def test_a_closed_transport_sends_nothing_and_closes_twice(join):
-    one, _ = await join("n-one"), await join("n-two")
+    one, two = await join("n-one"), await join("n-two")
     await one.close()
     await one.close()
-    with pytest.raises(NodeUnreachable, match="n-one"):
-        await one.send("n-two", b"")
+    with pytest.raises(NodeUnreachable, match=one.node):
+        await one.send(two.node, b"")
     assert [arrival async for arrival in one.received()] == []
 
 
 async def test_a_slow_reader_makes_its_senders_wait_and_loses_nothing(join):
-    one, two, many = await join("n-one"), await join("n-two"), 5_000
-    sent = 0
+    one, two, many = await join("n-one"), await join("n-two"), 2_500
 
     async def flood() -> None:
-        nonlocal sent
         for number in range(many):
-            await one.send("n-two", b"%d" % number)
-            sent += 1
+            await one.send(two.node, number.to_bytes(2, "big") + bytes(20_000))
 
     flooding = asyncio.create_task(flood())
-    await settled()
-    assert 0 < sent < many
+    done, _ = await asyncio.wait([flooding], timeout=0.5)
+    assert not done
     got = await read(two, many)
     await asyncio.wait_for(flooding, DEADLINE)
-    assert {int(data) for _, data in got} == set(range(many))
+    assert {int.from_bytes(data[:2], "big") for _, data in got} == set(range(many))
 
 
 async def test_closing_a_full_inbox_lets_every_sender_go(join):
     one, two = await join("n-one"), await join("n-two")
-    waiting = [asyncio.create_task(one.send("n-two", b"x")) for _ in range(memory.INBOX + 50)]
-    await settled()
+    waiting = [asyncio.create_task(one.send(two.node, bytes(20_000))) for _ in range(2_500)]
+    await asyncio.wait(waiting, timeout=0.3)
     await two.close()
     done, still = await asyncio.wait(waiting, timeout=DEADLINE)
     assert not still
