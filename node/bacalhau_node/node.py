@@ -15,6 +15,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -41,8 +42,9 @@ from bacalhau_node.protocol import events as ev
 from bacalhau_node.protocol.compute import Compute
 from bacalhau_node.protocol.requester import Requester
 from bacalhau_node.publishers import publisher_for
+from bacalhau_node.publishers.s3 import S3Publisher
 from bacalhau_node.publishers.store import StorePublisher
-from bacalhau_node.results import ResultSource
+from bacalhau_node.results import ResultSource, shards
 from bacalhau_node.retention import Retention
 from bacalhau_node.reuse import equal_job, obstacle
 from bacalhau_node.runner import Runner
@@ -53,6 +55,9 @@ from bacalhau_node.spec import InputSource, JobSpec, PythonCell
 from bacalhau_node.transports.memory import MemoryHub, MemoryTransport
 
 log = logging.getLogger(__name__)
+
+PROFILE = "unixfs-v0-2015"
+"""How files become blocks here: as an unconfigured kubo makes them, so that CIDs are equal."""
 
 PROBE_AGAIN = 5.0
 """Seconds after which a submission asks again which executors work (a daemon may have gone or come)."""
@@ -100,7 +105,8 @@ class Node:
         self._fetched = Fetched(folder.store)
         buckets = BucketSource(content, fetched=self._fetched, folder=folder.path / "work")
         self._sources: tuple[Source, ...] = (LocalSource(), ResultSource(content, files), files, buckets)
-        self._publishers: tuple[Publisher, ...] = (StorePublisher(),)
+        to_s3 = S3Publisher(content, files=partial(shards, content), folder=folder.path / "work", profile=PROFILE)
+        self._publishers: tuple[Publisher, ...] = (StorePublisher(), to_s3)
         self._layers = Layers(folder.root / "layers")
         self._keeping = Keeping(folder.node, content)
         self._runner = Runner(
@@ -356,7 +362,7 @@ async def open_node(
         undo.callback(folder.close)
         journal = SqliteJournal(folder.path / "journal.sqlite")
         undo.callback(journal.close)
-        content = BlockStore(folder.store)
+        content = BlockStore(folder.store, profile=PROFILE)
         undo.callback(content.close)
         transport = MemoryTransport(MemoryHub(), folder.node)
         undo.push_async_callback(transport.close)
