@@ -37,7 +37,7 @@ from bacalhau_node.keeping import Keeping
 from bacalhau_node.layers.store import Layers
 from bacalhau_node.masking import Secrets
 from bacalhau_node.plan import JobPlan, make_plan, read_blocks, store_plan
-from bacalhau_node.ports import Capabilities, ContentStore, Executor, Journal, Publisher, Source, Transport
+from bacalhau_node.ports import Access, Capabilities, ContentStore, Executor, Journal, Publisher, Source, Transport
 from bacalhau_node.protocol import events as ev
 from bacalhau_node.protocol.compute import Compute
 from bacalhau_node.protocol.requester import Requester
@@ -48,10 +48,12 @@ from bacalhau_node.results import ResultSource, shards
 from bacalhau_node.retention import Retention
 from bacalhau_node.reuse import equal_job, obstacle
 from bacalhau_node.runner import Runner
+from bacalhau_node.sources.archive import Unpacker
 from bacalhau_node.sources.bucket import BucketSource
 from bacalhau_node.sources.ipfs import ContentSource
 from bacalhau_node.sources.local import LocalSource
-from bacalhau_node.spec import InputSource, JobSpec, PythonCell
+from bacalhau_node.sources.url import UrlSource
+from bacalhau_node.spec import OWNER_LABEL, InputSource, JobSpec, PythonCell
 from bacalhau_node.transports.memory import MemoryHub, MemoryTransport
 
 log = logging.getLogger(__name__)
@@ -104,7 +106,11 @@ class Node:
         files = ContentSource(content)
         self._fetched = Fetched(folder.store)
         buckets = BucketSource(content, fetched=self._fetched, folder=folder.path / "work")
-        self._sources: tuple[Source, ...] = (LocalSource(), ResultSource(content, files), files, buckets)
+        url = partial(UrlSource, content, fetched=self._fetched, folder=folder.path / "work")
+        others: tuple[Source, ...] = (LocalSource(), ResultSource(content, files), files, buckets)
+        self._sources: tuple[Source, ...] = (url(own=True), *others)
+        self._sources_for_others: tuple[Source, ...] = (url(own=False), *others)
+        self._unpacker = Unpacker(content, folder=folder.path / "work")
         to_s3 = S3Publisher(content, files=partial(shards, content), folder=folder.path / "work", profile=PROFILE)
         self._publishers: tuple[Publisher, ...] = (StorePublisher(), to_s3)
         self._layers = Layers(folder.root / "layers")
@@ -176,7 +182,10 @@ class Node:
     async def plan(self, spec: JobSpec) -> JobPlan:
         """List and split the inputs of `spec`; raises `SpecError` when its result could not go where it is to."""
         await publisher_for(self._publishers, spec.publish).check(spec.publish)
-        return await asyncio.to_thread(make_plan, spec, self._sources, slots=self.slots)
+        own = OWNER_LABEL not in spec.labels
+        sources = self._sources if own else self._sources_for_others
+        unpack = partial(self._unpacker.list, access=Access(own=own))
+        return await asyncio.to_thread(make_plan, spec, sources, slots=self.slots, unpack=unpack)
 
     async def submit(
         self, spec: JobSpec, *, created: float, secrets: Mapping[str, str], job: JobId | None = None

@@ -8,15 +8,35 @@ names one CID for each shard, and a node reads only the blocks of the shards tha
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final, Protocol
 
 import msgspec
 
 from bacalhau_node import dagjson
 from bacalhau_node.content.records import read_root, seal
-from bacalhau_node.errors import ContentError, SpecError
+from bacalhau_node.errors import BugError, ContentError, SpecError
 from bacalhau_node.ports import ContentStore, Source
-from bacalhau_node.sharding import Entry, check_places, chunks, mounts, plan_block, read_block, select, split
+from bacalhau_node.sharding import (
+    Doubtful,
+    Entry,
+    Unit,
+    check_places,
+    chunks,
+    mounts,
+    plan_block,
+    read_block,
+    select,
+    split,
+)
 from bacalhau_node.spec import InputSource, JobSpec
+
+
+LISTED_AT_ONCE: Final = 8
+"""Inputs that are listed at the same time: each may wait for a server."""
+
+REASONS: Final = 20
+"""Of so many entries that could not be looked at an error says why."""
 
 
 class PlannedShard(msgspec.Struct, frozen=True):
@@ -41,16 +61,29 @@ class StoredPlan(msgspec.Struct, frozen=True):
     blocks: tuple[str, ...]
 
 
-def make_plan(spec: JobSpec, sources: Sequence[Source], *, slots: int) -> JobPlan:
-    """List the inputs and split them. Blocks on disks; raises `SpecError` and `ContentError`."""
+class Unpack(Protocol):
+    """Lists an input with `unpack`: what is in archives in their place."""
+
+    def __call__(self, listed_by: Source, source: InputSource, *, index: int) -> list[Entry]:
+        """The entries; from a thread."""
+        ...
+
+
+def make_plan(spec: JobSpec, sources: Sequence[Source], *, slots: int, unpack: Unpack | None = None) -> JobPlan:
+    """List the inputs and split them. Blocks on disks and servers; raises `SpecError` and `ContentError`.
+
+    What could not be looked at gets its place in a shard, which tries again: unless there is nothing else.
+    """
     mounts(spec)  # clashes of mounts are told before anything is listed
-    listed = _list_all(spec.inputs, sources)
-    shared = [entry for entry in _list_all(spec.shared, sources) if not entry.path.endswith("/")]
+    listed = _list_all(spec.inputs, sources, unpack)
+    shared = [entry for entry in _list_all(spec.shared, sources, unpack) if not entry.path.endswith("/")]
     units = select(listed, spec.globs)
+    doubts = _doubts(units, shared)
+    units = [tuple(map(_settled, unit)) for unit in units] if doubts else units
     shards, notes = split(units, spec.sharding, slots=slots, with_inputs=bool(spec.inputs))
     check_places(spec, (entry for entries in shards for entry in entries), shared)
     planned = tuple(PlannedShard(entries, sum(entry.size for entry in entries)) for entries in shards)
-    return JobPlan(planned, tuple(shared), tuple(notes))
+    return JobPlan(planned, tuple(shared), (*notes, *doubts))
 
 
 def store_plan(plan: JobPlan, content: ContentStore) -> StoredPlan:
@@ -104,12 +137,47 @@ def _linked(content: ContentStore, node: dict[str, object], name: str) -> tuple[
     return tuple(entry for part in parts for entry in part)
 
 
-def _list_all(inputs: Sequence[InputSource], sources: Sequence[Source]) -> list[Entry]:
-    return [entry for index, source in enumerate(inputs) for entry in _list(source, index, sources)]
+def _doubts(units: Sequence[Unit], shared: Sequence[Entry]) -> tuple[str, ...]:
+    """A sentence about what could not be looked at; raises `ContentError` where no shard could do without."""
+    needed = [entry.problem for entry in shared if isinstance(entry, Doubtful)]
+    entries = [entry for unit in units for entry in unit]
+    problems = [entry.problem for entry in entries if isinstance(entry, Doubtful)]
+    if needed or (problems and len(problems) == len(entries)):
+        raise ContentError(_reasons(needed or problems, "\n"))
+    if not problems:
+        return ()
+    count = f"{len(problems)} of {len(entries)} files can't be looked at now, their shards try again"
+    return (f"{count}: {_reasons(problems, '; ')}",)
 
 
-def _list(source: InputSource, index: int, sources: Sequence[Source]) -> list[Entry]:
+def _reasons(problems: Sequence[str], between: str) -> str:
+    more = [f"and {len(problems) - REASONS} more"] if len(problems) > REASONS else []
+    return between.join([*problems[:REASONS], *more])
+
+
+def _settled(entry: Entry) -> Entry:
+    """What a plan keeps of an entry: a doubt was told once."""
+    if not isinstance(entry, Doubtful):
+        return entry
+    return Entry(entry.path, entry.reference, entry.size, entry.source)
+
+
+def _list_all(inputs: Sequence[InputSource], sources: Sequence[Source], unpack: Unpack | None) -> list[Entry]:
+    """All entries in the order of the inputs; the first input that fails is told, whatever comes first in time."""
+    if len(inputs) < 2:
+        return [entry for index, source in enumerate(inputs) for entry in _list(source, index, sources, unpack)]
+    with ThreadPoolExecutor(LISTED_AT_ONCE) as pool:
+        listed = [pool.submit(_list, source, index, sources, unpack) for index, source in enumerate(inputs)]
+        return [entry for future in listed for entry in future.result()]
+
+
+def _list(source: InputSource, index: int, sources: Sequence[Source], unpack: Unpack | None) -> list[Entry]:
     for candidate in sources:
-        if candidate.claims(source.source):
+        if not candidate.claims(source.source):
+            continue
+        if not source.unpack:
             return candidate.list(source, index=index)
+        if unpack is None:
+            raise BugError(f"nobody here unpacks {source.source}")
+        return unpack(candidate, source, index=index)
     raise SpecError(f"--input {source.source}: no source of this node reads it; its extras may not be installed")

@@ -40,8 +40,8 @@ from bacalhau_node.ports import (
 )
 from bacalhau_node.protocol.events import Event, ExecutionStarted, JobSealed, Keep, Run, Seal
 from bacalhau_node.publishers import publish
-from bacalhau_node.sharding import Entry, LocalStamp, container_path, mounts, shown
-from bacalhau_node.spec import InputSource, JobSpec, PythonCell
+from bacalhau_node.sharding import ContentRef, Entry, LocalStamp, container_path, mounts, shown
+from bacalhau_node.spec import OWNER_LABEL, InputSource, JobSpec, PythonCell
 
 log = logging.getLogger(__name__)
 
@@ -180,7 +180,7 @@ class Runner:
         if job.problem is not None:
             return self._failed("environment", job.problem)
         entries, shared = read_shard(self._content, run.block)
-        access = Access(own=run.requester == self._node)
+        access = Access(own=run.requester == self._node and OWNER_LABEL not in run.spec.labels)
 
         def told(name: str, done: int, total: int | None, cid: str) -> None:
             progress(Transfer(run.execution, name, done, total, cid))
@@ -246,9 +246,11 @@ class Runner:
         self, entries: Sequence[Entry], sources: Sequence[InputSource], access: Access, told: Told
     ) -> None:
         """Have the entries brought to this machine, each by its source."""
-        for index, source in enumerate(sources):
-            if mine := [entry for entry in entries if entry.source == index]:
-                await self._source(source).fetch(mine, access=access, told=told)
+        found: dict[Source, list[Entry]] = {}
+        for entry in entries:
+            found.setdefault(self._source(sources[entry.source], entry), []).append(entry)
+        for source, mine in found.items():
+            await source.fetch(mine, access=access, told=told)
 
     def _open(
         self,
@@ -263,17 +265,21 @@ class Runner:
         for entry in entries:
             source = sources[entry.source]
             mount = container_path(targets[entry.source], source, entry)
-            path = _named(self._source(source).open(entry.reference, scratch=scratch), entry, scratch / "named", mount)
+            opened = self._source(source, entry).open(entry.reference, scratch=scratch)
+            path = _named(opened, entry, scratch / "named", mount)
             files.append(StagedFile(path=path, mount=mount, logical=entry.path, size=entry.size, shared=shared))
         return files
 
     def _check(self, entries: Sequence[Entry], sources: Sequence[InputSource]) -> None:
         for entry in entries:
-            self._source(sources[entry.source]).check(entry.reference)
+            self._source(sources[entry.source], entry).check(entry.reference)
 
-    def _source(self, source: InputSource) -> Source:
+    def _source(self, source: InputSource, entry: Entry) -> Source:
+        """Who brings an entry of this input; one by CID comes by its CID, whatever it was listed from (an archive)."""
+        reference = entry.reference
+        name = f"ipfs://{reference.cid}" if isinstance(reference, ContentRef) else source.source
         for candidate in self._sources:
-            if candidate.claims(source.source):
+            if candidate.claims(name):
                 return candidate
         raise ContentError(f"no source of this node opens {shown(source.source)}")
 

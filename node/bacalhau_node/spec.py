@@ -18,6 +18,9 @@ MAX_SHARDS = 100_000
 MAX_REPLICAS = 32
 """Bound on the executions of one shard (a guess: more could hardly agree any better)."""
 
+OWNER_LABEL = "bacalhau.owner"
+"""The label of a job of somebody else than the node's owner: the name of its key. Only a node sets it."""
+
 Isolation = Literal["container", "sandbox", "none"]
 ISOLATION_RANK: dict[str, int] = {"none": 0, "sandbox": 1, "container": 2}
 

@@ -22,10 +22,7 @@ from bacalhau_node.cid import Cid
 from bacalhau_node.errors import ContentError, NoCapacity, SpecError
 from bacalhau_node.ports import ContentStore
 from bacalhau_node.sharding import mounts
-from bacalhau_node.spec import ISOLATION_RANK, MAX_GPU_SHARE, InputSource, JobSpec, PythonCell
-
-OWNER_LABEL = "bacalhau.owner"
-"""The label that holds whose job it is: the name of its key, nothing for the node's owner."""
+from bacalhau_node.spec import ISOLATION_RANK, MAX_GPU_SHARE, OWNER_LABEL, InputSource, JobSpec, PythonCell
 
 BUNDLE_FILES = 10_000
 
@@ -139,8 +136,12 @@ def _check_names(spec: JobSpec) -> None:
 
 def _check_source(source: InputSource) -> None:
     text = source.source
-    if not text.startswith("ipfs://"):
-        raise SpecError(f"--input {text[:200]}: a node takes only ipfs://CID; its client uploads local files")
-    Cid.parse(text.removeprefix("ipfs://").partition("/")[0])
     if "\0" in text:
         raise SpecError("an input holds a null character")
+    if text.startswith(("http://", "https://")):
+        return  # whom it may ask is decided when it is asked
+    if not text.startswith("ipfs://"):
+        raise SpecError(
+            f"--input {text[:200]}: a node takes ipfs://CID and URLs (http, https); its client uploads local files"
+        )
+    Cid.parse(text.removeprefix("ipfs://").partition("/")[0])

@@ -89,8 +89,7 @@ class Selection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         sources = [source.source for source in (*spec.inputs, *spec.shared)]
         if not sources and not self.stateless:
             return "takes no jobs without inputs"
-        cids = [source.removeprefix("ipfs://").partition("/")[0] for source in sources]
-        missing = [cid for cid in cids if not content.has(cid)] if self.local_inputs else []
+        missing = [one for one in sources if not _is_here(one, content)] if self.local_inputs else []
         return f"takes only jobs over what it holds, and {missing[0]} is not here" if missing else None
 
 
@@ -155,6 +154,10 @@ class Probe:
             await process.wait()
         lines = printed.decode(errors="replace").strip().splitlines()
         return process.returncode or 0, lines[0][:_REASON] if lines else ""
+
+
+def _is_here(source: str, content: ContentStore) -> bool:
+    return source.startswith("ipfs://") and content.has(source.removeprefix("ipfs://").partition("/")[0])
 
 
 def _fits(name: str, patterns: tuple[str, ...]) -> bool:
