@@ -20,9 +20,12 @@ from pathlib import Path
 
 import msgspec
 
+from bacalhau_node.cid import Cid
 from bacalhau_node.content.blocks import BlockStore
 from bacalhau_node.content.gateway import Gateway
 from bacalhau_node.content.grants import Grants
+from bacalhau_node.content.piece import commit
+from bacalhau_node.content.walk import Want
 from bacalhau_node.engine import Engine
 from bacalhau_node.errors import BugError, ContentError, SpecError
 from bacalhau_node.executors.docker import DockerExecutor
@@ -42,6 +45,7 @@ from bacalhau_node.protocol import events as ev
 from bacalhau_node.protocol.compute import Compute
 from bacalhau_node.protocol.requester import Requester
 from bacalhau_node.publishers import publisher_for
+from bacalhau_node.publishers.filecoin import FilecoinPublisher
 from bacalhau_node.publishers.s3 import S3Publisher
 from bacalhau_node.publishers.store import StorePublisher
 from bacalhau_node.results import ResultSource, shards
@@ -112,7 +116,13 @@ class Node:
         self._sources_for_others: tuple[Source, ...] = (url(own=False), *others)
         self._unpacker = Unpacker(content, folder=folder.path / "work")
         to_s3 = S3Publisher(content, files=partial(shards, content), folder=folder.path / "work", profile=PROFILE)
-        self._publishers: tuple[Publisher, ...] = (StorePublisher(), to_s3)
+        filecoin = FilecoinPublisher(
+            folder.store / "pieces",
+            archive=lambda root: self.gateway.archive(Want(Cid.parse(root))),
+            commit=commit,
+            profile=PROFILE,
+        )
+        self._publishers: tuple[Publisher, ...] = (StorePublisher(), to_s3, filecoin)
         self._layers = Layers(folder.root / "layers")
         self._keeping = Keeping(folder.node, content)
         self._runner = Runner(

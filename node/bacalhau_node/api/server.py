@@ -24,6 +24,7 @@ from bacalhau_node.api.auth import Caller, Keys, foreign
 from bacalhau_node.api.content import Content
 from bacalhau_node.api.gateway import GatewayRoutes
 from bacalhau_node.api.jobs import CALLER, Jobs
+from bacalhau_node.api.piece import Pieces
 from bacalhau_node.api.selection import NO_RULES, Selection
 from bacalhau_node.client import LocalClient
 from bacalhau_node.errors import NodeUnreachable, SpecError
@@ -34,8 +35,8 @@ KEEPALIVE: Final = 30.0
 
 BACKLOG: Final = 128
 
-OPEN: Final = frozenset(("/health", "/ready", "/ipfs/{cid}", "/ipfs/{cid}/{path}"))
-"""Routes that need no key. Those of the gateway look at rights themselves."""
+OPEN: Final = frozenset(("/health", "/ready", "/ipfs/{cid}", "/ipfs/{cid}/{path}", "/piece/{cid}"))
+"""Routes that need no key. Those of the gateway look at rights themselves; pieces are there to be pulled by anybody."""
 
 _CLOSE_SECONDS = 2.0
 
@@ -58,7 +59,10 @@ class ApiServer:
         app = web.Application(middlewares=[_counted, errors, self._guarded])
         app[TRAFFIC] = self._traffic = metrics.Traffic()
         gateway = GatewayRoutes(client.node.gateway, client.node.content, self._keys)
-        app.add_routes([*self._jobs.routes(), *Content(client).routes(), *gateway.routes(), *self._routes()])
+        pieces = Pieces(client.node.folder.store / "pieces")
+        for part in (self._jobs, Content(client), gateway, pieces):
+            app.add_routes(part.routes())
+        app.add_routes(self._routes())
         self._runner = web.AppRunner(
             app,
             access_log=None,
