@@ -31,7 +31,6 @@ from bacalhau_node.sharding import (
 )
 from bacalhau_node.spec import InputSource, JobSpec
 
-
 LISTED_AT_ONCE: Final = 8
 """Inputs that are listed at the same time: each may wait for a server."""
 

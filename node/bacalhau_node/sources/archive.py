@@ -203,6 +203,7 @@ class _Counting:
 
 
 def _tar(stream: _Counting, name: str) -> Iterator[Member]:
+    stream.header = MAX_HEADER
     with tarfile.open(fileobj=stream, mode="r|", bufsize=64 << 10, errorlevel=2) as tar:  # type: ignore[call-overload]
         while True:
             stream.header = stream.count + MAX_HEADER

@@ -162,7 +162,8 @@ class _Download:
                 had, before = before, self._part.size
                 failures = 1 if before - had >= self._limits.step else failures + 1
                 if failures >= self._limits.attempts:
-                    raise ContentError(f"{error} ({failures} attempts, {before} bytes came)") from error
+                    came = f", {before} bytes came" if before else ""
+                    raise ContentError(f"{error} ({failures} attempts{came})") from error
             await asyncio.sleep(self._limits.pause * 2 ** (failures - 1))
             if not self._validator:
                 await self._part.start_again()
