@@ -220,7 +220,8 @@ class BlockStore:
 
     def collect(self, *, keep: int = 0) -> int:
         """Remove what is neither pinned nor held, least recently used first, until `keep` bytes are left."""
-        self.flush()
+        with suppress(ContentError):  # what is not written yet was used just now; a full disk is why room is made
+            self.flush()
         return self._collect(keep)
 
     def close(self) -> None:

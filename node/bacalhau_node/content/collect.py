@@ -36,7 +36,7 @@ from bacalhau_node.content.index import FRESH, Index, Node
 from bacalhau_node.content.intake import Files
 from bacalhau_node.content.schema import ADOPT
 from bacalhau_node.content.session import sweep
-from bacalhau_node.errors import ContentError
+from bacalhau_node.errors import ContentError, SpecError
 
 log = logging.getLogger(__name__)
 
@@ -159,16 +159,17 @@ class Collection:
             last = rows[-1][0]
 
     def _remove_files(self) -> None:
-        """Remove every file that no row names."""
+        """Remove every file of the store that no row names."""
         own = "SELECT 1 FROM block WHERE digest = ? AND data IS NULL AND file IS NULL"
         whole = "SELECT 1 FROM file WHERE root = ? AND path IS NULL"
-        for folder, query, key in (("blocks", own, bytes.fromhex), ("files", whole, _root)):
+        for folder, query, key in (("blocks", own, _digest), ("files", whole, _root)):
             paths = (self._files.folder / folder).glob("*/*")
             while batch := list(islice(paths, _PAGE)):
                 self._go_on()
                 with self._index.transaction() as db:
                     for path in batch:
-                        if not db.execute(query, (key(path.name),)).fetchone():
+                        name = key(path.name)
+                        if name is not None and db.execute(query, (name,)).fetchone() is None:
                             path.unlink(missing_ok=True)
 
 
@@ -220,8 +221,19 @@ def _delete(db: sqlite3.Connection, nodes: list[Node], marked: set[int], horizon
     db.executemany("DELETE FROM block WHERE digest = ? AND used < ?", digests)
 
 
-def _root(name: str) -> bytes:
-    return Cid.parse(name).binary
+def _digest(name: str) -> bytes | None:
+    """What a file in `blocks/` is named for; None for something else that lies there."""
+    try:
+        return bytes.fromhex(name)
+    except ValueError:
+        return None
+
+
+def _root(name: str) -> bytes | None:
+    try:
+        return Cid.parse(name).binary
+    except SpecError:
+        return None
 
 
 @contextlib.contextmanager
