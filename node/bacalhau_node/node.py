@@ -114,7 +114,7 @@ class Node:
         others: tuple[Source, ...] = (LocalSource(), ResultSource(content, files), files, buckets)
         self._sources: tuple[Source, ...] = (url(own=True), *others)
         self._sources_for_others: tuple[Source, ...] = (url(own=False), *others)
-        self._unpacker = Unpacker(content, folder=folder.path / "work")
+        self._unpacker = Unpacker(content, fetched=self._fetched, folder=folder.path / "work")
         to_s3 = S3Publisher(content, files=partial(shards, content), folder=folder.path / "work", profile=PROFILE)
         filecoin = FilecoinPublisher(
             folder.store / "pieces",

@@ -19,6 +19,7 @@ import pytest
 
 from bacalhau_node.content.blocks import BlockStore
 from bacalhau_node.errors import ContentError, SpecError
+from bacalhau_node.fetched import Fetched
 from bacalhau_node.ports import Access
 from bacalhau_node.sharding import ContentRef
 from bacalhau_node.sources import archive as module
@@ -214,10 +215,10 @@ def store(tmp_path: Path) -> Iterator[BlockStore]:
 
 
 async def listed(store: BlockStore, path: Path) -> dict[str, bytes | str]:
-    unpacker = Unpacker(store, folder=path.parent / "work", limits=QUICK)
-    source = InputSource(source=str(path), unpack=True)
-    call = lambda: unpacker.list(LocalSource(), source, index=3, access=Access())  # noqa: E731
-    entries = await asyncio.to_thread(call)
+    with contextlib.closing(Fetched(path.parent / "store")) as fetched:
+        unpacker = Unpacker(store, fetched=fetched, folder=path.parent / "work", limits=QUICK)
+        source = InputSource(source=str(path), unpack=True)
+        entries = await asyncio.to_thread(lambda: unpacker.list(LocalSource(), source, index=3, access=Access()))
     assert not list((path.parent / "work").iterdir())
     assert {entry.source for entry in entries} == {3}
     assert [entry.path for entry in entries] == sorted((entry.path for entry in entries), key=os.fsencode)
@@ -230,6 +231,16 @@ async def listed(store: BlockStore, path: Path) -> dict[str, bytes | str]:
 async def test_an_input_that_is_an_archive_is_the_folder_in_it_whatever_it_is_called(store, tmp_path):
     (tmp_path / "data").write_bytes(PACKED["tar.gz"]())
     assert await listed(store, tmp_path / "data") == FILES
+
+
+async def test_an_archive_is_unpacked_once_until_it_changes(store, tmp_path, monkeypatch):
+    times = []
+    monkeypatch.setattr(module, "unpack", lambda *args, **named: (times.append(args), unpack(*args, **named)))
+    for data in (PACKED["tar"](), PACKED["tar"](), PACKED["zip"]()):
+        if not times or data != (tmp_path / "x").read_bytes():
+            (tmp_path / "x").write_bytes(data)
+        assert await listed(store, tmp_path / "x") == FILES
+    assert len(times) == 2
 
 
 async def test_an_archive_in_a_folder_is_a_folder_with_its_name_and_other_files_stay(store, tmp_path):

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import IO, Final, Protocol
 
 from bacalhau_node.errors import ContentError, SpecError
+from bacalhau_node.fetched import Fetched
 from bacalhau_node.ports import Access, ContentStore, Source
 from bacalhau_node.sharding import ContentRef, Doubtful, Entry, shown
 from bacalhau_node.sources.limits import Limits
@@ -91,8 +92,8 @@ class Member:
 class Unpacker:
     """Lists inputs with `unpack`; made on the loop. `folder`: for members on their way, on the store's file system."""
 
-    def __init__(self, content: ContentStore, *, folder: Path, limits: Limits | None = None) -> None:
-        self._content, self._folder, self._limits = content, folder, limits or Limits()
+    def __init__(self, content: ContentStore, *, fetched: Fetched, folder: Path, limits: Limits | None = None) -> None:
+        self._content, self._fetched, self._folder, self._limits = content, fetched, folder, limits or Limits()
         self._loop = asyncio.get_running_loop()
 
     def list(self, listed_by: Source, source: InputSource, *, index: int, access: Access) -> list[Entry]:
@@ -107,7 +108,8 @@ class Unpacker:
             raise SpecError(f"--input {shown(source.source)}: unpack, but no file in it ends in {', '.join(SUFFIXES)}")
         if doubts := [entry.problem for entry in packed if isinstance(entry, Doubtful)]:
             raise ContentError("; ".join(doubts))
-        fetching = listed_by.fetch(packed, access=access, told=_nobody)
+        missing = [entry for entry in packed if self._known(entry) is None]
+        fetching = listed_by.fetch(missing, access=access, told=_nobody)
         asyncio.run_coroutine_threadsafe(fetching, self._loop).result()
         found = [entry for entry in entries if entry not in packed]
         for entry in packed:
@@ -115,6 +117,16 @@ class Unpacker:
         return sorted(found, key=lambda entry: os.fsencode(entry.path))
 
     def _members(self, source: Source, entry: Entry, below: str) -> Iterator[Entry]:
+        cid = self._known(entry) or self._unpack(source, entry)
+        for path, file, size in self._content.list(cid):
+            yield Entry(below + path, ContentRef(file), size, entry.source)
+
+    def _known(self, entry: Entry) -> str | None:
+        """The folder that this very archive was unpacked to."""
+        cid = self._fetched.recall(*_key(entry))
+        return cid if cid is not None and self._content.has(cid) else None
+
+    def _unpack(self, source: Source, entry: Entry) -> str:
         scratch = self._folder / f"unpack-{uuid.uuid4().hex}"
         scratch.mkdir(parents=True)
         try:
@@ -124,8 +136,13 @@ class Unpacker:
             cid = self._content.add_path(root, move=True)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-        for path, file, size in self._content.list(cid):
-            yield Entry(below + path, ContentRef(file), size, entry.source)
+        self._fetched.remember(*_key(entry), cid)
+        return cid
+
+
+def _key(entry: Entry) -> tuple[str, str]:
+    """What `Fetched` calls the folder in an archive."""
+    return f"unpack:{ascii(entry.reference)}", ""
 
 
 def _nobody(_name: str, _done: int, _total: int | None, _cid: str) -> None:
