@@ -44,18 +44,14 @@ _decoder = msgspec.msgpack.Decoder(NodeRecord)
 
 @dataclass(slots=True, frozen=True, eq=False, weakref_slot=True)
 class Held:
-    """A record that was verified. `key` and `stamp` are its node and version in a digest, 8 bytes each."""
+    """A record that was verified, of `node`. `key` and `stamp` are its node and version in a digest, 8 bytes each."""
 
+    node: NodeId
     record: NodeRecord
     signed: Signed
     key: bytes
     stamp: bytes
     packed: bytes
-
-    @property
-    def node(self) -> NodeId:
-        """Whose record it is."""
-        return self.record.node
 
     def beats(self, other: Held) -> bool:
         """Whether it takes the place of `other`; of two records with one version everybody keeps the same."""
@@ -104,7 +100,7 @@ class Archive:
     def _keep(self, record: NodeRecord, signed: Signed) -> Held:
         record = structs.replace(record, node=sys.intern(record.node))
         name, version = key(record.node), stamp(record.version)
-        held = self._opened[signed] = Held(record, signed, name, version, name + version)
+        held = self._opened[signed] = Held(record.node, record, signed, name, version, name + version)
         return held
 
 

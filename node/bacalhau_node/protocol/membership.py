@@ -7,19 +7,13 @@ proportion to the logarithm of the network's size; nothing is told to everybody,
 once views are full. A node that learns much at once (it has just joined, a partition has healed) compares every second,
 then ever more slowly.
 
-A node makes a new record when it says something new, at least `GAP` seconds after the last one and so seldom that
-nobody hears more than `RATE` records a second; otherwise every `LIFE` seconds, as a sign of life.
-
 **Joining.** `Join` names one node, or several. Whoever opens is sent a digest, which asks to be neighbours. A node with
 `high` neighbours answers with some nodes by lot and the word `parting`; the other hangs up and dials those. A node with
-less than `low` neighbours dials nodes of its view by lot until it has `target`; with nobody to dial it asks
-(`PeersWanted`), then it tries neighbours of its last life and the doors it was told of. A node whose view has grown by
-half dials one more: two networks that meet by one link become one mesh, not two with a bridge.
+less than `low` neighbours dials nodes of its view; with nobody to dial it asks for some (`PeersWanted`). A node whose
+view has grown by half dials one more: two networks that meet by one link become one mesh, not two with a bridge.
 
-**Death.** A node whose link breaks, that does not answer, or to which nothing can be sent, is a **suspect**, which has
-no room. It is dialled a few times; it is dead when nobody opens for `PATIENCE` seconds, and alive at once when it has a
-link or has made a record since. Nobody is told of a suspicion, as it would be slander; others find out themselves, or
-when the last record is stale. A dead neighbour's door is knocked at for good.
+**Death.** Nobody is told of a suspicion (`circle.py`), as it would be slander: those who deal with a node find out
+themselves that it is dead, all others when its last record is stale.
 
 **Misbehaviour.** A record that was not signed by its node, or is malformed, and a flood of messages end the link of
 whoever sent them, with a reason, and nobody listens to that node for ten minutes. An old record changes nothing. A
@@ -35,19 +29,17 @@ from typing import Final
 import msgspec
 from msgspec import structs
 
-from bacalhau_node.errors import BugError, ProtocolError
+from bacalhau_node.errors import ProtocolError
 from bacalhau_node.ids import NodeId
 from bacalhau_node.messages import Copy, Digest, Message, NodeRecord, PeersWanted, Records
 from bacalhau_node.protocol import events as ev
-from bacalhau_node.protocol.archive import Archive, Held, Sign, stamp
+from bacalhau_node.protocol.archive import Archive, Held, Sign
 from bacalhau_node.protocol.chance import Chance
-from bacalhau_node.protocol.doors import Doors
-from bacalhau_node.protocol.neighbours import FLOOD, FLOOD_TIME, Neighbours, Peer
-from bacalhau_node.protocol.view import LIFE, MAX_RECORDS, PASSABLE, View, checked
-
-GAP: Final = 10.0
-RATE: Final = 8.0
-"""Records a second that a node hears at most, however many nodes it knows (a guess: 1 % of a core in Python)."""
+from bacalhau_node.protocol.circle import Circle
+from bacalhau_node.protocol.circle import Settings as Settings
+from bacalhau_node.protocol.neighbours import FLOOD, FLOOD_TIME, Peer
+from bacalhau_node.protocol.own import OwnRecord, noticeable
+from bacalhau_node.protocol.view import MAX_RECORDS, PASSABLE, View, checked
 
 FAST: Final = 1.0
 """Seconds until the next comparison after one that brought much; doubled with each that doesn't."""
@@ -62,43 +54,10 @@ ANSWER: Final = 10.0
 """Seconds after which a digest counts as not answered; `STRIKES` of those in a row end a link."""
 
 STRIKES: Final = 3
-PATIENCE: Final = 10.0
-TRIES: Final = 3
-"""A suspect is dead when so many dials have failed within no less than `PATIENCE` seconds."""
-
-UNDIALABLE: Final = 120.0
-"""Seconds after which a suspect without addresses is dead: only it can dial, and its new record has to come around."""
-
-SOUGHT: Final = 300.0
-"""Seconds until a node that was dialled, to be a neighbour, is dialled for that again."""
-
-SWEEP: Final = 60.0
-FAREWELL: Final = 5.0
-"""Seconds until a link is closed that nobody needs: what was sent last should arrive."""
-
-FUTURE: Final = 24 * 3600 * 10**9
-"""Nanoseconds: a clock that is wrong by a time zone is still believed."""
-
 REMEMBERED: Final = 50
 """Addresses that are worth remembering for the next life."""
 
-GROWN: Final = 8
-"""Views smaller than this are meshed anyway."""
-
 SOON: Final = 0.05
-
-
-class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """How many neighbours: fewer than `low` are too few, `target` is aimed at, more than `high` are not taken.
-
-    `view`: so many nodes are known at most. `period`: seconds between comparisons, drawn from this range.
-    """
-
-    low: int = 3
-    target: int = 5
-    high: int = 12
-    view: int = 1024
-    period: tuple[float, float] = (20.0, 30.0)
 
 
 class Entry(msgspec.Struct, frozen=True):
@@ -128,28 +87,24 @@ class Membership:
         settings: Settings | None = None,
     ) -> None:
         self.node, self.settings = record.node, settings or Settings()
-        self._archive, self._sign, self._chance = archive, sign, Chance(seed)
-        self._epoch, self._start, self._now = epoch_ns, now, now
-        self._out: list[ev.Effect] = []
-        self._described, self._changed, self._floor, self._clashes = record, False, 0, 0
-        self._others, self._doors = Neighbours(), Doors(self._chance)
-        own = archive.own(structs.replace(record, version=max(1, epoch_ns), neighbours=()), sign)
-        self.view = View(own, now, bound=self.settings.view, chance=self._chance)
-        self._pause, self._compare_at, self._sweep_at = FAST, now + FAST, now + SWEEP
-        self._life = LIFE * self._chance.between(0.8, 1.0)
-        self._farewells: dict[NodeId, float] = {}
-        self._sought: dict[NodeId, float] = {}
-        self._remembered: list[str] = []
-        self._asked_for_peers, self._grown, self._armed = now - SWEEP, GROWN, float("inf")
+        self._archive, self._chance = archive, Chance(seed)
+        self._own = OwnRecord(record, archive=archive, sign=sign, chance=self._chance, epoch_ns=epoch_ns, now=now)
+        self.view = View(self._own.held, now, bound=self.settings.view, chance=self._chance)
+        self._circle = Circle(self.view, settings=self.settings, chance=self._chance, now=now)
+        self._others = self._circle.others
+        self._now, self._pause, self._compare_at = now, FAST, now + FAST
+        self._asked_for_peers, self._armed = float("-inf"), float("inf")
         self._left = False
 
     def step(self, event: ev.Event, now: float) -> list[ev.Effect]:
         """Take note of what happened, and say what to do. The first event is `Join`."""
-        self._now, self._out = now, []
+        self._now = self._circle.now = now
+        out = self._circle.out = []
         if not self._left:
             self._handle(event)
+            self._own.changed, self._circle.moved = self._own.changed or self._circle.moved, False
             self._arm()
-        return self._out
+        return out
 
     # --- what others may ask; nothing changes ---
 
@@ -169,14 +124,13 @@ class Membership:
 
     def nodes(self) -> Iterator[ev.NodeSeen]:
         """Every known node as a requester is told of it, for one that begins now."""
-        for held in self.view.held.values():
-            yield self._seen(held)
+        return map(self._circle.seen, self.view.held.values())
 
     def entries(self, now: float) -> Iterator[Entry]:
         """This node and every known one, for people."""
-        yield Entry(self.view.own.record, "self", now - self.view.made)
+        yield Entry(self._own.held.record, "self", now - self._own.made)
         for node, held in self.view.held.items():
-            yield Entry(held.record, self._state(node), self.view.age(node, now))
+            yield Entry(held.record, self._circle.state(node), self.view.age(node, now))
 
     def peers(self) -> tuple[str, ...]:
         """Addresses worth remembering for `Join.remembered`: those of neighbours, then of others."""
@@ -186,20 +140,7 @@ class Membership:
 
     def check(self) -> None:
         """Raise `BugError` if a rule of the machine is broken."""
-        view, others = self.view, self._others
-        near = others.near
-        rules = {
-            "a view is within its bound": len(view.held) <= view.bound and len(view.graves) <= view.bound,
-            "a node does not know itself": self.node not in view.held and self.node not in others.peers,
-            "nobody is known and buried": not view.held.keys() & view.graves.keys(),
-            "no neighbour or suspect is buried": not others.peers.keys() & view.graves.keys(),
-            "every record has its time": view.held.keys() == view.born.keys(),
-            "no more neighbours than allowed": len(near) <= self.settings.high,
-            "nobody listens to a neighbour that did wrong": not any(others.is_banned(p.id, self._now) for p in near),
-        }
-        for rule, holds in rules.items():
-            if not holds:
-                raise BugError(f"membership of node {self.node}: {rule}, and now it is not so")
+        self._circle.check()
 
     # --- events ---
 
@@ -211,28 +152,30 @@ class Membership:
                 self._armed = float("inf")
                 self._tick()
             case ev.LinkUp(node):
-                self._linked(node)
+                self._circle.linked(node)
             case ev.LinkDown(node):
-                self._unlinked(node)
+                self._circle.unlinked(node)
             case ev.Dialled(address, node):
                 self._dialled(address, node)
             case ev.DialFailed(address, node):
-                self._failed(address, node)
+                self._circle.failed(address, node)
             case ev.LoadChanged(record):
-                self._describe(record)
+                self._own.describe(record, self._now)
+                self._renew()
             case ev.Join(addresses, remembered):
-                self._doors.name(addresses, self._now)
-                self._remembered += remembered
+                self._circle.doors.name(addresses, self._now)
+                self._circle.remembered += remembered
                 self._tick()
             case ev.Leave():
                 self._leave()
+        self._circle.seek()
 
     def _received(self, sender: NodeId, message: Message) -> None:
         if sender == self.node or self._others.is_banned(sender, self._now):
             return
         watch = self._others.watch(sender, self._now)
         if watch.count > FLOOD:
-            self._punish(sender, f"it sent more than {FLOOD} messages about nodes in {FLOOD_TIME:.0f} s")
+            self._circle.punish(sender, f"it sent more than {FLOOD} messages about nodes in {FLOOD_TIME:.0f} s")
             return
         try:
             match message:
@@ -244,300 +187,141 @@ class Membership:
                 case Records():
                     self._take(sender, message)
                 case PeersWanted(count):
-                    self._letters(sender, self._some(min(count, OFFERED), sender))
+                    self._letters(sender, self._circle.some(min(count, OFFERED), sender))
         except ProtocolError as error:
-            self._punish(sender, str(error))
-
-    def _linked(self, node: NodeId) -> None:
-        self._others.links[node] = None
-        if self._others.is_banned(node, self._now):
-            self._hang_up(node)
-        elif self._state(node) in ("suspect", "dead"):
-            self._alive(node)
-
-    def _unlinked(self, node: NodeId) -> None:
-        self._others.links.pop(node, None)
-        self._farewells.pop(node, None)
-        if self._others.is_near(node):
-            self._lose(node)
-            self._seek()
+            self._circle.punish(sender, str(error))
 
     def _dialled(self, address: str, node: NodeId) -> None:
-        attempt = self._doors.opened(address, node)
+        circle = self._circle
+        attempt = circle.doors.opened(address, node)
         if attempt is not None and attempt.node not in (None, node):
-            self._unreached(attempt.node or node)
+            circle.unreached(attempt.node or node)
         if node == self.node:
-            self._doors.doors.pop(address, None)
+            circle.doors.doors.pop(address, None)
         elif self._others.is_banned(node, self._now):
-            self._hang_up(node)
+            circle.hang_up(node)
         elif not self._others.is_near(node):
             self._meet(node)
 
-    def _failed(self, address: str, node: NodeId | None) -> None:
-        attempt = self._doors.dials.pop(address, None)
-        target = attempt.node if attempt else node
-        if attempt and attempt.rest:
-            self._dial(attempt.rest, attempt.node)
-        elif target is not None and target not in self._others.links:
-            self._unreached(target)
-        self._seek()
-
-    def _describe(self, record: NodeRecord) -> None:
-        if record.version:
-            self._epoch, self._start = record.version, self._now
-        self._changed = self._changed or _noticeable(self.view.own.record, record)
-        self._described = record
-        self._renew()
+    def _meet(self, node: NodeId) -> None:
+        """A node that was dialled has opened: compare, and be neighbours where there is room."""
+        if not self._circle.full:
+            self._ask(self._circle.befriend(node))
+            return
+        self._circle.alive(node)
+        self._send(node, self.view.digest())
+        self._circle.part(node)
 
     def _leave(self) -> None:
         self._make(leaving=True)
         for peer in self._others.near:
-            self._letters(peer.id, [self.view.own])
+            self._letters(peer.id, [self._own.held])
         self._left = True
 
     # --- comparing views ---
 
+    def _ask(self, peer: Peer) -> None:
+        peer.asked, peer.owed = self._now, True
+        peer.silent += 1
+        self._send(peer.id, self.view.digest())
+
     def _answer(self, sender: NodeId, digest: Digest) -> None:
         checked(digest)
         if not self._others.is_near(sender):
-            if len(self._others.near) >= self.settings.high:
+            if self._circle.full:
                 self._turn_away(sender)
                 return
-            self._befriend(sender)
-        newer, wanted = self.view.compare(digest, self._latest)
+            self._circle.befriend(sender)
+        newer, wanted = self.view.compare(digest, self._own.latest(self._now))
         self._letters(sender, newer, wanted=wanted)
 
     def _turn_away(self, sender: NodeId) -> None:
-        first, *rest = self.view.letters([self.view.own, *self._some(OFFERED, sender)], self._now)
-        for letter in (*rest, structs.replace(first, parting=True)):
-            self._send(sender, letter)
-        self._farewells[sender] = self._now + FAREWELL
+        some = [self._own.held, *self._circle.some(OFFERED, sender)]
+        for letter in self.view.letters(some, self._now):
+            self._send(sender, structs.replace(letter, parting=True))
+        self._circle.part(sender)
 
     def _take(self, sender: NodeId, letter: Records) -> None:
         if len(letter.records) > MAX_RECORDS:
             raise ProtocolError(f"{len(letter.records)} records in one message (at most {MAX_RECORDS} are allowed)")
-        peer = self._others.peers.get(sender)
-        if peer is not None:
+        if (peer := self._others.peers.get(sender)) is not None:
             peer.silent = 0
-        room, fresh = self.view.room(), 0
-        for copy in letter.records:
-            fresh += self._hear(sender, copy, new=fresh < room)
+        fresh = self._hear_all(sender, letter.records)
         if peer is not None and peer.owed and letter.wanted:
             peer.owed = False
             self._letters(sender, self.view.wanted(letter.wanted))
-        if letter.parting:
-            self._parted(sender)
+        if letter.parting and self._others.is_near(sender):
+            self._circle.part(sender)
         if fresh * 10 > len(self.view.held):
             self._pause = FAST
             self._compare_at = min(self._compare_at, self._now + FAST * self._chance.between(0.5, 1.5))
-        self._seek()
 
-    def _parted(self, sender: NodeId) -> None:
-        if self._others.is_near(sender):
-            self._move(sender, "part")
-            self._farewells[sender] = self._now + FAREWELL
-
-    def _hear(self, sender: NodeId, copy: Copy, *, new: bool) -> bool:
-        """Take a record, if it is good and newer; whether it is of a node that was not known. `new`: one may be."""
-        held = self._archive.open(copy.signed)
-        if held.node == self.node:
-            self._echo(held)
-            return False
-        if held.stamp > self._latest:
-            if held.node == sender:
-                raise ProtocolError("its record is of tomorrow: its clock, or the one here, is wrong by a day")
-            return False
-        if self.view.outdated(held) or copy.age > PASSABLE:
-            return False
-        if held.record.leaving:
-            self._bid_farewell(held)
-            return False
-        return self._learn(held, copy.age, new=new)
+    def _hear_all(self, sender: NodeId, copies: tuple[Copy, ...]) -> int:
+        """Take the records that are good and newer; how many are of nodes that were not known."""
+        room, fresh = self.view.room(), 0
+        latest = self._own.latest(self._now)
+        for copy in copies:
+            held = self._archive.open(copy.signed)
+            if held.node == self.node:
+                self._echo(held)
+            elif held.stamp > latest:
+                if held.node == sender:
+                    raise ProtocolError("its record is of tomorrow: its clock, or the one here, is wrong by a day")
+            elif copy.age <= PASSABLE and not self.view.outdated(held):
+                if held.record.leaving:
+                    self._bid_farewell(held)
+                else:
+                    fresh += self._learn(held, copy.age, new=fresh < room)
+        return fresh
 
     def _learn(self, held: Held, age: float, *, new: bool) -> bool:
-        node, state = held.node, self._state(held.node)
-        born = self._now - age
+        """Take a record; whether it is of a node that was not known, one of which may be taken if `new`."""
+        node, state, born = held.node, self._circle.state(held.node), self._now - age
         if state == "dead" and born <= self.view.graves[node].since:
             self.view.bury(held, born=born, since=self.view.graves[node].since)
             return False
-        strange = node not in self.view.held and state == "known"
+        strange = state == "known" and node not in self.view.held
         if strange and not (new and self._make_room()):
             return False
         doubtful = state == "suspect" and born <= self._others.peers[node].since
-        old = self.view.put(held, age, self._now)
         if state in ("suspect", "dead", "left") and not doubtful:
-            self._move(node, "hear")
-            self._doors.found(node)
-        if not doubtful and (old is None or state == "suspect" or _noticeable(old.record, held.record)):
-            self._out.append(self._seen(held))
+            self._circle.move(node, "hear")
+            self._circle.doors.found(node)
+        old = self.view.put(held, age, self._now)
+        if old is None or state == "suspect" or noticeable(old.record, held.record):
+            self._circle.told(node)
         return strange
 
     def _make_room(self) -> bool:
         """Whether there is a place for one more node, perhaps because another was forgotten."""
         if len(self.view.held) < self.view.bound:
             return True
-        lot = self.view.lot(lambda node: node in self._others.peers or node in self._others.links)
+        lot = self.view.lot(self._circle.is_spared)
         if lot is None:
             return False
-        self._move(lot, "evict")
+        self._circle.move(lot, "evict")
         self.view.drop(lot)
-        self._out.append(ev.NodeGone(lot))
+        self._circle.out.append(ev.NodeGone(lot))
         return True
 
     def _bid_farewell(self, held: Held) -> None:
-        node, state = held.node, self._state(held.node)
-        if node not in self.view.held and state == "known":
+        node, state = held.node, self._circle.state(held.node)
+        if state == "known" and node not in self.view.held:
             return
-        self._move(node, "leave")
+        if state != "left":
+            self._circle.move(node, "leave")
         self.view.bury(held, born=self._now, since=self._now)
-        self._doors.found(node)
-        if state != "dead":
-            self._out.append(ev.NodeGone(node))
-
-    def _echo(self, held: Held) -> None:
-        """A record of this very node came back: if it is newer than the last one, it is of another life."""
-        if not held.beats(self.view.own):
-            return
-        self._floor, self._changed = max(self._floor, held.record.version), True
-        self._clashes += 1
-        if self._clashes == 1:
-            self._make()
-        if self._clashes == STRIKES:
-            reason = "another process makes records with the key of this node: end one, or give it a folder of its own"
-            self._out.append(ev.Complain(self.node, reason))
-
-    # --- neighbours ---
-
-    def _meet(self, node: NodeId) -> None:
-        """A node that was dialled has opened: compare, and be neighbours where there is room."""
-        if len(self._others.near) < self.settings.high:
-            self._ask(self._befriend(node))
-            return
-        self._alive(node)
-        self._send(node, self.view.digest())
-        self._farewells[node] = self._now + FAREWELL
-
-    def _befriend(self, node: NodeId) -> Peer:
-        self._alive(node)
-        self._farewells.pop(node, None)
-        self._doors.found(node)
-        peer = self._move(node, "link")
-        assert peer is not None
-        return peer
-
-    def _alive(self, node: NodeId) -> None:
-        """The node itself has been heard: it is neither suspect nor dead."""
-        state = self._state(node)
-        if state == "dead":
-            grave = self.view.graves[node]
-            self.view.put(grave.held, 0, self._now)
-        if state in ("suspect", "dead"):
-            self._move(node, "hear")
-            if (held := self.view.held.get(node)) is not None:
-                self._out.append(self._seen(held))
-
-    def _lose(self, node: NodeId) -> None:
-        peer = self._move(node, "lose")
-        assert peer is not None
-        dialable = bool(self.addresses(node))
-        peer.due = self._now + (self._chance.between(0, FAST) if dialable else UNDIALABLE)
-        self._doubt(node)
-        if not self._others.near:
-            self._doors.hasten(self._now)
-
-    def _doubt(self, node: NodeId) -> None:
-        """Nothing more should be offered to it for now."""
-        if (held := self.view.held.get(node)) is not None:
-            self._out.append(ev.NodeSeen(node, 0, held.record))
-
-    def _unreached(self, node: NodeId) -> None:
-        match self._state(node):
-            case "known" if node in self.view.held:
-                peer = self._move(node, "fail")
-                assert peer is not None
-                self._doubt(node)
-                self._again(peer)
-            case "neighbour":
-                self._lose(node)
-            case "suspect":
-                self._again(self._others.peers[node])
-
-    def _again(self, peer: Peer) -> None:
-        """A dial to a suspect has failed."""
-        peer.tries += 1
-        peer.due = self._now + 2.0**peer.tries * self._chance.between(0.75, 1.25)
-        if peer.tries >= TRIES and self._now - peer.since >= PATIENCE:
-            self._die(peer)
-
-    def _die(self, peer: Peer) -> None:
-        node = peer.id
-        held = self.view.held.get(node)
-        self._move(node, "die")
-        if held is None:
-            return
-        born = self.view.born[node]
-        self.view.bury(held, born=born, since=peer.since)
-        self._out.append(ev.NodeGone(node))
-        if peer.close and held.record.addresses:
-            self._doors.lose(held.record.addresses[0], node, self._now)
-
-    def _punish(self, node: NodeId, reason: str) -> None:
-        self._others.ban(node, self._now)
-        if self._others.is_near(node):
-            self._move(node, "part")
-        self._hang_up(node, reason)
-        self._seek()
-
-    def _seek(self) -> None:
-        """Dial others, if there are too few neighbours."""
-        near = len(self._others.near)
-        if near >= self.settings.low:
-            return
-        going = sum(not self._is_suspect(one.node) for one in self._doors.dials.values())
-        for held in self._strangers(self.settings.target - near - going):
-            self._dial(held.record.addresses, held.node)
-            going += 1
-        if going:
-            return
-        if self._remembered:
-            for address in self._remembered[:2]:
-                self._dial((address,), None)
-            del self._remembered[:2]
-        elif near and self._now - self._asked_for_peers >= self.settings.period[0]:
-            self._asked_for_peers = self._now
-            self._send(self._chance.pick(self._others.near).id, PeersWanted(OFFERED))
-
-    def _strangers(self, count: int) -> list[Held]:
-        """Nodes that could become neighbours, by lot; they are not drawn again for a while."""
-        if count <= 0:
-            return []
-        drawn = self.view.dialable(count, lambda node: node in self._others.peers or node in self._sought)
-        for held in drawn:
-            self._sought[held.node] = self._now
-        return drawn
-
-    def _some(self, count: int, sender: NodeId) -> list[Held]:
-        """Nodes that the sender could dial."""
-        return self.view.dialable(count, lambda node: node == sender or self._is_suspect(node))
+        self._circle.doors.found(node)
+        if state not in ("dead", "left"):
+            self._circle.out.append(ev.NodeGone(node))
 
     # --- time ---
 
     def _tick(self) -> None:
-        if self._now >= self._sweep_at:
-            self._sweep()
-        for peer in self._others.suspects:
-            if self._now >= peer.due:
-                self._probe(peer)
-        for dial in self._doors.due(self._now, alone=not self._others.near, here=self._is_here):
-            self._out.append(dial)
-        for node in [node for node, at in self._farewells.items() if at <= self._now]:
-            del self._farewells[node]
-            if node in self._others.links and not self._others.is_near(node):
-                self._hang_up(node)
+        self._circle.tick()
         self._renew()
         if self._now >= self._compare_at:
             self._compare()
-        self._seek()
 
     def _compare(self) -> None:
         """Send a digest to a neighbour by lot, before others to one that has not answered the last."""
@@ -545,130 +329,48 @@ class Membership:
         self._compare_at = self._now + self._pause * self._chance.between(0.9, 1.1)
         near = [peer for peer in self._others.near if not peer.silent or self._now - peer.asked >= ANSWER]
         for peer in [peer for peer in near if peer.silent >= STRIKES]:
-            self._hang_up(peer.id, f"it did not answer {STRIKES} questions about nodes")
-            self._lose(peer.id)
+            self._circle.hang_up(peer.id, f"it did not answer {STRIKES} questions about nodes")
+            self._circle.lose(peer.id)
         near = [peer for peer in near if peer.silent < STRIKES]
-        silent = [peer for peer in near if peer.silent]
         if near:
-            self._ask(self._chance.pick(silent or near))
+            self._ask(self._chance.pick([peer for peer in near if peer.silent] or near))
+            self._ask_for_peers()
 
-    def _ask(self, peer: Peer) -> None:
-        peer.asked, peer.owed = self._now, True
-        peer.silent += 1
-        self._send(peer.id, self.view.digest())
-
-    def _probe(self, peer: Peer) -> None:
-        addresses = self.addresses(peer.id)
-        if addresses:
-            peer.due = self._now + SWEEP
-            self._dial(addresses, peer.id)
-        elif self._now - peer.since >= UNDIALABLE:
-            self._die(peer)
-        else:
-            peer.due = peer.since + UNDIALABLE
-
-    def _sweep(self) -> None:
-        self._sweep_at = self._now + SWEEP * self._chance.between(0.9, 1.1)
-        for node in self.view.stale(self._now):
-            if node not in self._others.links and not self._others.is_near(node):
-                self._move(node, "fade")
-                self.view.drop(node)
-                self._out.append(ev.NodeGone(node))
-        for node in self.view.expired(self._now):
-            self._move(node, "expire")
-            del self.view.graves[node]
-        self._others.tidy(self._now)
-        self._sought = {node: at for node, at in self._sought.items() if self._now - at < SOUGHT}
-        for address in self._doors.overdue(self._now):
-            self._failed(address, None)
-        if len(self.view.held) >= 1.5 * self._grown:
-            self._grown = len(self.view.held)
-            if len(self._others.near) < self.settings.high:
-                for held in self._strangers(1):
-                    self._dial(held.record.addresses, held.node)
+    def _ask_for_peers(self) -> None:
+        if self._circle.lacks and not self._circle.doors.dials:
+            self._send(self._chance.pick(self._others.near).id, PeersWanted(OFFERED))
 
     def _arm(self) -> None:
         """Have the timer fire when there is something to do; one that fires too early does no harm."""
-        dues = [self._compare_at, self._sweep_at, self._doors.next(), self._renewal()]
-        dues += [peer.due for peer in self._others.suspects]
-        dues += self._farewells.values()
-        at = max(min(dues), self._now + SOON)
+        at = max(min(self._compare_at, self._circle.next(), self._own.due(len(self))), self._now + SOON)
         if at < self._armed:
             self._armed = at
-            self._out.append(ev.SetTimer(ev.ExchangeTimer(), at))
+            self._circle.out.append(ev.SetTimer(ev.ExchangeTimer(), at))
 
     # --- this node's record ---
 
-    def _renewal(self) -> float:
-        """When the next record of this node is due."""
-        if self._changed:
-            return self.view.made + max(GAP, len(self.view.held) / RATE)
-        return self.view.made + self._life
-
     def _renew(self) -> None:
-        if self._now >= self._renewal():
+        if self._now >= self._own.due(len(self)):
             self._make()
 
     def _make(self, *, leaving: bool = False) -> None:
-        version = max(self.view.own.record.version + 1, self._floor + 1, self._wall)
-        record = structs.replace(self._described, version=version, neighbours=self.neighbours, leaving=leaving)
-        self.view.renew(self._archive.own(record, self._sign), self._now)
-        self._changed, self._life = False, LIFE * self._chance.between(0.8, 1.0)
+        self.view.renew(self._own.make(self.neighbours, self._now, leaving=leaving), self._now)
 
-    @property
-    def _wall(self) -> int:
-        return self._epoch + int((self._now - self._start) * 1e9)
+    def _echo(self, held: Held) -> None:
+        """A record of this very node came back; if it is newer than the last one, it is of another life."""
+        if not self._own.met(held):
+            return
+        if self._own.clashes == 1:
+            self._make()
+        if self._own.clashes == STRIKES:
+            reason = "another process makes records with the key of this node: end one, or give it a folder of its own"
+            self._circle.out.append(ev.Complain(self.node, reason))
 
-    @property
-    def _latest(self) -> bytes:
-        """The newest version that is believed."""
-        return stamp(self._wall + FUTURE)
-
-    # --- small things ---
-
-    def _state(self, node: NodeId) -> str:
-        if (peer := self._others.peers.get(node)) is not None:
-            return peer.state
-        if (grave := self.view.graves.get(node)) is not None:
-            return "left" if grave.left else "dead"
-        return "known"
-
-    def _move(self, node: NodeId, verb: str) -> Peer | None:
-        state = self._state(node)
-        peer = self._others.move(node, state, verb, self._now)
-        if "neighbour" in (state, peer.state if peer else ""):
-            self._changed = True
-        if state in ("dead", "left"):
-            self.view.graves.pop(node, None)
-        return peer
-
-    def _is_suspect(self, node: NodeId | None) -> bool:
-        return node is not None and self._state(node) == "suspect"
-
-    def _is_here(self, node: NodeId) -> bool:
-        return node in self._others.links or (node in self.view.held and not self._is_suspect(node))
-
-    def _seen(self, held: Held) -> ev.NodeSeen:
-        return ev.NodeSeen(held.node, 0 if self._is_suspect(held.node) else held.record.room, held.record)
-
-    def _dial(self, addresses: tuple[str, ...], node: NodeId | None) -> None:
-        if dial := self._doors.dial(addresses, node, self._now):
-            self._out.append(dial)
-
-    def _hang_up(self, node: NodeId, reason: str = "") -> None:
-        self._out.append(ev.HangUp(node, reason))
+    # --- sending ---
 
     def _letters(self, to: NodeId, records: list[Held], *, wanted: bytes = b"") -> None:
         for letter in self.view.letters(records, self._now, wanted=wanted):
             self._send(to, letter)
 
     def _send(self, to: NodeId, message: Message) -> None:
-        self._out.append(ev.Send(to, message))
-
-
-def _noticeable(old: NodeRecord, new: NodeRecord) -> bool:
-    """Whether a record says something that others should know before long: more than a little change of load."""
-    if (old.room == 0) != (new.room == 0) or 4 * abs(old.room - new.room) > max(1, new.slots):
-        return True
-    same = {"version": 0, "neighbours": (), "room": 0, "jobs": 0, "age": 0.0, "dropped": 0}
-    return structs.replace(old, **same) != structs.replace(new, **same)
+        self._circle.out.append(ev.Send(to, message))

@@ -1,8 +1,6 @@
-"""What a node knows of others beyond their records: links, neighbours, suspects, and how each behaves.
+"""Neighbours and suspects, and how much each node has sent lately.
 
-A **link** is a connection of whatever use; a **neighbour** is a node with which both sides agreed to compare views. The
-state of a node changes in one place, by the table `MEMBER`. Most known nodes have no more than a record; only
-neighbours and suspects have a `Peer`, which holds their story.
+Most known nodes have no more than a record; only neighbours and suspects have a `Peer`, which holds their story.
 """
 
 from __future__ import annotations
