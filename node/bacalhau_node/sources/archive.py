@@ -142,7 +142,7 @@ class Unpacker:
 
 def _key(entry: Entry) -> tuple[str, str]:
     """What `Fetched` calls the folder in an archive."""
-    return f"unpack:{ascii(entry.reference)}", ""
+    return f"unpack:{entry.reference!a}", ""
 
 
 def _nobody(_name: str, _done: int, _total: int | None, _cid: str) -> None:
