@@ -23,6 +23,7 @@ from bacalhau_node import dagjson
 from bacalhau_node.cid import DAG_PB, Cid
 from bacalhau_node.content import car
 from bacalhau_node.content.blocks import BlockStore
+from bacalhau_node.content.collect import Collection
 from bacalhau_node.content.dagpb import PbLink, encode_node, folder_node
 from bacalhau_node.content.unixfs import PROFILES
 from bacalhau_node.errors import BugError, ContentError
@@ -483,6 +484,37 @@ def test_what_is_here_is_whole_and_what_is_pinned_is_here(steps):
         for root in filter(store.has, story.roots):
             whole(store, root)
         assert not list(store.damage())
+
+
+@pytest.mark.parametrize("deed", ["ask", "import"])
+def test_what_somebody_asks_for_or_imports_during_a_collection_is_there_whole_or_not_at_all(
+    store, folder, tmp_path, deed
+):
+    other, files = BlockStore(folder), {"big": BIG, "sub/small": b"small", "sub/middle": BIG[:5000]}
+    cid = store.add_path(write(tmp_path / "in", files))
+    outcomes = set()
+    for moment in range(1, 30):
+        store.add_path(tmp_path / "in")
+        age(store)
+        calls, there = 0, False
+
+        def now(moment: int = moment) -> bool:
+            nonlocal calls, there
+            calls += 1
+            if calls == moment:
+                if deed == "import":
+                    other.add_path(tmp_path / "in")
+                there = other.has(cid)
+            return False
+
+        Collection(store._index, store._files, stop=now).run(keep=0)
+        if there:
+            assert whole(other, cid) == 8
+            store.export(cid, tmp_path / f"out-{moment}")
+        assert not list(store.damage())
+        outcomes.add((calls >= moment, there))
+    assert outcomes == {(True, True), (True, deed == "import"), (False, False)}
+    other.close()
 
 
 _WRITER = """
