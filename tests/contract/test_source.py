@@ -1,25 +1,30 @@
 """What every input source promises, and what each says when it can't keep it."""
 
+import asyncio
 import contextlib
 import os
 import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 
 from bacalhau_node import sharding
 from bacalhau_node.content.blocks import BlockStore
 from bacalhau_node.errors import BugError, ContentError, SpecError
-from bacalhau_node.ports import Source
+from bacalhau_node.fetched import Fetched
+from bacalhau_node.ports import Access, Source
 from bacalhau_node.sharding import ContentRef, Entry, LocalStamp, Unusable
 from bacalhau_node.sources.ipfs import ContentSource
 from bacalhau_node.sources.local import LocalSource
+from bacalhau_node.sources.url import UrlSource
 from bacalhau_node.spec import InputSource
+from tests import hostile_http
 
 NOBODY = 65534
 
@@ -32,14 +37,39 @@ class Case:
     name: Callable[[Path], str]
     foreign: str
     """A text of `--input` that it must not claim."""
+    run: Callable[[Coroutine[object, object, None]], None] = asyncio.run
+    """Runs its coroutines to their end."""
 
 
-@pytest.fixture(params=["local", "content"])
+@contextlib.contextmanager
+def _url_case(root: Path, store: BlockStore) -> Iterator[Case]:
+    """A web server that shows the folder `root`, as good ones do."""
+    with contextlib.closing(Fetched(root / "store")) as fetched, hostile_http.in_thread() as (server, loop):
+        server.default = hostile_http.folder(root)
+
+        def name(path: Path) -> str:
+            return f"{server.url}/{quote(str(path.relative_to(root)))}{'/' * path.is_dir()}"
+
+        def run(work: Coroutine[object, object, None]) -> None:
+            asyncio.run_coroutine_threadsafe(work, loop).result(60)
+
+        async def made() -> UrlSource:
+            return UrlSource(store, fetched=fetched, folder=root / "parts")
+
+        source = asyncio.run_coroutine_threadsafe(made(), loop).result(60)
+        yield Case(source, name, "/data", run)
+
+
+@pytest.fixture(params=["local", "content", "url"])
 def case(request, tmp_path) -> Iterator[Case]:
     if request.param == "local":
         yield Case(LocalSource(), str, "ipfs://bafybeigdyrzt5sfp7udm7hu76uh7y26nf3efuylqabf3oclgtqy55fbzdi")
         return
     with contextlib.closing(BlockStore(tmp_path / "store")) as store:
+        if request.param == "url":
+            with _url_case(tmp_path, store) as case:
+                yield case
+            return
         yield Case(ContentSource(store), lambda path: f"ipfs://{store.add_path(path)}", "/data")
 
 
@@ -52,6 +82,18 @@ def data(tmp_path) -> Path:
 
 def listed(case: Case, path: Path, index: int = 0) -> list[Entry]:
     return case.source.list(InputSource(source=case.name(path)), index=index)
+
+
+def fetch(case: Case, entries: list[Entry]) -> dict[str, str]:
+    """Have entries brought here; the CIDs that were told of them."""
+    told: dict[str, str] = {}
+
+    def hear(name: str, done: int, total: int | None, cid: str) -> None:
+        assert total is None or done <= total
+        told[name] = cid
+
+    case.run(case.source.fetch(entries, access=Access(), told=hear))
+    return told
 
 
 def write(folder: Path, files: dict[str, bytes]) -> None:
@@ -88,6 +130,7 @@ def test_a_single_file_is_one_entry_with_its_own_name(case, data):
     write(data, {"one.csv": b"abc"})
     (entry,) = listed(case, data / "one.csv")
     assert entry.size == 3
+    fetch(case, [entry])
     assert case.source.open(entry.reference, scratch=data).read_bytes() == b"abc"
 
 
@@ -97,8 +140,12 @@ def test_what_is_opened_holds_the_bytes_that_were_listed(case, data, tmp_path):
     entries = listed(case, data)
     scratch = tmp_path / "scratch"
     scratch.mkdir()
+    told = fetch(case, entries)
     opened = {entry.path: case.source.open(entry.reference, scratch=scratch).read_bytes() for entry in entries}
     assert opened == files
+    assert set(told) <= set(files)
+    assert "" not in told.values()
+    assert fetch(case, entries) == told
     for entry in entries:
         case.source.check(entry.reference)
 
