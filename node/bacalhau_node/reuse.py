@@ -38,7 +38,7 @@ def obstacle(spec: JobSpec, plan: JobPlan) -> str:
     entries = (*plan.shared, *(entry for shard in plan.shards for entry in shard.entries))
     for entry in entries:
         reference = entry.reference
-        if isinstance(reference, UrlRef) and not (reference.version or reference.sha256):
+        if isinstance(reference, UrlRef) and not reference.pinned:
             return f"--reuse: {reference.url} says nothing of its version, it may be another file now: it runs"
     return ""
 

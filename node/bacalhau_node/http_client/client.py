@@ -101,7 +101,7 @@ class HttpClient:
     async def plan(self, spec: JobSpec) -> JobPlan:
         """See `client.Client`. Local inputs alone are planned here: nothing is sent for it."""
         sources = (*spec.inputs, *spec.shared)
-        if sources and all(map(upload.is_local, sources)):
+        if sources and all(upload.is_local(source) and not upload.goes_whole(source) for source in sources):
             slots = (await self.nodes())[0].room
             return await asyncio.to_thread(make_plan, spec, (LocalSource(),), slots=slots)
         spec, _ = await self._uploaded(spec)

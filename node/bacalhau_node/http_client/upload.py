@@ -37,6 +37,7 @@ from bacalhau_node.content.unixfs import (
 from bacalhau_node.errors import BugError, ContentError, SpecError
 from bacalhau_node.http_client.connection import BROKEN, LONG, Connection
 from bacalhau_node.sharding import Entry, LocalStamp, select, shown
+from bacalhau_node.sources.listing import is_list
 from bacalhau_node.sources.local import LocalSource
 from bacalhau_node.spec import InputSource, JobSpec
 
@@ -179,6 +180,11 @@ def is_local(source: InputSource) -> bool:
     return LocalSource().claims(source.source)
 
 
+def goes_whole(source: InputSource) -> bool:
+    """Whether patterns are meant for what is in it, which only the node sees: an archive, a list of URLs."""
+    return source.unpack or is_list(source.source)
+
+
 def _listed(sources: Sequence[InputSource]) -> list[Entry]:
     local = LocalSource()
     return [
@@ -188,14 +194,15 @@ def _listed(sources: Sequence[InputSource]) -> list[Entry]:
 
 def _selected(spec: JobSpec) -> list[Entry]:
     """The files of local inputs that the job takes; patterns may also be meant for inputs that the node has."""
-    listed = _listed(spec.inputs)
-    if all(map(is_local, spec.inputs)):
+    listed = [entry for entry in _listed(spec.inputs) if not goes_whole(spec.inputs[entry.source])]
+    if all(is_local(source) and not goes_whole(source) for source in spec.inputs):
         return [entry for unit in select(listed, spec.globs) for entry in unit]
     found: dict[tuple[int, str], Entry] = {}
     for globs in [[glob] for glob in spec.globs] or [[]]:
         with contextlib.suppress(SpecError):
             found |= {(entry.source, entry.path): entry for unit in select(listed, globs) for entry in unit}
-    return list(found.values())
+    whole = [entry for entry in _listed(spec.inputs) if goes_whole(spec.inputs[entry.source])]
+    return [*found.values(), *(entry for entry in whole if not entry.path.endswith("/"))]
 
 
 def _placed(sources: Sequence[InputSource], entries: Sequence[Entry], tree: Tree) -> tuple[InputSource, ...]:

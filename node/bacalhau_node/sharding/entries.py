@@ -25,14 +25,19 @@ class ContentRef(msgspec.Struct, frozen=True, tag="cid", gc=False):
 class UrlRef(msgspec.Struct, frozen=True, tag="url", gc=False):
     """A file at a URL or in a bucket (`s3://…`), as it was when it was listed.
 
-    `version` is what its server calls this state of it (an ETag, a version id, a date), or a mark of the listing
-    where it names none.
+    `version` is what its server calls this state of it (an ETag, a version id, a date). Where it names none it is a
+    mark of the listing: `~` and something that no other listing has, `?` for a file that could not be looked at.
     `sha256` (hex) is what the bytes must hash to, "" where nobody said.
     """
 
     url: str
     version: str = ""
     sha256: str = ""
+
+    @property
+    def pinned(self) -> bool:
+        """Whether it can be one state of the file only, however often it is listed."""
+        return bool(self.sha256) or (self.version != "" and self.version[0] not in "~?")
 
 
 Reference = LocalStamp | ContentRef | UrlRef
