@@ -5,6 +5,9 @@ of bucket reads (`AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`, `GOOGLE_SERVICE_ACCOUN
 for S3, in the keys of the profile in `~/.aws`. A job names a bucket and a key and nothing else, so it can't send
 this machine's credentials elsewhere.
 
+Everything here blocks and belongs in threads, `obstore` too: its own coroutines take twice the time of the processor,
+and one that ends while the interpreter does takes the process down with it.
+
 Errors say which bucket at which endpoint, what the server answered, and what to set; never a key's value.
 """
 
@@ -15,7 +18,7 @@ import configparser
 import os
 import re
 import threading
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -151,12 +154,12 @@ def explained(error: Exception, place: Place) -> SpecError | ContentError:
     return ContentError(f"{where}: {answer}")
 
 
-async def answered(place: Place, answer: Awaitable[T], *, but: tuple[type[Exception], ...] = ()) -> T:
-    """The answer, with every error of `obstore` in words, save those in `but` that say no more than their class."""
+def asked(place: Place, ask: Callable[[], T], *, but: tuple[type[Exception], ...] = ()) -> T:
+    """The answer to a question, with every error of `obstore` in words, save those in `but`: their class says it."""
     from obstore.exceptions import BaseError  # noqa: PLC0415 - only who uses buckets has it
 
     try:
-        return await answer
+        return ask()
     except (BaseError, OSError) as error:
         known = explained(error, place)
         if isinstance(error, but) and not isinstance(known, SpecError):

@@ -461,6 +461,24 @@ async def test_publishing_goes_on_where_it_broke_off(result, bucket):
     assert bucket.read() == whole
 
 
+async def test_publishing_that_is_cancelled_leaves_no_part_of_an_object(result, bucket):
+    result.holds({"large": os.urandom(100_000_000)})
+    task = asyncio.create_task(result.to(f"s3://{bucket.name}"))
+
+    def parts() -> list[str]:
+        return [one["Key"] for one in bucket.s3.list_multipart_uploads(Bucket=bucket.name).get("Uploads", ())]
+
+    async with asyncio.timeout(60):
+        while not await asyncio.to_thread(parts):
+            assert not task.done()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await asyncio.to_thread(result.publisher._pool.shutdown)
+    assert bucket.read() == {}
+    assert parts() == []
+
+
 @pytest.mark.parametrize("size", [4, 10_000_000])
 @pytest.mark.parametrize("other", ["same size", "shorter", "longer"])
 async def test_a_foreign_object_in_the_way_is_never_overwritten_and_told(result, bucket, size, other):

@@ -17,16 +17,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from bacalhau_node.buckets import Buckets, Place, answered, explained, is_path, parse, together
-from bacalhau_node.errors import SpecError
+from bacalhau_node.buckets import Buckets, Place, asked, explained, is_path, parse, together
+from bacalhau_node.errors import ContentError, SpecError
 from bacalhau_node.ids import JobId
 from bacalhau_node.ports import ContentStore
 from bacalhau_node.sharding import shown
@@ -59,7 +62,8 @@ class S3Publisher:
     ) -> None:
         self._content, self._files, self._folder, self._profile = content, files, folder, profile
         self._buckets = Buckets()
-        self._large = asyncio.Semaphore(_LARGE_AT_ONCE)
+        self._pool = ThreadPoolExecutor(_AT_ONCE, "publish")
+        self._large = threading.Semaphore(_LARGE_AT_ONCE)
 
     def claims(self, target: str) -> bool:
         """Whether `target` is `s3://…`."""
@@ -68,10 +72,14 @@ class S3Publisher:
     async def check(self, target: str) -> None:
         """Create a tiny object of a name of its own below the prefix and remove it: whoever may do that may publish."""
         place = parse(target)
-        store = self._buckets.open(place)
         probe = place.at(_join(place.key, f".bacalhau-probe-{secrets.token_hex(8)}"))
-        await _created(store, probe, b"bacalhau")
-        await _removed(store, probe)
+
+        def probed() -> None:
+            store = self._buckets.open(place)
+            _created(store, probe, b"bacalhau")
+            _removed(store, probe)
+
+        await self._in_pool(probed)
 
     async def publish(self, job: JobId, root: str, target: str) -> tuple[str, ...]:
         """Write what is missing of the result; returns the URL of its folder and of its manifest.
@@ -85,16 +93,22 @@ class S3Publisher:
         for path, _, _ in files:
             if not is_path(path):
                 raise SpecError(f"{shown(path)} of the result can't be a key in a bucket: give the file another name")
-        queue = iter(files)
+        queue, stop = iter(files), threading.Event()
 
         async def work() -> None:
-            for path, cid, size in queue:
-                await self._put(store, place.at(f"{base}/{path}"), cid, size=size)
+            for file in queue:
+                await self._in_pool(partial(self._put, store, place.at(f"{base}/{file[0]}"), file, stop))
 
-        await together(work, min(_AT_ONCE, len(files)))
+        try:
+            await together(work, min(_AT_ONCE, len(files)))
+        finally:
+            stop.set()  # threads can't be cancelled
         manifest = place.at(f"{base}/manifest.json")
-        await _create_or_compare(store, manifest, self._manifest(job, root, files))
+        await self._in_pool(partial(_create_or_compare, store, manifest, self._manifest(job, root, files)))
         return (f"{place.at(base)}/", str(manifest))
+
+    async def _in_pool(self, work: Callable[[], None]) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
     def _manifest(self, job: JobId, root: str, files: Sequence[File]) -> bytes:
         """The same bytes for the same result, always: so it holds no times."""
@@ -102,95 +116,101 @@ class S3Publisher:
         whole = {"job": job, "root": root, "profile": self._profile, "files": described}
         return msgspec.json.format(msgspec.json.encode(whole), indent=1) + b"\n"
 
-    async def _put(self, store: Store, place: Place, cid: str, *, size: int) -> None:
+    def _put(self, store: Store, place: Place, file: File, stop: threading.Event) -> None:
+        _, cid, size = file
         if size <= PART:
-            data = await asyncio.to_thread(self._content.read, cid)
-            await _create_or_compare(store, place, data)
+            _create_or_compare(store, place, self._content.read(cid))
             return
-        async with self._large, self._on_disk(cid) as path:
-            if not await _there(store, place):
-                await _uploaded(store, place, path, size=size)
-            elif not await _equal(store, place, path):
+        with self._large, self._on_disk(cid) as path:
+            if stop.is_set():
+                return
+            if not _there(store, place):
+                _upload(store, place, path, size=size, stop=stop)
+            elif not _equal(store, place, path):
                 raise _in_the_way(place)
 
-    @asynccontextmanager
-    async def _on_disk(self, cid: str) -> AsyncIterator[Path]:
+    @contextmanager
+    def _on_disk(self, cid: str) -> Iterator[Path]:
         """The store's own file, or one for as long as it is needed."""
-        if (own := await asyncio.to_thread(self._content.file, cid)) is not None:
+        if (own := self._content.file(cid)) is not None:
             yield own
             return
+        self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / f"publish-{secrets.token_hex(8)}"
         try:
-            await asyncio.to_thread(self._export, cid, path)
+            self._content.export(cid, path)
             yield path
         finally:
             path.unlink(missing_ok=True)
-
-    def _export(self, cid: str, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._content.export(cid, path)
 
 
 # --- one object ---
 
 
-async def _create_or_compare(store: Store, place: Place, data: bytes) -> None:
-    if not await _created(store, place, data) and not await _equal(store, place, data):
+def _create_or_compare(store: Store, place: Place, data: bytes) -> None:
+    if not _created(store, place, data) and not _equal(store, place, data):
         raise _in_the_way(place)
 
 
-async def _created(store: Store, place: Place, data: bytes) -> bool:
+def _created(store: Store, place: Place, data: bytes) -> bool:
     """Create an object; False when there is one."""
     import obstore  # noqa: PLC0415 - only who uses buckets has it
     from obstore.exceptions import AlreadyExistsError, PreconditionError  # noqa: PLC0415
 
     there = (AlreadyExistsError, PreconditionError)  # the second: somebody is just creating it
     try:
-        await answered(place, obstore.put_async(store, place.key, data, mode="create"), but=there)
+        asked(place, lambda: obstore.put(store, place.key, data, mode="create"), but=there)
     except there:
         return False
     return True
 
 
-async def _uploaded(store: Store, place: Place, path: Path, *, size: int) -> None:
+def _upload(store: Store, place: Place, path: Path, *, size: int, stop: threading.Event) -> None:
+    """Write a large object in parts; with `stop` set it is given up, and there is no object."""
     import obstore  # noqa: PLC0415 - only who uses buckets has it
 
-    part = max(PART, -(-size // _MOST_PARTS))
-    await answered(place, obstore.put_async(store, place.key, path, chunk_size=part, max_concurrency=4))
+    length = max(PART, -(-size // _MOST_PARTS))
+
+    def parts() -> Iterator[bytes]:
+        with path.open("rb") as reader:
+            while part := reader.read(length):
+                if stop.is_set():
+                    raise ContentError(f"{place} was not published: the node stops")
+                yield part
+
+    asked(place, lambda: obstore.put(store, place.key, parts(), chunk_size=length, max_concurrency=4))
 
 
-async def _there(store: Store, place: Place) -> bool:
+def _there(store: Store, place: Place) -> bool:
     import obstore  # noqa: PLC0415 - only who uses buckets has it
 
     try:
-        await answered(place, obstore.head_async(store, place.key), but=(FileNotFoundError,))
+        asked(place, lambda: obstore.head(store, place.key), but=(FileNotFoundError,))
     except FileNotFoundError:
         return False
     return True
 
 
-async def _equal(store: Store, place: Place, ours: bytes | Path) -> bool:
+def _equal(store: Store, place: Place, ours: bytes | Path) -> bool:
     """Whether the object holds these very bytes."""
     import obstore  # noqa: PLC0415 - only who uses buckets has it
 
-    async def compare() -> bool:
-        theirs = await obstore.get_async(store, place.key)
+    def compare() -> bool:
+        theirs = obstore.get(store, place.key)
         with BytesIO(ours) if isinstance(ours, bytes) else ours.open("rb") as reader:
-            async for chunk in theirs.stream(min_chunk_size=PART):
-                if await asyncio.to_thread(reader.read, len(chunk)) != bytes(chunk):
-                    return False
-            return not reader.read(1)
+            same = all(reader.read(len(chunk)) == bytes(chunk) for chunk in theirs.stream(min_chunk_size=PART))
+            return same and not reader.read(1)
 
-    return await answered(place, compare())
+    return asked(place, compare)
 
 
-async def _removed(store: Store, place: Place) -> None:
+def _removed(store: Store, place: Place) -> None:
     """Remove the probe. Who may create but not remove can publish all the same: then it stays, and the log says so."""
     import obstore  # noqa: PLC0415 - only who uses buckets has it
     from obstore.exceptions import BaseError  # noqa: PLC0415
 
     try:
-        await obstore.delete_async(store, place.key)
+        obstore.delete(store, place.key)
     except (BaseError, OSError) as error:
         log.warning("%s was written to see whether it can be, and can't be removed: %s", place, explained(error, place))
 

@@ -17,14 +17,15 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
 from weakref import WeakValueDictionary
 
-from bacalhau_node.buckets import Buckets, Place, answered, claims, explained, parse, public_url, together, unsigned
+from bacalhau_node.buckets import Buckets, Place, asked, claims, parse, public_url, together, unsigned
 from bacalhau_node.errors import BugError, ContentError, SpecError
 from bacalhau_node.fetched import Fetched
 from bacalhau_node.literals import nearest
@@ -60,7 +61,7 @@ class BucketSource:
     def __init__(self, content: ContentStore, *, fetched: Fetched, folder: Path) -> None:
         self._content, self._fetched, self._folder = content, fetched, folder
         self._buckets = Buckets()
-        self._room = asyncio.Semaphore(REQUESTS)
+        self._pool = ThreadPoolExecutor(REQUESTS, "bucket")
         self._locks: WeakValueDictionary[UrlRef, asyncio.Lock] = WeakValueDictionary()
 
     def claims(self, source: str) -> bool:
@@ -73,7 +74,7 @@ class BucketSource:
         """Every object below the prefix, or the one object with this very key."""
         place = parse(source.source)
         store = self._buckets.open(place)
-        if not place.folder and (one := _head(store, place, forgiving=True)) is not None:
+        if not place.folder and (one := _alone(store, place)) is not None:
             return [_entry(place, one, path=place.key.rpartition("/")[2], index=index)]
         found = _looked_at(store, place, _listed(store, place))
         if not found:
@@ -134,15 +135,17 @@ class BucketSource:
         Of an object with versions it reads the newest, and only if that is still the one that was listed. Raises
         `SpecError` or `ContentError`.
         """
-        import obstore  # noqa: PLC0415 - only who uses buckets has it
-
         place = parse(reference.url)
-        version = _pins(reference)[1]
-        if place.scheme == "s3" and unsigned(place):
-            return UrlRef(public_url(place), version, reference.sha256)
-        store = self._buckets.open(place)
-        signing = obstore.sign_async(store, "GET", place.key, timedelta(seconds=seconds))
-        return UrlRef(await answered(place, signing), version, reference.sha256)
+
+        def sign() -> str:
+            import obstore  # noqa: PLC0415 - only who uses buckets has it
+
+            if place.scheme == "s3" and unsigned(place):
+                return public_url(place)
+            store = self._buckets.open(place)
+            return asked(place, lambda: obstore.sign(store, "GET", place.key, timedelta(seconds=seconds)))
+
+        return UrlRef(await asyncio.to_thread(sign), _pins(reference)[1], reference.sha256)
 
     def _known(self, reference: UrlRef) -> str | None:
         """The CID of what is here already."""
@@ -150,59 +153,65 @@ class BucketSource:
         return cid if cid is not None and self._content.has(cid) else None
 
     async def _bring(self, entry: Entry, reference: UrlRef, told: Told) -> None:
-        place = parse(reference.url)
-        if entry.size <= PART:
-            data = await self._part(place, reference, entry.size, None)
-            cid = await asyncio.to_thread(self._content.add_bytes, data)
-        else:
-            cid = await self._bring_parts(entry, reference, told)
+        """One object, into the store and into the table of what was fetched."""
+
+        def bring() -> str:
+            return self._remembered(reference, self._content.add_bytes(self._part(reference, entry.size, None)))
+
+        small = entry.size <= PART
+        cid = await (self._in_pool(bring) if small else self._bring_parts(entry, reference, told))
+        told(entry.path, entry.size, entry.size, cid)
+
+    def _remembered(self, reference: UrlRef, cid: str) -> str:
         self._content.flush()
         self._fetched.remember(reference.url, reference.version, cid)
-        told(entry.path, entry.size, entry.size, cid)
+        return cid
 
     async def _bring_parts(self, entry: Entry, reference: UrlRef, told: Told) -> str:
         """A large object, part by part into a file that nobody else knows, then into the store."""
-        place, done = parse(reference.url), 0
-        path = self._folder / f"bucket-{secrets.token_hex(8)}"
+        done, path = 0, self._folder / f"bucket-{secrets.token_hex(8)}"
         starts = iter(range(0, entry.size, PART))
+
+        def bring(start: int) -> int:
+            end = min(start + PART, entry.size)
+            _write_at(path, start, self._part(reference, end - start, (start, end)))
+            return end - start
 
         async def work() -> None:
             nonlocal done
             for start in starts:
-                end = min(start + PART, entry.size)
-                data = await self._part(place, reference, end - start, (start, end))
-                await asyncio.to_thread(_write_at, path, start, data)
-                done += len(data)
+                brought = await self._in_pool(partial(bring, start))
+                done += brought  # not before the await: others add meanwhile
                 told(entry.path, done, entry.size, "")
 
         try:
             _make(path, entry.size)
             await together(work, PARTS)
-            return await asyncio.to_thread(lambda: self._content.add_path(path, move=True))
+            return await self._in_pool(lambda: self._remembered(reference, self._content.add_path(path, move=True)))
         except OSError as error:
-            raise ContentError(f"{place} can't be written to {path.parent}: {error.strerror or error}") from error
+            text = error.strerror or error
+            raise ContentError(f"{shown(reference.url)} can't be written to {path.parent}: {text}") from error
         finally:
             path.unlink(missing_ok=True)
 
-    async def _part(self, place: Place, reference: UrlRef, size: int, between: tuple[int, int] | None) -> bytes:
+    async def _in_pool(self, work: Callable[[], _T]) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+
+    def _part(self, reference: UrlRef, size: int, between: tuple[int, int] | None) -> bytes:
         """The object, or the bytes of it between two offsets, in its listed state."""
-        version, etag = _pins(reference)
+        import obstore  # noqa: PLC0415 - only who uses buckets has it
+
+        place, (version, etag) = parse(reference.url), _pins(reference)
         options: GetOptions = {"if_match": etag}
         if version is not None:
             options["version"] = version
         if between is not None:
             options["range"] = between
-        async with self._room:
-            data = await _answered(place, self._get(place, options))
+        store = self._buckets.open(place)
+        data = _as_planned(place, lambda: bytes(obstore.get(store, place.key, options=options).bytes()))
         if len(data) != size:
             raise ContentError(f"{place} has {len(data)} bytes in place of {size}: {_CHANGED}")
         return data
-
-    async def _get(self, place: Place, options: GetOptions) -> bytes:
-        import obstore  # noqa: PLC0415 - only who uses buckets has it
-
-        answer = await obstore.get_async(self._buckets.open(place), place.key, options=options)
-        return bytes(await answer.bytes_async())
 
 
 # --- listing ---
@@ -213,7 +222,7 @@ def _listed(store: Store, place: Place) -> list[ObjectMeta]:
     from obstore.exceptions import InvalidPathError  # noqa: PLC0415
 
     try:
-        return list(_asked(place, lambda: obstore.list(store, place.key or None).collect()))
+        return list(asked(place, lambda: obstore.list(store, place.key or None).collect(), but=(InvalidPathError,)))
     except InvalidPathError as error:
         key = str(error).partition("\n")[0]
         raise ContentError(
@@ -221,19 +230,26 @@ def _listed(store: Store, place: Place) -> list[ObjectMeta]:
         ) from error
 
 
-def _head(store: Store, place: Place, *, forgiving: bool = False) -> ObjectMeta | None:
-    """What the bucket says about one object; None if it is not there, or (`forgiving`) may not be looked at."""
+def _head(store: Store, place: Place) -> ObjectMeta | None:
+    """What the bucket says about one object; None if it is not there."""
     import obstore  # noqa: PLC0415 - only who uses buckets has it
-    from obstore.exceptions import PermissionDeniedError  # noqa: PLC0415
 
     try:
-        return _asked(place, lambda: obstore.head(store, place.key), but=(FileNotFoundError, PermissionDeniedError))
+        return asked(place, lambda: obstore.head(store, place.key), but=(FileNotFoundError,))
     except FileNotFoundError:
         return None
-    except PermissionDeniedError as error:
-        if forgiving:  # listing may be allowed, and else says why it is not
+
+
+def _alone(store: Store, place: Place) -> ObjectMeta | None:
+    """The object with this very key, if there is one and it may be looked at: if not, the listing says why."""
+    from obstore.exceptions import PermissionDeniedError  # noqa: PLC0415 - only who uses buckets has it
+
+    try:
+        return _head(store, place)
+    except SpecError as error:
+        if isinstance(error.__cause__, PermissionDeniedError):
             return None
-        raise explained(error, place) from error
+        raise
 
 
 def _looked_at(store: Store, place: Place, listed: Sequence[ObjectMeta]) -> list[ObjectMeta]:
@@ -289,7 +305,7 @@ def _nothing(store: Store, place: Place) -> str:
     """That nothing is there, and what is."""
     import obstore  # noqa: PLC0415 - only who uses buckets has it
 
-    root = _asked(place, lambda: obstore.list_with_delimiter(store))
+    root = asked(place, lambda: obstore.list_with_delimiter(store))
     names = [f"{name}/" for name in root["common_prefixes"]] + [meta["path"] for meta in root["objects"]]
     if not names:
         return f"the bucket {place.scheme}://{place.bucket} is empty"
@@ -297,27 +313,15 @@ def _nothing(store: Store, place: Place) -> str:
     return f"there is nothing at {place}{near or '.'} The bucket holds, for example, {', '.join(map(shown, names[:5]))}"
 
 
-# --- asking ---
+# --- bytes ---
 
 
-def _asked(place: Place, ask: Callable[[], _T], *, but: tuple[type[Exception], ...] = ()) -> _T:
-    """The answer to a question about `place`, with every error of the library in our words, save those in `but`."""
-    from obstore.exceptions import BaseError, InvalidPathError  # noqa: PLC0415 - only who uses buckets has it
-
-    try:
-        return ask()
-    except (BaseError, OSError) as error:
-        if isinstance(error, (*but, InvalidPathError)):
-            raise
-        raise explained(error, place) from error
-
-
-async def _answered(place: Place, answer: Awaitable[_T]) -> _T:
-    """What came for an object that was listed; a `ContentError` tells what is the matter with it now."""
+def _as_planned(place: Place, ask: Callable[[], _T]) -> _T:
+    """What comes of an object that was listed; a `ContentError` tells what is the matter with it now."""
     from obstore.exceptions import PreconditionError  # noqa: PLC0415 - only who uses buckets has it
 
     try:
-        return await answered(place, answer, but=(PreconditionError, FileNotFoundError))
+        return asked(place, ask, but=(PreconditionError, FileNotFoundError))
     except PreconditionError as error:
         raise ContentError(f"{shown(str(place))}: {_CHANGED}") from error
     except FileNotFoundError as error:
