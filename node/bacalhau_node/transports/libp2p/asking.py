@@ -7,10 +7,11 @@ wait: a stream takes its window, and the next part is asked of the handler only 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import trio
-from libp2p.abc import IMuxedStream
+from libp2p.abc import IMuxedConn, IMuxedStream
 
 from bacalhau_node.errors import NodeUnreachable, ProtocolError
 from bacalhau_node.ids import NodeId
@@ -19,26 +20,25 @@ from bacalhau_node.transports.libp2p.streams import BROKEN, Frames, frame, propo
 PROTOCOL = "/bacalhau-jupyter/ask/1"
 QUESTION = 64 * 1024
 PART_BYTES = 1024 * 1024
-AT_ONCE = 64
-"""Answers that one node gives at the same time; more wait."""
-
 QUESTION_SECONDS = 30
 PART, END, FAULT = b"+", b".", b"!"
 
 
 class Asked:
-    """A question that is being answered by `node`, on its stream."""
+    """A question that `node` answers, on a stream that `begin` is given. May be made on any thread."""
 
-    def __init__(self, node: NodeId, stream: IMuxedStream) -> None:
-        self._node, self._stream = node, stream
-        self._frames = Frames(stream, limit=PART_BYTES + 1)
+    def __init__(self, node: NodeId) -> None:
+        self._node = node
+        self._stream: IMuxedStream | None = None
 
-    async def begin(self, question: bytes) -> None:
-        """Choose the protocol and send the question."""
+    async def begin(self, conn: IMuxedConn, question: bytes) -> None:
+        """Open the stream, choose the protocol and send the question."""
         try:
-            if not await propose(self._stream, PROTOCOL):
+            self._stream = stream = await conn.open_stream()
+            self._frames = Frames(stream, limit=PART_BYTES + 1)
+            if not await propose(stream, PROTOCOL):
                 raise NodeUnreachable(f"node {self._node} answers no requests")
-            await self._stream.write(frame(question))
+            await stream.write(frame(question))
         except (*BROKEN, ProtocolError) as error:
             raise self._broken(error) from error
 
@@ -59,10 +59,8 @@ class Asked:
 
     async def close(self) -> None:
         """Want no more of it."""
-        try:
+        if self._stream is not None:
             await self._stream.reset()
-        except BROKEN:
-            return
 
     def _broken(self, error: Exception) -> NodeUnreachable:
         return NodeUnreachable(f"node {self._node} broke its answer off: {error or type(error).__name__}")
@@ -74,6 +72,7 @@ class Answer:
     def __init__(self, node: NodeId, stream: IMuxedStream) -> None:
         self.node, self._stream = node, stream
         self.gone = trio.Event()
+        self._watching = trio.CancelScope()
 
     async def part(self, data: bytes) -> None:
         """Send a part of any size; raises `NodeUnreachable` when nobody listens."""
@@ -91,11 +90,9 @@ class Answer:
         await self._over()
 
     async def watch(self) -> None:
-        """Notice that the other end wants no more of it."""
-        try:
+        """Wait until the other end wants no more of it, or it has ended."""
+        with self._watching, contextlib.suppress(*BROKEN, EOFError):
             await self._stream.read(1)
-        except (*BROKEN, EOFError):
-            pass
         self.gone.set()
 
     async def until_gone(self, told: Callable[[], None]) -> None:
@@ -105,13 +102,13 @@ class Answer:
 
     async def _over(self) -> None:
         await self._stream.close()
-        self.gone.set()
+        self._watching.cancel()
 
     async def _write(self, data: bytes) -> None:
         try:
             await self._stream.write(frame(data))
         except BROKEN as error:
-            self.gone.set()
+            self._watching.cancel()
             raise NodeUnreachable(f"node {self.node} does not listen to its answer any more") from error
 
 

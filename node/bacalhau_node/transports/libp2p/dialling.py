@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from typing import Any, Protocol
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from functools import partial
+from typing import Any, Protocol, cast
 
 import trio
 from libp2p.abc import IMuxedConn
@@ -18,8 +19,8 @@ from bacalhau_node.transports.libp2p.lean import swarm_of
 from bacalhau_node.transports.libp2p.link import Link
 from bacalhau_node.transports.libp2p.streams import BROKEN, Socket
 
-DIAL_SECONDS = 15
-"""For a dial with all its addresses, handshakes and hellos included."""
+DIAL_SECONDS, CONNECT_SECONDS = 30, 10
+"""For a dial with all its addresses, hellos included, and for one address to connect and to be secured."""
 
 KNOWN = 100_000
 """Nodes whose addresses are remembered at most."""
@@ -91,49 +92,52 @@ class Dialler:
         return one
 
     async def _dial(self, node: NodeId, where: Sequence[str], dial: _Dial) -> None:
-        reasons = [] if where else ["nobody has told where it is"]
+        reasons = []
         try:
             with trio.move_on_after(DIAL_SECONDS) as scope:
-                if await self._inside(node):
-                    return
-                for address in where:
+                for name, connect in self._ways(node, where):
                     try:
-                        await self._outside(node, address)
+                        await self._link_up(await connect())
                     except (*BROKEN, BacalhauError) as error:
-                        reasons.append(f"{address}: {error or type(error).__name__}")
+                        reasons.append(f"{name}: {error or type(error).__name__}")
                     else:
                         return
             if scope.cancelled_caught:
                 reasons.append(f"no answer within {DIAL_SECONDS} s")
-            dial.error = NodeUnreachable(f"node {node} can't be reached: {'; '.join(reasons)}")
+            why = "; ".join(reasons) or "nobody has told where it is"
+            dial.error = NodeUnreachable(f"node {node} can't be reached: {why}")
         finally:
             del self._dials[node]
             dial.over.set()
 
-    async def _inside(self, node: NodeId) -> bool:
-        """Connect to a node of this process; whether it is one that wants to be reached so."""
+    def _ways(self, node: NodeId, where: Sequence[str]) -> Iterator[tuple[str, Callable[[], Awaitable[IMuxedConn]]]]:
+        """How to connect to a node, the best way first, each with its name."""
         other = HERE.get(node)
-        if other is None or other is self._me or not (self._me.in_process and other.in_process):
-            return False
-        here, there = inprocess.connect(self._me.id, other.id)
-        try:
-            await swarm_of(self._me.host).add_conn(here, direction="outbound")
-            await swarm_of(other.host).add_conn(there, direction="inbound")
-            await self._link_up(here)
-        except (*BROKEN, ProtocolError):  # it refuses, or leaves at this moment
-            return False
-        return True
+        if other is not None and other is not self._me and self._me.in_process and other.in_process:
+            yield "within this process", partial(self._inside, other)
+        for address in where:
+            yield address, partial(self._outside, node, address)
 
-    async def _outside(self, node: NodeId, address: str) -> None:
+    async def _inside(self, other: Here) -> IMuxedConn:
+        """Connect to a node of this process."""
+        here, there = inprocess.connect(self._me.id, other.id)
+        await swarm_of(self._me.host).add_conn(here, direction="outbound")
+        await swarm_of(other.host).add_conn(there, direction="inbound")
+        return here
+
+    async def _outside(self, node: NodeId, address: str) -> IMuxedConn:
         """Connect by a socket."""
         named, tcp = addresses.where(address)
         if named != node:
             raise ProtocolError(f"that is the address of node {named}")
         if tcp is None:
             raise NodeUnreachable("it is not in this process")
-        stream = await trio.open_tcp_stream(*tcp)
-        conn = await secured(stream, lambda raw: self._me.host.upgrade_outbound_connection(raw, ID.from_string(node)))
-        await self._link_up(conn.muxed_conn)
+        with trio.move_on_after(CONNECT_SECONDS):
+            stream = await trio.open_tcp_stream(*tcp)
+            peer = ID.from_string(node)
+            conn = await secured(stream, lambda raw: self._me.host.upgrade_outbound_connection(raw, peer))
+            return cast("IMuxedConn", conn.muxed_conn)
+        raise NodeUnreachable(f"no answer within {CONNECT_SECONDS} s")
 
 
 async def secured(
@@ -144,10 +148,16 @@ async def secured(
     try:
         done = await upgrade(RawConnection(socket, dialled))
     except Exception as error:  # bytes of anybody arrive here, and each layer of libp2p raises what it likes
-        cause = error.__cause__ or error
-        raise ProtocolError(f"the handshake failed: {cause or type(cause).__name__}") from error
+        raise ProtocolError(f"the handshake failed: {_innermost(error)}") from error
     finally:
         if done is None:
             await trio.aclose_forcefully(stream)
     socket.trusted()
     return done
+
+
+def _innermost(error: BaseException) -> str:
+    """What went wrong first; the rest says that it made something else go wrong."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error) or type(error).__name__

@@ -19,6 +19,7 @@ a neighbour is for membership to decide, and it has its own exchange.
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 from collections import deque
@@ -38,6 +39,8 @@ from bacalhau_node.errors import ProtocolError
 from bacalhau_node.ids import NodeId
 from bacalhau_node.ports import Packet
 from bacalhau_node.transports.libp2p.waiting import Waiting
+
+log = logging.getLogger(__name__)
 
 PROTOCOL = "/meshsub/1.1.0"
 TOPIC = "bacalhau-jupyter/1"
@@ -76,7 +79,7 @@ class Neighbour:
         self.node = node
         self.subscribed = False
         self.pruned_until = 0.0
-        self.dropped = 0
+        self.slow = False
         self._queue: deque[bytes] = deque()
         self._queued = 0
         self._writer = Waiting()
@@ -84,7 +87,6 @@ class Neighbour:
     def send(self, rpc: bytes) -> bool:
         """Queue an encoded RPC; False when there is no room for it."""
         if self._queued + len(rpc) > QUEUE:
-            self.dropped += 1
             return False
         self._queue.append(rpc)
         self._queued += len(rpc)
@@ -112,6 +114,7 @@ class Router:
         self.mesh: dict[NodeId, Neighbour] = {}
         self._seen: dict[bytes, float] = {}
         self._lately: deque[dict[bytes, bytes]] = deque([{}], maxlen=LATELY)
+        self.dropped = 0
 
     # --- neighbours ---
 
@@ -175,7 +178,15 @@ class Router:
         self._lately[0][key] = rpc
         for neighbour in to:
             if neighbour.subscribed and neighbour is not but and neighbour.node != _name(message.from_id):
-                neighbour.send(rpc)
+                self._send(neighbour, rpc)
+
+    def _send(self, neighbour: Neighbour, rpc: bytes) -> None:
+        if neighbour.send(rpc):
+            return
+        self.dropped += 1
+        if not neighbour.slow:
+            neighbour.slow = True
+            log.warning("node %s takes messages too slowly: it loses some of what is published", neighbour.node)
 
     # --- the mesh ---
 
@@ -258,7 +269,7 @@ class Router:
         for key in [key for want in control.iwant for key in want.messageIDs][:ASKED]:
             for beat in self._lately:
                 if key in beat:
-                    neighbour.send(beat[key])
+                    self._send(neighbour, beat[key])
 
     def _remember(self, key: bytes) -> None:
         self._seen[key] = self._now()

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any
 
@@ -28,7 +28,7 @@ from libp2p.network.stream.net_stream import NetStream
 from libp2p.peer.id import ID
 from multiaddr import Multiaddr
 
-from bacalhau_node.errors import NodeUnreachable, ProtocolError, SpecError
+from bacalhau_node.errors import ProtocolError, SpecError
 from bacalhau_node.ids import NodeId
 from bacalhau_node.ports import Packet
 from bacalhau_node.protocol.events import LinkDown, LinkUp
@@ -70,7 +70,6 @@ class Host:
         self._links: dict[NodeId, list[link.Link]] = {}
         self._linked = trio.Event()
         self._addresses: list[str] = []
-        self._answers = trio.CapacityLimiter(asking.AT_ONCE)
         self._scope = trio.CancelScope()
         self._ended = trio.Event()
         self.host = lean_host(keys, addresses=self._advertised, blame=self._muxer_fault, incoming=self._incoming)
@@ -107,11 +106,15 @@ class Host:
         finally:
             for one in listeners:
                 one.socket.close()
-            del HERE[self.node]
+            HERE.pop(self.node, None)
             self._ended.set()
 
     async def stop(self) -> None:
-        """Leave the network; returns when every connection is closed."""
+        """Leave the network, once what was sent is on its way; returns when every connection is closed."""
+        HERE.pop(self.node, None)
+        async with trio.open_nursery() as nursery:
+            for node in list(self._links):
+                nursery.start_soon(self.hang_up, node)
         self._scope.cancel()
         await self._ended.wait()
 
@@ -155,8 +158,7 @@ class Host:
     async def hang_up(self, node: NodeId) -> None:
         """Close all links to a node."""
         for one in list(self._links.get(node, ())):
-            one.close()
-            await one.ended.wait()
+            await one.leave()
 
     # --- links ---
 
@@ -188,12 +190,8 @@ class Host:
             raise ProtocolError("it has the identity of this very node: two processes may not share a node's folder")
         with trio.fail_after(HANDSHAKE_SECONDS):
             one = link.Link(node, muxed, await self._greeter.answered(muxed, node), inbound=True)
-            self._add_link(one)  # before the answer: then the other may send at once
-            try:
-                await self._greeter.accept(muxed, node)
-            except BROKEN:
-                one.close()  # it runs for a moment, so that its end is told as well
-        await self._run_link(one)
+        self._add_link(one)  # before the answer: then the other may send at once
+        await self._run_link(one, greet=partial(self._greeter.accept, muxed, node))
 
     def _add_link(self, one: link.Link) -> None:
         links = self._links.setdefault(one.node, [])
@@ -206,13 +204,16 @@ class Host:
         self._linked = trio.Event()
         self.mesh.join(one.node, one.conn)
 
-    async def _run_link(self, one: link.Link) -> None:
+    async def _run_link(self, one: link.Link, greet: Callable[[], Awaitable[None]] | None = None) -> None:
         """Live as long as a link does, and close its connection after it."""
         try:
+            if greet is not None:
+                await greet()
             await one.run(self._inbox)
         except ProtocolError as error:
             self.complaints.add(f"node {one.node}", "link", error)
         finally:
+            one.ended.set()
             self._remove_link(one)
             with trio.CancelScope(shield=True):
                 await one.conn.close()
@@ -264,6 +265,9 @@ class Host:
             await muxed.reset()
         except Exception as error:  # noqa: BLE001 - libp2p's own handlers raise what they like on garbage
             await self._banish(muxed, ProtocolError(f"{type(error).__name__}: {error}"))
+        finally:
+            with trio.CancelScope(shield=True):
+                await muxed.close()  # our direction; the other end's is over, or it will be reset with the connection
 
     async def _gossip_offered(self, stream: NetStream) -> None:
         node = _peer(stream.muxed_stream)
@@ -280,15 +284,10 @@ class Host:
 
     # --- questions ---
 
-    async def ask(self, to: NodeId, question: bytes) -> asking.Asked:
+    async def ask(self, asked: asking.Asked, to: NodeId, question: bytes) -> None:
         """Put a question to another node."""
         one = await self.dialler.reach(to)
-        try:
-            asked = asking.Asked(to, await one.conn.open_stream())
-        except BROKEN as error:
-            raise NodeUnreachable(f"node {to} closed the connection") from error
-        await asked.begin(question)
-        return asked
+        await asked.begin(one.conn, question)
 
     def drop(self, asked: asking.Asked) -> None:
         """Nobody wants the rest of an answer."""
@@ -302,7 +301,7 @@ class Host:
 
     async def _asked(self, stream: NetStream) -> None:
         one = await self._link_to(_peer(stream.muxed_stream))
-        async with self._answers:
+        async with one.answers:
             answer = asking.Answer(one.node, stream.muxed_stream)
             question = await asking.question(stream.muxed_stream)
             if self.on_question is None:

@@ -31,6 +31,12 @@ PROTOCOL = "/bacalhau-jupyter/link/1"
 QUEUE = 1024 * 1024
 """Bytes that wait for one link: a few results, or thousands of heartbeats."""
 
+FAREWELL_SECONDS = 1.0
+"""For the other end to read what was sent before an end left."""
+
+ANSWERS = 32
+"""Requests of the other end that are answered at once; more wait."""
+
 HELLO = b"bj1"
 REFUSAL = b"another network"
 STRANGER = "it belongs to another network: its network key is not ours"
@@ -47,7 +53,9 @@ class Link:
         self._writer = Waiting()
         self._room = trio.Event()
         self._scope = trio.CancelScope()
+        self.answers = trio.CapacityLimiter(ANSWERS)
         self.ended = trio.Event()
+        self._leaving = False
 
     @property
     def full(self) -> bool:
@@ -80,13 +88,18 @@ class Link:
             self._room.set()
 
     def close(self) -> None:
-        """End it; what still waits is lost."""
+        """End it at once; what still waits is lost."""
         self._scope.cancel()
 
-    @property
-    def lost(self) -> int:
-        """How many messages wait in it: once it has ended, they will never go."""
-        return len(self._queue)
+    async def leave(self) -> None:
+        """Send what waits, and end it when the other end has read it, or does not care to."""
+        self._leaving = True
+        self._writer.wake()
+        with trio.move_on_after(FAREWELL_SECONDS):
+            await self.ended.wait()
+            return
+        self.close()
+        await self.ended.wait()
 
     async def _read_on(self, inbox: Inbox) -> ProtocolError | None:
         try:
@@ -101,9 +114,13 @@ class Link:
     async def _write_on(self) -> None:
         try:
             while True:
-                while not self._queue:
+                if self._queue:
+                    await self._stream.write(self._batch())
+                elif self._leaving:
+                    await self._stream.close()
+                    return
+                else:
                     await self._writer.wait()
-                await self._stream.write(self._batch())
         except BROKEN:
             self._scope.cancel()
 

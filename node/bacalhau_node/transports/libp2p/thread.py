@@ -116,7 +116,7 @@ class NetworkThread:
             if self._borrowers:
                 return
             NetworkThread._current = None
-        self._post(self._nursery.cancel_scope.cancel)
+        self.post(self._nursery.cancel_scope.cancel)
         self._thread.join()
 
     def shore(self) -> Shore:

@@ -82,9 +82,9 @@ class LibP2PTransport:
         return [] if self._inbox.closed else list(self._addresses)
 
     @property
-    def refused(self) -> int:
-        """How often somebody was disconnected for what it sent, since the start."""
-        return self._host.complaints.count
+    def dropped(self) -> int:
+        """What was refused (with who sent it) or could not be passed on (to who was too slow), since the start."""
+        return self._host.complaints.count + self._host.mesh.router.dropped
 
     async def send(self, to: NodeId, data: bytes) -> None:
         """Queue `data` on the link to a node, dialled if need be, once there is room."""
@@ -132,8 +132,15 @@ class LibP2PTransport:
         self._check_open()
         if len(question) > LARGEST_QUESTION:
             raise BugError(f"a question of {len(question)} bytes to {to}, where {LARGEST_QUESTION} are allowed")
-        asked = await self._thread.call(self._host.ask, to, question)
+        if to == self._node:
+            async for part in self._own_answer(question):
+                yield part
+            return
+        from bacalhau_node.transports.libp2p.asking import Asked  # noqa: PLC0415 - libp2p: late, and there by now
+
+        asked = Asked(to)
         try:
+            await self._thread.call(self._host.ask, asked, to, question)
             while (part := await self._thread.call(asked.next)) is not None:
                 yield part
         finally:
@@ -147,7 +154,8 @@ class LibP2PTransport:
         for task in self._answering:
             task.cancel()
         try:
-            await self._thread.call(self._host.stop)
+            with contextlib.suppress(NodeUnreachable):  # the thread broke down, and has told so
+                await self._thread.call(self._host.stop)
         finally:
             await asyncio.to_thread(self._thread.give_back)
 
@@ -156,6 +164,15 @@ class LibP2PTransport:
             raise NodeUnreachable(f"this node, {self._node}, has left the network")
 
     # --- answers ---
+
+    async def _own_answer(self, question: bytes) -> AsyncIterator[bytes]:
+        if self._handler is None:
+            raise NodeUnreachable(f"node {self._node} answers no requests")
+        try:
+            async for part in self._handler(self._node, question):
+                yield part
+        except BacalhauError as error:
+            raise NodeUnreachable(f"node {self._node} broke its answer off: {error}") from error
 
     def _answer(self, answer: Answer, question: bytes) -> None:
         """Start answering, unless this node has left meanwhile."""
