@@ -12,6 +12,10 @@ from typing import Protocol
 
 import msgspec
 
+from bacalhau_node.cid import Cid
+from bacalhau_node.content.blocks import BlockStore
+from bacalhau_node.content.gateway import gathered
+from bacalhau_node.content.reader import Reader
 from bacalhau_node.errors import SpecError
 from bacalhau_node.feed import Feed
 from bacalhau_node.feed import ShardBytes as ShardBytes
@@ -19,7 +23,7 @@ from bacalhau_node.feed import ShardText as ShardText
 from bacalhau_node.feed import Update as Update
 from bacalhau_node.ids import JobId, NodeId, short
 from bacalhau_node.messages import Outcome
-from bacalhau_node.node import Node, open_node
+from bacalhau_node.node import PROFILE, Node, open_node
 from bacalhau_node.plan import JobPlan as JobPlan
 from bacalhau_node.plan import PlannedShard as PlannedShard
 from bacalhau_node.plan import read_blocks, read_shard
@@ -27,10 +31,14 @@ from bacalhau_node.ports import Capabilities, ContentStore
 from bacalhau_node.protocol.events import CancelRequested, JobRow, JobState, ShardState
 from bacalhau_node.protocol.events import JobChanged as JobChanged
 from bacalhau_node.protocol.events import ShardChanged as ShardChanged
+from bacalhau_node.results import file_parts
 from bacalhau_node.sharding import Entry
 from bacalhau_node.spec import JobSpec
 
 NONE: Mapping[str, str] = MappingProxyType({})
+
+PUT = "put"
+"""In whose name the store keeps what somebody put there by hand."""
 
 
 class Submission(msgspec.Struct, frozen=True):
@@ -83,6 +91,16 @@ class JobLine(msgspec.Struct, frozen=True):
     created: float
     count: int
     reason: str
+    cid: str = ""
+
+
+class Stored(msgspec.Struct, frozen=True):
+    """What was put into a node's store: its CID under a UnixFS profile, and what it was made from."""
+
+    cid: str
+    bytes: int
+    files: int
+    profile: str
 
 
 class NodeView(msgspec.Struct, frozen=True):
@@ -135,8 +153,16 @@ class Client(Protocol):
         """The one job whose id starts with `prefix`; raises `SpecError` for none or several."""
         ...
 
+    async def put(self, path: Path, *, profile: str = PROFILE) -> Stored:
+        """Import a file or folder, hidden names included, and keep it; raises `SpecError` for an unknown profile."""
+        ...
+
     async def read(self, cid: str) -> bytes:
         """A whole file of the content store, verified."""
+        ...
+
+    def cat(self, cid: str, path: str = "") -> AsyncIterator[bytes]:
+        """The bytes of a file, part by part, verified: of `cid` itself, or at `path` below that folder or result."""
         ...
 
     async def file(self, cid: str) -> Path | None:
@@ -181,8 +207,8 @@ class LocalClient:
     async def plan(self, spec: JobSpec) -> JobPlan:
         """See `Client`."""
         plan = await self._node.plan(spec)
-        few = self._node.gpu_notes(spec, len(plan.shards))
-        return msgspec.structs.replace(plan, notes=(*plan.notes, *few, *await self._node.environment(spec)))
+        few = self._node.facilities.gpu_notes(spec, len(plan.shards))
+        return msgspec.structs.replace(plan, notes=(*plan.notes, *few, *await self._node.facilities.environment(spec)))
 
     async def submit(self, spec: JobSpec, *, secrets: Mapping[str, str] = NONE, job: JobId | None = None) -> Submission:
         """See `Client`. `job`: an id that the caller made up."""
@@ -191,18 +217,18 @@ class LocalClient:
         for gone in self._inputs.keys() - self._node.engine.feeds.keys():
             del self._inputs[gone]
         self._inputs[job] = tuple(_logical(shard.entries) for shard in plan.shards)
-        few = self._node.gpu_notes(spec, len(plan.shards))
-        name, executor = self._node.id, self._node.capabilities.executor
+        few = self._node.facilities.gpu_notes(spec, len(plan.shards))
+        name, executor = self._node.id, self._node.facilities.capabilities.executor
         if started.reused:
             return Submission(job, len(plan.shards), name, executor, started.notes, reused=True)
-        notes = (*plan.notes, *few, *self._warning(), *await self._node.preparations(spec), *started.notes)
+        notes = (*plan.notes, *few, *self._warning(), *await self._node.facilities.preparations(spec), *started.notes)
         return Submission(job, len(plan.shards), name, executor, notes)
 
     def _warning(self) -> tuple[str, ...]:
         """Once for each reason: that jobs run without isolation, and why."""
-        if self._node.capabilities.isolation != "none":
+        if self._node.facilities.capabilities.isolation != "none":
             return ()
-        why = "; ".join(self._node.problems())
+        why = "; ".join(self._node.facilities.problems())
         if why in self._warned:
             return ()
         self._warned.add(why)
@@ -231,12 +257,21 @@ class LocalClient:
     async def jobs(self) -> Sequence[JobLine]:
         """See `Client`."""
         rows = [(feed.row, feed.job) for feed in self._node.engine.feeds.values() if feed.row]
-        lines = [JobLine(row.job, state.state, row.created, row.count, state.reason) for row, state in rows]
+        lines = [JobLine(row.job, state.state, row.created, row.count, state.reason, state.cid) for row, state in rows]
         return sorted(lines, key=lambda line: line.created, reverse=True)
 
     async def find(self, prefix: str) -> JobId:
         """See `Client`."""
         return the_one(prefix, self._node.engine.feeds)
+
+    async def put(self, path: Path, *, profile: str = PROFILE) -> Stored:
+        """See `Client`."""
+        return await asyncio.to_thread(_put, self._node.folder.store, path, profile)
+
+    async def cat(self, cid: str, path: str = "") -> AsyncIterator[bytes]:
+        """See `Client`."""
+        async for part in in_parts(self._node.content, cid, path):
+            yield part
 
     async def read(self, cid: str) -> bytes:
         """See `Client`."""
@@ -252,7 +287,7 @@ class LocalClient:
 
     async def nodes(self) -> Sequence[NodeView]:
         """See `Client`."""
-        return [NodeView(self._node.id, self._node.slots, self._node.capabilities)]
+        return [NodeView(self._node.id, self._node.slots, self._node.facilities.capabilities)]
 
     async def close(self) -> None:
         """See `Client`."""
@@ -302,6 +337,33 @@ def _shard_view(feed: Feed, index: int, inputs: tuple[str, ...]) -> ShardView:
     if live is None:
         return ShardView(index, "waiting", row.attempts if row else 0, None, inputs, outcome)
     return ShardView(index, live.state, live.attempt, live.node, inputs, outcome, row.disagreed if row else ())
+
+
+async def in_parts(store: ContentStore, cid: str, path: str) -> AsyncIterator[bytes]:
+    """`results.file_parts`, read in threads."""
+    with store.hold():
+        parts = gathered(file_parts(store, cid, path))
+        while part := await asyncio.to_thread(next, parts, b""):
+            yield part
+
+
+def measured(store: ContentStore, cid: str) -> tuple[int, int]:
+    """(bytes, files) of a file or folder, links not followed."""
+    sizes = [item.size for item in Reader(store, Cid.parse(cid)).walk() if item.kind == "file"]
+    return sum(sizes), len(sizes)
+
+
+def _put(folder: Path, path: Path, profile: str) -> Stored:
+    """Import into the store in `folder`, which other instances (the node's) may have open."""
+    store = BlockStore(folder, profile=profile)
+    try:
+        with store.hold():
+            cid = store.add_path(path)
+            store.pin(cid, owner=PUT)
+            store.flush()
+            return Stored(cid, *measured(store, cid), profile)
+    finally:
+        store.close()
 
 
 def _import_files(content: ContentStore, files: Mapping[str, bytes]) -> str:

@@ -44,7 +44,7 @@ async def examine() -> list[Finding]:
         except BacalhauError as error:
             return [*findings, Finding("node", "problem", str(error), "see the text")]
         try:
-            findings += map(_executor, node.executors())
+            findings += map(_executor, node.facilities.executors())
         finally:
             await node.close()
     findings += [_uv(), await asyncio.to_thread(_gpu)]

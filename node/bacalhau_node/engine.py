@@ -9,6 +9,10 @@ is an event of the same turn: both recover from the same journal, so neither can
 what the other forgot. Effects that take time (running a shard, keeping a result) become
 tasks whose end is the next event. This file is the only place that owns tasks and timers.
 
+On a network there is a third machine, membership, which tells the requester of nodes that come and go. An offer
+to another node is packed on its way out, and the result in a proposal is fetched on its way in, so the machines
+deal in executions and never in bytes (`mail`).
+
 A busy loop is not a dead node: a timer that fires late by more than a quarter of the lease
 is armed once more for as long as it was late, so that heartbeats which queued up meanwhile
 are heard before anybody is declared lost.
@@ -23,20 +27,35 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
-from typing import Protocol, TypeVar
+from dataclasses import dataclass
+from typing import TypeVar
 
 from msgspec import structs
 
-from bacalhau_node import wire
-from bacalhau_node.errors import BacalhauError, ContentError, ProtocolError
+from bacalhau_node.errors import BacalhauError, ContentError
 from bacalhau_node.feed import Feed, ShardBytes, ShardText
 from bacalhau_node.ids import Execution, JobId, NodeId
-from bacalhau_node.messages import Accept, Cancel, Kept, Lines, Offer, Outcome, Recall, Reject, Transfer
-from bacalhau_node.ports import ContentStore, Journal, Packet, Transport
+from bacalhau_node.mail import Mail
+from bacalhau_node.messages import (
+    Accept,
+    Announce,
+    Cancel,
+    Kept,
+    Lines,
+    MembershipMessage,
+    NodeRecord,
+    Offer,
+    Recall,
+    Reject,
+    Transfer,
+)
+from bacalhau_node.ports import ContentStore, Journal, Transport
 from bacalhau_node.protocol import events as ev
 from bacalhau_node.protocol.compute import Compute
+from bacalhau_node.protocol.membership import Membership
 from bacalhau_node.protocol.placement import LEASE
 from bacalhau_node.protocol.requester import Requester
+from bacalhau_node.work import Trade, Work
 
 log = logging.getLogger(__name__)
 
@@ -47,37 +66,19 @@ STORE_AGAIN = 1.0
 
 LONGEST_WAIT = 16 * STORE_AGAIN
 
-_TO_COMPUTE = (Offer, Accept, Reject, Kept, Cancel, Recall)
+_TO_COMPUTE = (Offer, Accept, Reject, Kept, Cancel, Recall, Announce)
 _COMPUTE_EVENTS = (ev.ExecutionStarted, ev.ExecutionEnded)
-_COMPUTE_TIMERS = (ev.HeartbeatTimer, ev.ProposeTimer)
+_COMPUTE_TIMERS = (ev.HeartbeatTimer, ev.ProposeTimer, ev.BidTimer)
+_MEMBERSHIP_EVENTS = (ev.LinkUp, ev.LinkDown, ev.Dialled, ev.DialFailed, ev.Join, ev.Leave, ev.LoadChanged)
 
 
-class Work(Protocol):
-    """What takes time: each call is one task of the engine, and its end the next event."""
+@dataclass(frozen=True)
+class Network:
+    """What the engine of a node on a network has besides. `describe`: what the node says about itself now."""
 
-    async def execute(self, run: ev.Run, progress: Callable[[ev.Event | Lines | Transfer], None]) -> Outcome:
-        """Stage, run and store one execution; progress through the callback, the end returned."""
-        ...
-
-    async def release(self, job: JobId) -> None:
-        """No execution of `job` is held any more."""
-        ...
-
-    def ended(self, job: JobId) -> None:
-        """The job of this node has its final state."""
-        ...
-
-    def settled(self, execution: Execution) -> None:
-        """The result of an execution is kept elsewhere or unwanted."""
-        ...
-
-    async def keep(self, order: ev.Keep) -> None:
-        """Store an accepted result so that its node may forget it."""
-        ...
-
-    async def seal(self, order: ev.Seal) -> ev.JobSealed:
-        """Store the root over a job's records, and publish it where that is asked for."""
-        ...
+    trade: Trade
+    membership: Membership
+    describe: Callable[[], NodeRecord]
 
 
 class _Held:
@@ -102,8 +103,12 @@ class Engine:
         journal: Journal,
         content: ContentStore,
         work: Work,
+        network: Network | None = None,
     ) -> None:
         self._requester, self._compute = requester, compute
+        self._membership = network.membership if network is not None else None
+        self._describe = network.describe if network is not None else None
+        self._load = (-1, -1)
         self._transport, self._journal, self._content = transport, journal, content
         self._work = work
         self._loop = asyncio.get_running_loop()
@@ -115,7 +120,15 @@ class Engine:
         self._runs: dict[Execution, asyncio.Task[None]] = {}
         self.feeds: dict[JobId, Feed] = {}
         self._held: _Held | None = None
-        self._spawn(self._receive())
+        self._mail = Mail(
+            transport,
+            requester=requester,
+            compute=compute,
+            trade=network.trade if network is not None else None,
+            spawn=self._spawn,
+            post=self._hear,
+            passing=self._passing,
+        )
 
     # --- what the node calls ---
 
@@ -183,9 +196,9 @@ class Engine:
             return
         effects: list[ev.Effect] = []
         now = self._loop.time()
-        while self._inbox:
+        while self._inbox or self._load_has_changed():
             event = self._inbox.popleft()
-            effects += self._routed((self._compute if _for_compute(event) else self._requester).step(event, now))
+            effects += self._routed(self._machine(event).step(event, now))
         try:
             self._commit(effects)
         except ContentError as error:
@@ -198,8 +211,26 @@ class Engine:
         for effect in effects:
             if isinstance(effect, ev.Send) and effect.to == self._transport.node:
                 self._inbox.append(ev.Received(effect.to, effect.message))
+            elif isinstance(effect, ev.NodeSeen | ev.NodeGone):
+                self._inbox.append(effect)
             else:
                 yield effect
+
+    def _machine(self, event: ev.Event) -> Requester | Compute | Membership:
+        if self._membership is not None:
+            if _for_membership(event):
+                return self._membership
+            self._compute.network = self._requester.book.network = 1 + len(self._membership)
+        return self._compute if _for_compute(event) else self._requester
+
+    def _load_has_changed(self) -> bool:
+        """Whether this node's record must say something new: then that is the next event."""
+        load = (self._compute.room, self._compute.active)
+        if self._describe is None or load == self._load:
+            return False
+        self._load = load
+        self._inbox.append(ev.LoadChanged(self._describe()))
+        return True
 
     def _commit(self, effects: list[ev.Effect]) -> None:
         """Make what was decided durable: the blocks first, as rows name them."""
@@ -251,7 +282,9 @@ class Engine:
             case ev.Write():
                 pass  # committed before
             case ev.Send(to, message):
-                self._spawn(self._transport.send(to, wire.encode(message)))
+                self._mail.send(to, message)
+            case ev.Publish() | ev.Dial() | ev.HangUp() | ev.Complain() | ev.Learn():
+                self._mail.links.perform(effect)
             case ev.SetTimer(timer, at):
                 self._set_timer(timer, at)
             case ev.Notify(update):
@@ -278,19 +311,10 @@ class Engine:
 
     # --- messages ---
 
-    async def _receive(self) -> None:
-        async for arrival in self._transport.received():
-            if not isinstance(arrival, Packet):
-                continue  # links say nothing to the machines of this version
-            try:
-                message = wire.decode(arrival.data)
-            except ProtocolError as error:
-                log.warning("message dropped", extra={"sender": arrival.author, "error": str(error)})
-                continue
-            if isinstance(message, Lines | Transfer):
-                self._passing(arrival.author, message)
-            else:
-                self.post(ev.Received(arrival.author, message))
+    def _hear(self, event: ev.Event) -> None:
+        """An event of the network; without membership nobody cares for links."""
+        if self._membership is not None or not _for_membership(event):
+            self.post(event)
 
     def _passing(self, sender: NodeId, news: Lines | Transfer) -> None:
         """Pass what is only for people on to the job's watchers, if it comes from an execution that is wanted."""
@@ -346,7 +370,7 @@ class Engine:
             if to == self._transport.node:
                 self._passing(to, news)
             elif to is not None:
-                self._spawn(self._transport.send(to, wire.encode(news)))
+                self._mail.send(to, news)
         else:
             self.post(news)
 
@@ -373,6 +397,16 @@ class Engine:
             await self._work.release(job)
         except BacalhauError:
             log.exception("job %s was not released cleanly", job)
+
+
+def _for_membership(event: ev.Event) -> bool:
+    match event:
+        case ev.Received(message=message):
+            return isinstance(message, MembershipMessage)
+        case ev.TimerFired(timer):
+            return isinstance(timer, ev.ExchangeTimer)
+        case _:
+            return isinstance(event, _MEMBERSHIP_EVENTS)
 
 
 def _for_compute(event: ev.Event) -> bool:

@@ -27,11 +27,12 @@ from bacalhau_node.content.grants import Grants
 from bacalhau_node.content.piece import commit
 from bacalhau_node.content.walk import Want
 from bacalhau_node.engine import Engine
-from bacalhau_node.errors import BugError, ContentError, SpecError
+from bacalhau_node.errors import ContentError, SpecError
 from bacalhau_node.executors.docker import DockerExecutor
-from bacalhau_node.executors.gpus import Gpus, at_once
+from bacalhau_node.executors.gpus import Gpus
 from bacalhau_node.executors.process import ProcessExecutor
 from bacalhau_node.executors.sandbox import SandboxExecutor
+from bacalhau_node.facilities import Facilities
 from bacalhau_node.fetched import Fetched
 from bacalhau_node.folders import NodeFolder, data_folder, take_folder
 from bacalhau_node.ids import JobId, NodeId, short
@@ -40,7 +41,7 @@ from bacalhau_node.keeping import Keeping
 from bacalhau_node.layers.store import Layers
 from bacalhau_node.masking import Secrets
 from bacalhau_node.plan import JobPlan, make_plan, read_blocks, store_plan
-from bacalhau_node.ports import Access, Capabilities, ContentStore, Executor, Journal, Publisher, Source, Transport
+from bacalhau_node.ports import Access, ContentStore, Executor, Journal, Publisher, Source, Transport
 from bacalhau_node.protocol import events as ev
 from bacalhau_node.protocol.compute import Compute
 from bacalhau_node.protocol.requester import Requester
@@ -57,16 +58,13 @@ from bacalhau_node.sources.bucket import BucketSource
 from bacalhau_node.sources.ipfs import ContentSource
 from bacalhau_node.sources.local import LocalSource
 from bacalhau_node.sources.url import UrlSource
-from bacalhau_node.spec import OWNER_LABEL, InputSource, JobSpec, PythonCell
+from bacalhau_node.spec import OWNER_LABEL, InputSource, JobSpec
 from bacalhau_node.transports.memory import MemoryHub, MemoryTransport
 
 log = logging.getLogger(__name__)
 
 PROFILE = "unixfs-v0-2015"
 """How files become blocks here: as an unconfigured kubo makes them, so that CIDs are equal."""
-
-PROBE_AGAIN = 5.0
-"""Seconds after which a submission asks again which executors work (a daemon may have gone or come)."""
 
 
 @dataclass(frozen=True)
@@ -79,21 +77,13 @@ class Started:
     reused: bool = False
 
 
-@dataclass
-class _Option:
-    """An executor and what its last probe said."""
-
-    executor: Executor
-    capabilities: Capabilities
-
-
 class Node:
     """One running node. Made by `open_node`; all methods on the loop that made it."""
 
     def __init__(
         self,
         folder: NodeFolder,
-        options: Sequence[_Option],
+        facilities: Facilities,
         *,
         content: ContentStore,
         journal: Journal,
@@ -104,8 +94,7 @@ class Node:
         self.content, self.grants = content, Grants()
         self.gateway = Gateway(content, self.grants)
         transport.serve(self.gateway.answering())
-        self._options = list(options)
-        self._probed = asyncio.get_running_loop().time()
+        self.facilities = facilities
         self._journal, self._transport = journal, transport
         files = ContentSource(content)
         self._fetched = Fetched(folder.store)
@@ -123,27 +112,20 @@ class Node:
             profile=PROFILE,
         )
         self._publishers: tuple[Publisher, ...] = (StorePublisher(), to_s3, filecoin)
-        self._layers = Layers(folder.root / "layers")
         self._keeping = Keeping(folder.node, content)
         self._runner = Runner(
             folder.path / "work",
             node=self.id,
             content=content,
             sources=self._sources,
-            choose=self._choose,
-            layers=self._layers,
+            facilities=facilities,
             keeping=self._keeping,
             publishers=self._publishers,
         )
-        self.slots = max(option.capabilities.slots for option in options)
+        self.slots = facilities.slots
         self.interrupted: tuple[JobId, ...] = ()
         """Jobs that an earlier process of this node left unfinished, and that are stopped now."""
         self._start(resume=resume)
-
-    @property
-    def capabilities(self) -> Capabilities:
-        """What the best executor that works can do."""
-        return self._working()[0].capabilities
 
     def _start(self, *, resume: bool) -> None:
         """Recover the machines from the journal and start the engine."""
@@ -154,7 +136,7 @@ class Node:
         blocks = {row.job: self._blocks(row.plan) for row in unfinished if resume}
         self.interrupted = () if resume else tuple(row.job for row in unfinished)
         requester, effects = Requester.recover(self.id, rows, now, resume=resume, blocks=blocks)
-        compute, more = Compute.recover(self.id, rows, now, slots=self.slots, refuse=self._refuse_offer)
+        compute, more = Compute.recover(self.id, rows, now, slots=self.slots, refuse=self._refuse)
         self.engine = Engine(
             requester=requester,
             compute=compute,
@@ -204,7 +186,7 @@ class Node:
         entrusted = Secrets(secrets)
         if set(secrets) != set(spec.secrets):
             raise SpecError(f"secrets {sorted(spec.secrets)} are named, and values for {sorted(secrets)} were sent")
-        await self.probe_again()
+        await self.facilities.probe_again()
         if spec.pin:
             spec = await asyncio.to_thread(self._pin, spec)
         plan = await self.plan(spec)
@@ -251,86 +233,9 @@ class Node:
 
         return _replaced(spec, tuple(map(pinned, spec.inputs)), tuple(map(pinned, spec.shared)))
 
-    # --- environments ---
-
-    async def environment(self, spec: JobSpec) -> tuple[str, ...]:
-        """Where `spec` would run and what would be installed for it, in sentences for `--dry-run`."""
-        if (refusal := self._refuse(spec)) is not None:
-            return (f"environment: none on this node: {refusal}",)
-        executor, name = self._choose(spec)
-        requires = spec.task.requires if isinstance(spec.task, PythonCell) else ()
-        if spec.image is not None:
-            where = (f"environment: {name}, the image {spec.image}",)
-            return (*where, f"packages: {', '.join(requires)}, for the Python of the image") if requires else where
-        target = await executor.target(spec)
-        whose = "this machine's" if target.executable else "the base image's"
-        where = (f"environment: {name}, {whose} Python {target.python}",)
-        return (*where, self._layers.describe(requires, target)) if requires else where
-
-    def gpu_notes(self, spec: JobSpec, count: int) -> tuple[str, ...]:
-        """What keeps most of the `count` shards of `spec` waiting if GPUs do, in a sentence for its user."""
-        if not spec.resources.gpus or self._refuse(spec) is not None:
-            return ()
-        cards = self._option(spec).capabilities.gpus
-        most = at_once(cards, spec.resources)
-        if most >= min(count, self.slots):
-            return ()
-        return (f"{len(cards)} GPU{'s' * (len(cards) != 1)}: {most} of {count} shards at once, the others queue",)
-
-    async def preparations(self, spec: JobSpec) -> tuple[str, ...]:
-        """What has to be done before the first shard of `spec` can start, in sentences for its user."""
-        requires = spec.task.requires if isinstance(spec.task, PythonCell) else ()
-        if not requires or spec.image is not None or self._refuse(spec) is not None:
-            return ()
-        executor, _ = self._choose(spec)
-        if not self._layers.missing(requires, await executor.target(spec)):
-            return ()
-        return (f"installing {', '.join(requires)} before the first shard; later jobs find it installed",)
-
-    # --- executors ---
-
-    async def probe_again(self) -> None:
-        """Ask the executors again if the last answer is old, or one of them has failed since."""
-        now = asyncio.get_running_loop().time()
-        if now - self._probed < PROBE_AGAIN and not self._runner.at_fault:
-            return
-        self._probed, self._runner.at_fault = now, False
-        for option in self._options:
-            option.capabilities = await option.executor.probe()
-
-    def executors(self) -> list[Capabilities]:
-        """What each executor said at its last probe, best isolation first."""
-        return [option.capabilities for option in self._options]
-
-    def _working(self) -> list[_Option]:
-        return [option for option in self._options if option.capabilities.problem is None]
-
-    def problems(self) -> list[str]:
-        """Why the better executors don't work here, one sentence each."""
-        return [option.capabilities.problem for option in self._options if option.capabilities.problem]
-
-    def _refuse_offer(self, requester: NodeId, spec: JobSpec) -> str | None:
+    def _refuse(self, requester: NodeId, spec: JobSpec) -> str | None:
         """Why this node can never run `spec` for this requester."""
-        return self._refuse(spec) if requester == self.id else "this node takes only its own jobs"
-
-    def _refuse(self, spec: JobSpec) -> str | None:
-        """Why no executor of this node can ever run `spec`; None if one can."""
-        reasons = [option.executor.check(spec) for option in self._working()]
-        if None in reasons:
-            return None
-        best = [reason for reason in reasons[:1] if reason]  # those that isolate less can't do more
-        better = self.problems() if _asks_for_a_container(spec) or not best else ()
-        return "; ".join([*best, *better]) or "no executor works on this node"
-
-    def _choose(self, spec: JobSpec) -> tuple[Executor, str]:
-        option = self._option(spec)
-        return option.executor, option.capabilities.executor
-
-    def _option(self, spec: JobSpec) -> _Option:
-        for option in self._working():
-            if option.executor.check(spec) is None:
-                return option
-        raise BugError(f"a job was taken that no executor can run: {self._refuse(spec)}")
+        return self.facilities.refuse(spec) if requester == self.id else "this node takes only its own jobs"
 
     # --- end ---
 
@@ -338,7 +243,7 @@ class Node:
         """End everything this node started, in an order that loses nothing."""
         try:
             await self.engine.close()
-            await asyncio.gather(*(option.executor.close() for option in self._options))
+            await self.facilities.close()
             await self._transport.close()
             self._journal.close()
             self._fetched.close()
@@ -346,11 +251,6 @@ class Node:
             self.content.close()  # on a full disk this may fail
         finally:
             self.folder.close()
-
-
-def _asks_for_a_container(spec: JobSpec) -> bool:
-    """Whether what refuses `spec` may be that a better executor does not work here."""
-    return bool(spec.image or spec.isolation or spec.container_per == "shard")
 
 
 @contextlib.contextmanager
@@ -390,9 +290,8 @@ async def open_node(
             undo.push_async_callback(executor.close)
         for left in ("work", "process"):  # by a node of this folder that was killed
             await asyncio.to_thread(shutil.rmtree, folder.path / left, ignore_errors=True)
-        capabilities = await asyncio.gather(*(executor.probe() for executor in chosen))
-        options = [_Option(executor, told) for executor, told in zip(chosen, capabilities, strict=True)]
-        node = Node(folder, options, content=content, journal=journal, transport=transport, resume=bool(serving))
+        facilities = await Facilities.open(chosen, Layers(folder.root / "layers"))
+        node = Node(folder, facilities, content=content, journal=journal, transport=transport, resume=bool(serving))
         undo.push_async_callback(node.engine.close)
         await node.forget_old_jobs(time.time())
         undo.pop_all()

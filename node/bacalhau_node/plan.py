@@ -87,8 +87,8 @@ def make_plan(spec: JobSpec, sources: Sequence[Source], *, slots: int, unpack: U
 
 def store_plan(plan: JobPlan, content: ContentStore) -> StoredPlan:
     """Put the plan's blocks into the store."""
-    shared = _store_entries(plan.shared, content)
-    blocks = tuple(_store_shard(shard.entries, shared, content) for shard in plan.shards)
+    shared = store_entries(plan.shared, content)
+    blocks = tuple(store_shard(shard.entries, shared, content) for shard in plan.shards)
     return StoredPlan(seal(content, list(enumerate(blocks))), blocks)
 
 
@@ -103,7 +103,8 @@ def read_blocks(content: ContentStore, root: str) -> tuple[str, ...]:
     return tuple(block for _, block in read_root(content, root))
 
 
-def _store_shard(entries: tuple[Entry, ...], shared: list[dagjson.Link], content: ContentStore) -> str:
+def store_shard(entries: tuple[Entry, ...], shared: list[dagjson.Link], content: ContentStore) -> str:
+    """Put one shard's block into the store; `shared`: the links to what goes to every shard."""
     first, *rest = list(chunks(entries)) or [()]
     node = plan_block(first)
     if rest:
@@ -113,7 +114,8 @@ def _store_shard(entries: tuple[Entry, ...], shared: list[dagjson.Link], content
     return content.put(dagjson.encode(node), codec="dag-json")
 
 
-def _store_entries(entries: tuple[Entry, ...], content: ContentStore) -> list[dagjson.Link]:
+def store_entries(entries: tuple[Entry, ...], content: ContentStore) -> list[dagjson.Link]:
+    """Put a list of entries into the store, as links for `store_shard`."""
     return [_store_block(part, content) for part in chunks(entries)]
 
 

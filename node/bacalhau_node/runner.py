@@ -2,7 +2,7 @@
 
 Whatever goes wrong on the way becomes an `Outcome` that says so: an input that is gone or has
 changed is the shard's own error (kind "input"), everything that is this node's fault has kind
-"node", and the requester may try elsewhere.
+"node", and the requester may try elsewhere. What a shard of another node needs is brought here first.
 """
 
 from __future__ import annotations
@@ -18,18 +18,22 @@ from typing import Literal, TypeVar
 import msgspec
 
 from bacalhau_node.content.records import encode_outcome, seal
-from bacalhau_node.errors import BacalhauError, ContentError, SpecError
+from bacalhau_node.errors import BacalhauError, ContentError, NodeUnreachable, SpecError
+from bacalhau_node.exchange import Exchange
+from bacalhau_node.facilities import Facilities
 from bacalhau_node.ids import Execution, JobId, NodeId
 from bacalhau_node.keeping import Keeping
-from bacalhau_node.layers.store import Layer, Layers
+from bacalhau_node.layers.store import Layer
 from bacalhau_node.masking import NO_SECRETS, MaskedStream, Secrets
 from bacalhau_node.messages import INLINE_LIMIT, Blob, ErrorKind, Lines, Outcome, ShardError, Transfer, Value
+from bacalhau_node.outcomes import masked, printable
 from bacalhau_node.plan import read_shard
 from bacalhau_node.ports import (
     Access,
     ContentStore,
     Executor,
     ExecutorEvent,
+    Provider,
     Publisher,
     RawOutcome,
     ShardLines,
@@ -72,10 +76,7 @@ class _Job:
 
 
 class Runner:
-    """Runs executions for the engine. `choose` picks the executor of a job, once.
-
-    `at_fault`: an execution has failed by this node's own fault since somebody last set it to False.
-    """
+    """Runs executions for the engine. `exchange` moves what they need between the nodes of a network."""
 
     def __init__(
         self,
@@ -84,14 +85,13 @@ class Runner:
         node: NodeId,
         content: ContentStore,
         sources: Sequence[Source],
-        choose: Callable[[JobSpec], tuple[Executor, str]],
-        layers: Layers,
+        facilities: Facilities,
         keeping: Keeping,
         publishers: Sequence[Publisher] = (),
+        exchange: Exchange | None = None,
     ) -> None:
-        self._folder, self._content, self._sources, self._choose = folder, content, sources, choose
-        self._node, self._layers, self._publishers, self._keeping = node, layers, publishers, keeping
-        self.at_fault = False
+        self._folder, self._content, self._sources, self._facilities = folder, content, sources, facilities
+        self._node, self._publishers, self._keeping, self._exchange = node, publishers, keeping, exchange
         self._jobs: dict[JobId, _Job] = {}
         self._secrets: dict[JobId, Secrets] = {}
 
@@ -104,6 +104,15 @@ class Runner:
         """The job has ended: forget its secrets, and let its inputs go."""
         self._secrets.pop(job, None)
         self._keeping.ended(job)
+        if self._exchange is not None:
+            self._exchange.ended(job)
+
+    def secrets(self, job: JobId, spec: JobSpec) -> Secrets:
+        """What was entrusted for the job; raises `SpecError` when it is gone."""
+        secrets = self._secrets.get(job, NO_SECRETS)
+        if missing := [name for name in spec.secrets if name not in secrets.values]:
+            raise SpecError(GONE.format(", ".join(missing)))
+        return secrets
 
     def settled(self, execution: Execution) -> None:
         """The result of an execution is kept elsewhere or unwanted: let it go."""
@@ -111,24 +120,33 @@ class Runner:
 
     async def execute(self, run: Run, progress: Callable[[Event | Lines | Transfer], None]) -> Outcome:
         """Run one execution to its outcome, which is kept until it is `settled`; only cancellation is raised."""
+        if run.requester != self._node and self._exchange is not None:
+            run = msgspec.structs.replace(run, spec=self._exchange.guests.admit(run.requester, run.spec))
         try:
             outcome = await self._outcome(run, progress)
         finally:
             self._keeping.ran(run.execution)
         self._keeping.owed(run.execution, outcome)
+        if self._exchange is not None:
+            self._exchange.owe(run.execution, outcome, run.grant)
         return outcome
 
     async def _outcome(self, run: Run, progress: Callable[[Event | Lines | Transfer], None]) -> Outcome:
         execution = run.execution
-        secrets = self._secrets.get(execution.job, NO_SECRETS)
-        if missing := [name for name in run.spec.secrets if name not in secrets.values]:
-            return self._failed("environment", SpecError(GONE.format(", ".join(missing))))
+        try:
+            mine = run.requester == self._node
+            secrets = self.secrets(execution.job, run.spec) if mine else Secrets(run.secrets)
+        except SpecError as error:
+            return self._failed("environment", error)
         job = self._job(run)
         scratch = job.folder / f"{execution.shard}.{execution.attempt}"
         try:
             return await self._execute(run, job, scratch, progress=progress, secrets=secrets)
         except ContentError as error:
             return self._failed("input", error)
+        except NodeUnreachable as error:
+            log.warning("execution %s: %s", execution, error)
+            return self._failed("node", error)
         except BacalhauError as error:
             log.exception("execution %s failed in the node", execution)
             return self._failed("node", error)
@@ -145,6 +163,8 @@ class Runner:
             if held.layer is not None:
                 held.layer.close()
             await asyncio.to_thread(shutil.rmtree, held.folder, ignore_errors=True)
+        if self._exchange is not None:
+            self._exchange.released(job)
 
     async def keep(self, order: Keep) -> None:
         """Pin an accepted result: the blocks are in the store that all nodes of this user share."""
@@ -161,7 +181,7 @@ class Runner:
     def _job(self, run: Run) -> _Job:
         job = self._jobs.get(run.execution.job)
         if job is None:
-            job = _Job(*self._choose(run.spec), self._folder / run.execution.job)
+            job = _Job(*self._facilities.choose(run.spec), self._folder / run.execution.job)
             self._jobs[run.execution.job] = job
         return job
 
@@ -174,13 +194,16 @@ class Runner:
         progress: Callable[[Event | Lines | Transfer], None],
         secrets: Secrets,
     ) -> Outcome:
+        providers = self._exchange.providers(run) if self._exchange is not None else ()
         if not job.ready:
             async with job.lock:
-                await self._prepare(job, run.spec)
+                await self._prepare(job, run.spec, providers)
         if job.problem is not None:
             return self._failed("environment", job.problem)
+        await self._bring(run.block, providers)
         entries, shared = read_shard(self._content, run.block)
-        access = Access(own=run.requester == self._node and OWNER_LABEL not in run.spec.labels)
+        own = run.requester == self._node and OWNER_LABEL not in run.spec.labels
+        access = Access(own=own, providers=providers)
 
         def told(name: str, done: int, total: int | None, cid: str) -> None:
             progress(Transfer(run.execution, name, done, total, cid))
@@ -215,37 +238,44 @@ class Runner:
         finally:
             telling.end()
         await _in_thread_if(heavy, check)
-        raw = await asyncio.to_thread(_masked, raw, secrets) if secrets else raw
-        self.at_fault |= raw.error is not None and raw.error.kind == "node"
+        raw = await asyncio.to_thread(masked, raw, secrets) if secrets else raw
+        self._facilities.at_fault |= raw.error is not None and raw.error.kind == "node"
         try:
             return await self._name(raw, job.name)
         except ContentError as error:  # the store did not take the result: not the input's fault
             log.exception("the result of %s can't be stored", run.execution)
             return self._failed("node", error)
 
-    async def _prepare(self, job: _Job, spec: JobSpec) -> None:
+    async def _prepare(self, job: _Job, spec: JobSpec, providers: Sequence[Provider]) -> None:
         """Unpack the cell's folder and install what it requires, once for the job."""
         if job.ready:
             return
         job.folder.mkdir(parents=True, exist_ok=True)
         if isinstance(spec.task, PythonCell):
             if job.bundle is None:
+                await self._bring(spec.task.bundle, providers)
                 bundle = job.folder / "bundle"
                 await asyncio.to_thread(self._content.export, spec.task.bundle, bundle)
                 job.bundle = bundle
             if spec.task.requires:
                 try:
-                    job.layer = await self._layers.open(spec.task.requires, await job.executor.target(spec))
+                    job.layer = await self._facilities.layers.open(spec.task.requires, await job.executor.target(spec))
                 except SpecError as error:
                     job.problem = error
         job.ready = True
 
     # --- inputs ---
 
+    async def _bring(self, root: str, providers: Sequence[Provider]) -> None:
+        if self._exchange is not None and providers:
+            await self._exchange.bring(root, providers)
+
     async def _fetch(
         self, entries: Sequence[Entry], sources: Sequence[InputSource], access: Access, told: Told
     ) -> None:
-        """Have the entries brought to this machine, each by its source."""
+        """Have the entries brought to this machine: from the requester what it has, the others each by its source."""
+        if self._exchange is not None and access.providers:
+            await self._exchange.bring_entries(entries, access.providers, told)
         found: dict[Source, list[Entry]] = {}
         for entry in entries:
             found.setdefault(self._source(sources[entry.source], entry), []).append(entry)
@@ -300,11 +330,11 @@ class Runner:
             max_rss=raw.max_rss,
             executor=executor,
         )
-        return encode_outcome(self._content, _printable(outcome))
+        return encode_outcome(self._content, printable(outcome))
 
     def _failed(self, kind: ErrorKind, error: Exception) -> Outcome:
         failure = ShardError(kind=kind, name=type(error).__name__, message=str(error))
-        return encode_outcome(self._content, _printable(Outcome(ok=False, exit_code=1, error=failure)))
+        return encode_outcome(self._content, printable(Outcome(ok=False, exit_code=1, error=failure)))
 
     async def _blob(self, data: bytes | Path) -> Blob:
         if isinstance(data, Path):
@@ -361,48 +391,6 @@ class _Telling:
     def _tell(self, stream: Stream, text: str) -> None:
         if text:
             self._progress(Lines(self._execution, stream, text))
-
-
-def _masked(raw: RawOutcome, secrets: Secrets) -> RawOutcome:
-    """The outcome with secrets masked in its text, its error, and a value that is a text for people.
-
-    Other values, and files, are what the cell made them.
-    """
-    value = raw.value
-    if value.kind in ("repr", "mime") and isinstance(value.data, bytes):
-        value = msgspec.structs.replace(value, data=secrets.mask_bytes(value.data))
-    return msgspec.structs.replace(
-        raw,
-        value=value,
-        stdout=secrets.mask_bytes(raw.stdout),
-        stderr=secrets.mask_bytes(raw.stderr),
-        error=raw.error and _rewritten(raw.error, secrets.mask),
-    )
-
-
-def _printable(outcome: Outcome) -> Outcome:
-    """The outcome with an error that every format can carry: lone surrogates become escapes."""
-    if outcome.error is None:
-        return outcome
-    return msgspec.structs.replace(outcome, error=_rewritten(outcome.error, _escaped))
-
-
-def _rewritten(error: ShardError, change: Callable[[str], str]) -> ShardError:
-    """The error with every text in it changed."""
-
-    def changed(value: object) -> object:
-        if isinstance(value, str):
-            return change(value)
-        if isinstance(value, dict):
-            return {key: changed(item) for key, item in value.items()}
-        return [changed(item) for item in value] if isinstance(value, list | tuple) else value
-
-    plain = msgspec.to_builtins(msgspec.structs.replace(error, kind="node"))
-    return msgspec.structs.replace(msgspec.convert(changed(plain), ShardError), kind=error.kind)
-
-
-def _escaped(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 async def _in_thread_if(heavy: bool, work: Callable[[], T]) -> T:  # noqa: FBT001 - reads as a sentence

@@ -26,13 +26,13 @@ from typing import Any, Final
 import msgspec
 
 from bacalhau_node.api.auth import Caller, own_key, read_keys
-from bacalhau_node.api.selection import read_selection
 from bacalhau_node.api.server import ApiServer, bind
 from bacalhau_node.client import LocalClient
 from bacalhau_node.errors import SpecError
 from bacalhau_node.folders import Address, data_folder
 from bacalhau_node.literals import is_loopback
 from bacalhau_node.node import Node, open_node
+from bacalhau_node.selection import read_selection
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ def _own(node: Node, *, loopback: bool) -> list[tuple[bytes, Caller]]:
 
 def _ready(node: Node, url: str, *, loopback: bool) -> Ready:
     token = str(node.folder.path / "token") if loopback else ""
-    return Ready(url, node.id, node.capabilities.executor, str(node.folder.root), token)
+    return Ready(url, node.id, node.facilities.capabilities.executor, str(node.folder.root), token)
 
 
 class _Stopping:

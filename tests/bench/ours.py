@@ -22,7 +22,7 @@ def executor_name() -> str:
         with tempfile.TemporaryDirectory() as folder:
             node = await open_node(Path(folder))
             try:
-                return node.capabilities.executor
+                return node.facilities.capabilities.executor
             finally:
                 await node.close()
 

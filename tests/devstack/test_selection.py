@@ -14,13 +14,13 @@ import msgspec
 import pytest
 
 from bacalhau_node.api.auth import Caller, own_key
-from bacalhau_node.api.selection import Selection
 from bacalhau_node.api.server import ApiServer, bind
 from bacalhau_node.client import LocalClient
 from bacalhau_node.errors import NoCapacity
 from bacalhau_node.executors.process import ProcessExecutor
 from bacalhau_node.http_client import HttpClient
 from bacalhau_node.node import open_node
+from bacalhau_node.selection import Selection
 from bacalhau_node.spec import Command, JobSpec
 
 SPEC = JobSpec(task=Command(shell="echo done"), secrets=("API_KEY",))

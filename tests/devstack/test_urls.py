@@ -12,7 +12,7 @@ import pytest
 
 from bacalhau_node.api.auth import Caller
 from bacalhau_node.api.policy import admitted
-from bacalhau_node.api.selection import NO_RULES
+from bacalhau_node.selection import NO_RULES
 from bacalhau_node.client import JobView, LocalClient
 from bacalhau_node.errors import ContentError
 from bacalhau_node.executors.process import ProcessExecutor

@@ -66,7 +66,7 @@ JOB = st.fixed_dictionaries(
 HEAD = st.sampled_from(((0, 0), (0, 0), (2, 0), (3, 7)))
 """How many executions end well, and what time passes, before there is any mischief."""
 
-HOW = ("well", "lost", "twice")
+HOW = ("well", "lost", "lost", "twice")
 PACKED = ("well", "well", "well", "unsent", "unreadable")
 KINDS: tuple[ErrorKind | None, ...] = (None, None, "exception", "signal", "node", "memory")
 

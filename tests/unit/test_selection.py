@@ -9,9 +9,9 @@ import pytest
 
 from bacalhau_node.api.auth import Caller
 from bacalhau_node.api.policy import admitted, check_selected
-from bacalhau_node.api.selection import NO_RULES, Selection, read_selection
 from bacalhau_node.content.blocks import BlockStore
 from bacalhau_node.errors import NoCapacity, SpecError
+from bacalhau_node.selection import NO_RULES, Selection, read_selection
 from bacalhau_node.spec import Command, InputSource, JobSpec, Resources
 
 ANN = Caller("ann", "submit")
@@ -84,7 +84,7 @@ def test_a_rule_that_is_none_is_told_with_its_file(tmp_path, text, says):
         ({"gpus": 0}, {"resources": Resources(gpus=1)}, "at most 0 GPUs, and --gpu asks for 1"),
         ({"stateless": False}, {}, "this node takes no jobs without inputs"),
         ({"stateless": False}, {"shared": (InputSource(source=f"ipfs://{NOWHERE}"),)}, None),
-        ({"local_inputs": True}, {"inputs": (InputSource(source=f"ipfs://{NOWHERE}/a"),)}, f"{NOWHERE} is not here"),
+        ({"local_inputs": True}, {"inputs": (InputSource(source=f"ipfs://{NOWHERE}/a"),)}, f"{NOWHERE}/a is not here"),
         ({"local_inputs": True}, {}, None),
     ],
 )

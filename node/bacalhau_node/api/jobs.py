@@ -19,12 +19,12 @@ from aiohttp import web
 from bacalhau_node.api import policy, shapes
 from bacalhau_node.api.answers import TRAFFIC, Refused, Stream, answer, read
 from bacalhau_node.api.auth import Caller
-from bacalhau_node.api.selection import Probe, Selection
 from bacalhau_node.client import JobView, LocalClient, Submission, the_one
 from bacalhau_node.errors import NodeUnreachable, SpecError
 from bacalhau_node.feed import Feed, Update
 from bacalhau_node.ids import JobId
 from bacalhau_node.protocol.events import CancelRequested
+from bacalhau_node.selection import Probe, Selection
 from bacalhau_node.spec import JobSpec, PythonCell
 
 CALLER = web.RequestKey("caller", Caller)
@@ -92,7 +92,7 @@ class Jobs:
 
     async def _start(self, job: JobId, spec: JobSpec, caller: Caller, secrets: Mapping[str, str]) -> Submission:
         if caller.role != "admin":
-            await self._probe.ask(job, spec, caller)
+            await self._probe.ask(job, spec, caller.name)
         return await self._client.submit(spec, secrets=secrets, job=job)
 
     def _begin(self, job: JobId, spec: JobSpec, start: Coroutine[object, object, Submission]) -> None:
@@ -112,7 +112,7 @@ class Jobs:
     def _again(self, job: JobId, feed: Feed) -> Submission:
         node, row = self._client.node, feed.row
         assert row is not None  # a feed is made by its first row
-        return self._answered.get(job) or Submission(job, row.count, node.id, node.capabilities.executor)
+        return self._answered.get(job) or Submission(job, row.count, node.id, node.facilities.capabilities.executor)
 
     async def plan(self, request: web.Request) -> web.Response:
         """List and split, no more."""
@@ -123,7 +123,7 @@ class Jobs:
 
     def _admitted(self, request: web.Request, spec: JobSpec, data: bytes) -> JobSpec:
         policy.known_fields(shapes.decode(data, dict)["spec"], policy.plain(spec))
-        usual = self._client.node.capabilities.memory_per_slot
+        usual = self._client.node.facilities.capabilities.memory_per_slot
         return policy.admitted(spec, request[CALLER], self._rules, usual_memory=usual)
 
     # --- looking ---

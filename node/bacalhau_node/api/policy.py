@@ -16,13 +16,13 @@ from typing import Any
 import msgspec
 
 from bacalhau_node.api.auth import Caller
-from bacalhau_node.api.selection import Selection
 from bacalhau_node.api.shapes import MAX_BUNDLE
 from bacalhau_node.cid import Cid
 from bacalhau_node.errors import ContentError, NoCapacity, SpecError
 from bacalhau_node.ports import ContentStore
+from bacalhau_node.selection import Selection
 from bacalhau_node.sharding import mounts
-from bacalhau_node.spec import ISOLATION_RANK, MAX_GPU_SHARE, OWNER_LABEL, InputSource, JobSpec, PythonCell
+from bacalhau_node.spec import MAX_GPU_SHARE, OWNER_LABEL, InputSource, JobSpec, PythonCell
 
 BUNDLE_FILES = 10_000
 
@@ -45,7 +45,7 @@ def admitted(spec: JobSpec, caller: Caller, rules: Selection, *, usual_memory: i
     for source in (*spec.inputs, *spec.shared):
         _check_source(source)
     mounts(spec)
-    return spec if caller.role == "admin" else _for_others(spec, caller, rules, usual_memory=usual_memory)
+    return spec if caller.role == "admin" else rules.limited(spec, caller.name, usual_memory=usual_memory)
 
 
 def check_bundle(spec: JobSpec, content: ContentStore) -> None:
@@ -83,25 +83,8 @@ def plain(spec: JobSpec) -> Any:
 
 def check_selected(spec: JobSpec, caller: Caller, rules: Selection, content: ContentStore) -> None:
     """Raise `NoCapacity` for a job of somebody else that the owner's rules refuse."""
-    if caller.role != "admin" and (why := rules.refusal(spec, caller, content)) is not None:
+    if caller.role != "admin" and (why := rules.refusal(spec, caller.name, content)) is not None:
         raise NoCapacity(f"this node {why}")
-
-
-def _for_others(spec: JobSpec, caller: Caller, rules: Selection, *, usual_memory: int) -> JobSpec:
-    if spec.network != "none":
-        raise SpecError(f"--network {spec.network}: the owner of this node gives jobs of others no network")
-    if spec.publish != "store":
-        raise SpecError(f"--publish {spec.publish}: the owner of this node publishes no results of others; get them")
-    isolation, take = spec.isolation or "none", spec.resources
-    if take.memory is None and rules.memory is not None and rules.memory < usual_memory:
-        take = msgspec.structs.replace(take, memory=rules.memory)
-    return msgspec.structs.replace(
-        spec,
-        isolation=isolation if ISOLATION_RANK[isolation] >= ISOLATION_RANK[rules.isolation] else rules.isolation,
-        timeout=min(spec.timeout or rules.timeout, rules.timeout),
-        resources=take,
-        labels={**spec.labels, OWNER_LABEL: caller.name},
-    )
 
 
 def _check_numbers(spec: JobSpec) -> None:

@@ -25,10 +25,10 @@ from bacalhau_node.api.content import Content
 from bacalhau_node.api.gateway import GatewayRoutes
 from bacalhau_node.api.jobs import CALLER, Jobs
 from bacalhau_node.api.piece import Pieces
-from bacalhau_node.api.selection import NO_RULES, Selection
 from bacalhau_node.client import LocalClient
 from bacalhau_node.errors import NodeUnreachable, SpecError
 from bacalhau_node.literals import is_loopback
+from bacalhau_node.selection import NO_RULES, Selection
 
 KEEPALIVE: Final = 30.0
 """Seconds that a connection may be idle, or take to send its first request's head."""

@@ -1,0 +1,216 @@
+"""What the jobs of a network move between the stores of their nodes.
+
+Theory of operation. A job has one **capability** for each node that works for it: a token, made from the requester's
+own key, so that a requester which was restarted makes the same one again. It opens at the requester what the offered
+shards need (plan, cell, inputs), and at the compute node the results that it owes, and travels in offers over
+authenticated links only. The compute node keeps it with each result in its journal: a restart takes nobody's
+result away.
+
+**Out.** An offer is packed (`packing`), its roots are opened, and the values of the job's secrets are put in.
+**In.** Before a shard runs its node fetches block, cell and inputs: only those of its own shards, each file once.
+What does not come from the requester is the node's fault, so another one is tried. **Back.** A result up to
+`INLINE_LIMIT` is in its proposal; its blocks are made again here and must have the CIDs that it names. Larger ones are
+fetched, whole, and read: a record that says anything else than the proposal is a lie.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Final
+
+from msgspec import structs
+
+from bacalhau_node.cid import Cid
+from bacalhau_node.content.fetch import fetch
+from bacalhau_node.content.grants import Grants
+from bacalhau_node.content.providers import HttpProvider, StreamProvider
+from bacalhau_node.content.records import encode_outcome, read_record
+from bacalhau_node.errors import ContentError, NodeUnreachable, ProtocolError, SpecError
+from bacalhau_node.ids import Execution, JobId, NodeId
+from bacalhau_node.messages import ErrorKind, Grant, Offer, Outcome, Propose, ShardError, ShardOffer
+from bacalhau_node.packing import Packed, Packing, bundle_of, packed_spec
+from bacalhau_node.ports import ContentStore, Provider, Told, Transport
+from bacalhau_node.protocol.events import ComputeRow, OfferFailed, ResultMissing, Row, Run
+from bacalhau_node.selection import Guests
+from bacalhau_node.sharding import ContentRef, Entry
+from bacalhau_node.spec import JobSpec
+
+AT_ONCE: Final = 8
+"""Files that one shard fetches at a time."""
+
+MAX_RESULT: Final = 11 * 1024**3
+"""Bytes of a result that are fetched where the job sets no `--disk`: its default, and text."""
+
+PATIENCE: Final = 30.0
+"""Seconds without a byte after which a requester, or a compute node, is given up."""
+
+
+class Exchange:
+    """One node's part in it. `key`: secret bytes of this node. `secrets`: the values for a job, or why there are none.
+
+    `guests`: what this node does with jobs of others. `gateway`: the base URL where content is served over HTTP, too.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        *,
+        key: bytes,
+        content: ContentStore,
+        grants: Grants,
+        packing: Packing,
+        secrets: Callable[[JobId, JobSpec], Mapping[str, str]],
+        guests: Guests,
+        gateway: str = "",
+    ) -> None:
+        self._transport, self._content, self._grants = transport, content, grants
+        self._key = hashlib.blake2b(key, person=b"bacalhau-grants").digest()
+        self._packing, self._secrets, self._gateway = packing, secrets, gateway
+        self.guests = guests
+        self._blocks: dict[JobId, dict[str, Packed]] = {}
+        self._tokens: dict[JobId, set[str]] = {}
+        self._coming: dict[str, asyncio.Lock] = {}
+
+    # --- the requester's side ---
+
+    async def pack(self, to: NodeId, offer: Offer) -> tuple[Offer, list[OfferFailed]]:
+        """The offer with everything that another node needs, and the executions that can't be offered."""
+        executions = [Execution(offer.job, one.shard, one.attempt) for one in offer.shards]
+        try:
+            values = dict(self._secrets(offer.job, offer.spec))
+        except SpecError as error:
+            return structs.replace(offer, shards=()), [OfferFailed(one, _error(error)) for one in executions]
+        bundle = bundle_of(offer.spec)
+        roots: list[str] = [] if bundle is None else [bundle]
+        shards: list[ShardOffer] = []
+        failed: list[OfferFailed] = []
+        for one, execution in zip(offer.shards, executions, strict=True):
+            try:
+                packed = await self._packed(offer.job, one.block)
+            except (ContentError, SpecError, OSError) as error:
+                failed.append(OfferFailed(execution, _error(error)))
+            else:
+                roots += packed.roots
+                shards.append(structs.replace(one, block=packed.block))
+        token = self._token(offer.job, to)
+        self._open(offer.job, token, roots)
+        grant = Grant(token, (self._gateway,) if self._gateway else ())
+        spec = await asyncio.to_thread(packed_spec, offer.spec)
+        return structs.replace(offer, spec=spec, shards=tuple(shards), grant=grant, secrets=values), failed
+
+    async def _packed(self, job: JobId, block: str) -> Packed:
+        blocks = self._blocks.setdefault(job, {})
+        packed = blocks.get(block)
+        if packed is None or not await self._packing.is_good(packed):
+            packed = blocks[block] = await self._packing.pack(block)
+        return packed
+
+    async def collect(self, sender: NodeId, proposal: Propose) -> ResultMissing | None:
+        """Bring the result that another node proposes here, and check it; None when all is well."""
+        execution = proposal.execution
+        try:
+            await self._bring_result(sender, execution, proposal.outcome)
+        except (ProtocolError, SpecError) as error:
+            return ResultMissing(execution, sender, str(error), lied=True)
+        except (ContentError, OSError) as error:
+            return ResultMissing(execution, sender, str(error))
+        return None
+
+    async def _bring_result(self, sender: NodeId, execution: Execution, outcome: Outcome) -> None:
+        blobs = (outcome.value.blob, outcome.stdout, outcome.stderr)
+        if outcome.outputs is None and all(blob.cid is None for blob in blobs):
+            found = encode_outcome(self._content, outcome)
+        else:
+            token = self._token(execution.job, sender)
+            provider = StreamProvider(self._transport, sender, token=token)
+            root = Cid.parse(outcome.record)
+            await fetch(self._content, root, [provider], limit=MAX_RESULT, patience=PATIENCE)
+            found = await asyncio.to_thread(read_record, self._content, outcome.record)
+        if found != outcome:
+            raise ProtocolError(f"the result that node {sender} proposed for {execution} is not what it says")
+
+    def ended(self, job: JobId) -> None:
+        """A job of this node is over: nobody may fetch for it any more."""
+        self._blocks.pop(job, None)
+        self._close(job)
+
+    # --- the compute node's side ---
+
+    async def vet(self, requester: NodeId, offer: Offer) -> str:
+        """Why the owner of this node does not want a job of another node; "" if it may be taken."""
+        return await self.guests.vet(requester, offer)
+
+    def providers(self, run: Run) -> tuple[Provider, ...]:
+        """Who has what the execution needs: where its requester says, and the requester itself."""
+        if run.grant is None:
+            return ()
+        token = run.grant.token
+        over_http = [HttpProvider(url, token=token) for url in run.grant.gateways]
+        return (*over_http, StreamProvider(self._transport, run.requester, token=token))
+
+    async def bring(self, root: str, providers: Sequence[Provider], told: Callable[[int], None] | None = None) -> None:
+        """Have all of `root` here; raises `NodeUnreachable` when those who should have it don't give it."""
+        lock = self._coming.setdefault(root, asyncio.Lock())
+        try:
+            async with lock:
+                await fetch(self._content, Cid.parse(root), providers, told=told, patience=PATIENCE)
+        except ContentError as error:
+            raise NodeUnreachable(f"what the shard needs did not come: {error}") from error
+        finally:
+            if not lock.locked():
+                self._coming.pop(root, None)
+
+    async def bring_entries(self, entries: Iterable[Entry], providers: Sequence[Provider], told: Told) -> None:
+        """Have the content of these entries here, several at once, as far as it is named by CID."""
+        turns = asyncio.Semaphore(AT_ONCE)
+
+        async def one(entry: Entry, cid: str) -> None:
+            async with turns:
+                await self.bring(cid, providers, lambda done: told(entry.path, done, entry.size, ""))
+                told(entry.path, entry.size, entry.size, cid)
+
+        wanted = ((entry, entry.reference.cid) for entry in entries if isinstance(entry.reference, ContentRef))
+        tasks = [asyncio.create_task(one(entry, cid)) for entry, cid in wanted if not self._content.has(cid)]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def owe(self, execution: Execution, outcome: Outcome, grant: Grant | None) -> None:
+        """Let the requester fetch this result."""
+        if grant is not None:
+            self._open(execution.job, grant.token, [outcome.record])
+
+    def released(self, job: JobId) -> None:
+        """Nothing is held for this job any more."""
+        self._close(job)
+
+    def recover(self, rows: Iterable[Row]) -> None:
+        """Let requesters fetch what this node owed them when it ended."""
+        for row in rows:
+            if isinstance(row, ComputeRow) and row.outcome is not None:
+                self.owe(row.execution, row.outcome, row.grant)
+
+    # --- capabilities ---
+
+    def _token(self, job: JobId, node: NodeId) -> str:
+        made = hashlib.blake2b(f"{job} {node}".encode(), key=self._key, digest_size=32).digest()
+        return base64.urlsafe_b64encode(made).decode().rstrip("=")
+
+    def _open(self, job: JobId, token: str, roots: Iterable[str]) -> None:
+        self._grants.open(token, roots)
+        self._tokens.setdefault(job, set()).add(token)
+
+    def _close(self, job: JobId) -> None:
+        for token in self._tokens.pop(job, ()):
+            self._grants.close(token)
+
+
+def _error(error: Exception) -> ShardError:
+    kind: ErrorKind = "environment" if isinstance(error, SpecError) else "input"
+    return ShardError(kind, name=type(error).__name__, message=str(error))

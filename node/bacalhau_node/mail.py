@@ -1,0 +1,111 @@
+"""What happens to messages between the network and the machines of a node, so that those need not know of bytes.
+
+- An **offer** to another node is packed before it is sent: what its shards need can be fetched then. What is no longer
+  wanted by the time is left out.
+- An offer of another node is first shown to whoever speaks for this node's owner.
+- A **proposal** waits until its result has been fetched and checked, so what the requester accepts is here.
+- Printed lines, and how far transfers are, go to those who watch, and no machine sees them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from msgspec import structs
+
+from bacalhau_node.ids import Execution, NodeId
+from bacalhau_node.links import Links, Spawn
+from bacalhau_node.messages import Lines, Message, Offer, Propose, Refuse, Transfer
+from bacalhau_node.ports import Transport
+from bacalhau_node.protocol import events as ev
+from bacalhau_node.protocol.compute import Compute
+from bacalhau_node.protocol.requester import Requester
+from bacalhau_node.work import Trade
+
+log = logging.getLogger(__name__)
+
+
+class Mail:
+    """The messages of one node. `post` gives an event to the machines, `passing` news to those who watch.
+
+    Without `trade` the node is on no network, and there is nobody to send an offer to.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        *,
+        requester: Requester,
+        compute: Compute,
+        trade: Trade | None,
+        spawn: Spawn,
+        post: Callable[[ev.Event], None],
+        passing: Callable[[NodeId, Lines | Transfer], None],
+    ) -> None:
+        self._node, self._requester, self._compute, self._trade = transport.node, requester, compute, trade
+        self._spawn, self._post, self._passing = spawn, post, passing
+        self._coming: set[Execution] = set()
+        """Results that are fetched now."""
+        self.links = Links(transport, spawn=spawn, post=post, failed=self._unsent)
+        spawn(self.links.receive(self._heard))
+
+    def send(self, to: NodeId, message: Message) -> None:
+        """Send a message to another node."""
+        if isinstance(message, Offer) and self._trade is not None:
+            self._spawn(self._packed(to, message, self._trade))
+        else:
+            self.links.send(to, message)
+
+    def _heard(self, author: NodeId, message: Message) -> None:
+        match message:
+            case Lines() | Transfer():
+                self._passing(author, message)
+            case Offer() if self._trade is not None:
+                self._spawn(self._vetted(author, message, self._trade))
+            case Propose(execution=execution) if self._trade is not None and self._requester.wants(execution, author):
+                if execution not in self._coming:
+                    self._coming.add(execution)
+                    self._spawn(self._collected(author, message, self._trade))
+            case _:
+                self._post(ev.Received(author, message))
+
+    def _unsent(self, to: NodeId, messages: list[Message], reason: str) -> None:
+        """Messages that could not be sent: those that nobody sends again by himself are told to the machines."""
+        log.info("a node can't be reached: %s", reason, extra={"peer": to})
+        for message in messages:
+            if isinstance(message, Offer):
+                self._post(ev.OfferUnsent(_executions(message), reason))
+        self._post(ev.DialFailed("", to, reason))
+
+    async def _packed(self, to: NodeId, offer: Offer, trade: Trade) -> None:
+        ready, failed = await trade.pack(to, offer)
+        for failure in failed:
+            self._post(failure)
+        wanted = self._requester.wants
+        shards = tuple(one for one in ready.shards if wanted(Execution(offer.job, one.shard, one.attempt), to))
+        if shards:
+            ready = structs.replace(ready, shards=shards)
+            self.links.send(to, ready)
+            self._post(ev.OfferPacked(_executions(ready)))
+
+    async def _vetted(self, author: NodeId, offer: Offer, trade: Trade) -> None:
+        executions = _executions(offer)
+        known = any(execution in self._compute.held for execution in executions)
+        if not known and (reason := await trade.vet(author, offer)):
+            self.links.send(author, Refuse(executions, "never", reason, self._compute.room))
+        else:
+            self._post(ev.Received(author, offer))
+
+    async def _collected(self, author: NodeId, proposal: Propose, trade: Trade) -> None:
+        execution = proposal.execution
+        self._post(ev.ResultComing(execution, author))
+        try:
+            missing = await trade.collect(author, proposal)
+        finally:
+            self._coming.discard(execution)
+        self._post(missing or ev.Received(author, proposal))
+
+
+def _executions(offer: Offer) -> tuple[Execution, ...]:
+    return tuple(Execution(offer.job, one.shard, one.attempt) for one in offer.shards)
