@@ -24,6 +24,7 @@ CASES = (
     "containers",
     "glob",
     "results",
+    "buckets",
     "killed",
 )
 CASE_SECONDS = 300
