@@ -17,7 +17,9 @@ from pathlib import Path, PurePosixPath
 from typing import Final, Literal
 
 from bacalhau_node.cid import DAG_JSON, Cid
+from bacalhau_node.content.reader import Reader
 from bacalhau_node.content.records import read_record, read_root
+from bacalhau_node.content.walk import Want, resolved, steps_of
 from bacalhau_node.errors import ContentError, SpecError
 from bacalhau_node.messages import Blob, Outcome, ValueKind
 from bacalhau_node.ports import Access, ContentStore, Source, Told
@@ -91,9 +93,7 @@ class ResultSource:
             raise SpecError(f"{source.source} is the result of a job and no archive: leave `unpack` out")
         if not self._store.has(cid):
             raise ContentError(f"the result {cid} is not on this node: give this input to the node that has the job")
-        listed = _below(self._files(cid, path.partition("/")[0]), path)
-        if not listed:
-            raise ContentError(f"the result {cid} has no {shown(path) or 'files and no values'}")
+        listed = result_files(self._store, cid, path)
         return [Entry(name, ContentRef(file), size, index) for name, file, size in listed]
 
     async def fetch(self, entries: Sequence[Entry], *, access: Access, told: Told) -> None:
@@ -108,15 +108,40 @@ class ResultSource:
         """See `ports.Source`."""
         self._content.check(reference)
 
-    def _files(self, cid: str, part: str) -> Listing:
-        """Everything in one part of the result; in one that was named, with its name before each path."""
-        outcomes = [(shard, read_record(self._store, record)) for shard, record in read_root(self._store, cid)]
-        if part == "values":
-            return _under(part, values(outcomes, self._store.add_bytes))
-        found = outputs(outcomes, self._store.list)
-        if part == "outputs":
-            return _under(part, found)
-        return found or values(outcomes, self._store.add_bytes)
+
+def result_files(store: ContentStore, cid: str, path: str) -> Listing:
+    """The files of a sealed result, or those below `path`; raises `ContentError` where there are none."""
+    listed = _below(_part(store, cid, path.partition("/")[0]), path)
+    if not listed:
+        raise ContentError(f"the result {cid} has no {shown(path) or 'files and no values'}")
+    return listed
+
+
+def _part(store: ContentStore, cid: str, part: str) -> Listing:
+    """Everything in one part of the result; in one that was named, with its name before each path."""
+    outcomes = [(shard, read_record(store, record)) for shard, record in read_root(store, cid)]
+    if part == "values":
+        return _under(part, values(outcomes, store.add_bytes))
+    found = outputs(outcomes, store.list)
+    if part == "outputs":
+        return _under(part, found)
+    return found or values(outcomes, store.add_bytes)
+
+
+def file_parts(store: ContentStore, cid: str, path: str) -> Iterator[bytes]:
+    """The bytes of the file at `path` below a folder or a sealed result, checked; blocks. Raises `ContentError`."""
+    root = Cid.parse(cid)
+    if root.codec == DAG_JSON:
+        found = [file for _, file, _ in result_files(store, cid, path)]
+        if len(found) > 1:
+            raise ContentError(f"{shown(path) or cid} is a folder of {len(found):,} files: name one of them")
+        root = Cid.parse(found[0])
+    else:
+        levels, absent = resolved(store.block, Want(root, steps_of(path), "entity"))
+        if absent:
+            raise ContentError(absent)
+        root = levels[-1]
+    yield from Reader(store, root).chunks(root)
 
 
 def shards(store: ContentStore, root: str) -> Listing:

@@ -12,7 +12,8 @@ from msgspec import structs
 
 from bacalhau_node.api.auth import own_key
 from bacalhau_node.api.server import ApiServer, bind
-from bacalhau_node.client import Client, JobView, LocalClient, ShardText, Update
+from bacalhau_node.client import Client, JobView, LocalClient, ShardText, Stored, Update
+from bacalhau_node.content.blocks import BlockStore
 from bacalhau_node.errors import BacalhauError, ContentError, SpecError
 from bacalhau_node.executors.process import ProcessExecutor
 from bacalhau_node.http_client import HttpClient
@@ -306,6 +307,83 @@ async def test_folders_are_downloaded_whole_and_never_over_something(client: Cli
         await client.download(outcome.outputs, tmp_path / "out")
     with pytest.raises(ContentError):
         await client.download(outcome.outputs, tmp_path / "no" / "such" / "folder")
+
+
+def _tree(folder: Path) -> Path:
+    (folder / "d").mkdir(parents=True)
+    (folder / "a.txt").write_text("a")
+    (folder / "d" / "big").write_bytes(bytes(range(256)) * 4000)
+    (folder / ".hidden").write_text("h")
+    (folder / "link").symlink_to("a.txt")
+    return folder
+
+
+@pytest.mark.parametrize("profile", ["unixfs-v0-2015", "unixfs-v1-2025"])
+async def test_what_is_put_is_kept_under_the_cid_that_the_profile_gives_it(
+    side: Side, tmp_path: Path, profile: str
+) -> None:
+    folder = _tree(tmp_path / "tree")
+    stored = await side.client.put(folder, profile=profile)
+    other = BlockStore(tmp_path / "other", profile=profile)
+    assert stored == Stored(other.add_path(folder), 256 * 4000 + 2, 3, profile)
+    assert side.node.node.content.pins(stored.cid) == 1
+    file = await side.client.put(folder / "a.txt", profile=profile)
+    assert (file.cid, file.files) == (other.add_path(folder / "a.txt"), 1)
+
+
+async def test_files_are_read_by_their_path_below_what_was_put(client: Client, tmp_path: Path) -> None:
+    stored = await client.put(_tree(tmp_path / "tree"))
+
+    async def cat(cid: str, path: str = "") -> bytes:
+        return b"".join([part async for part in client.cat(cid, path)])
+
+    assert await cat(stored.cid, "a.txt") == b"a"
+    assert await cat(stored.cid, "d/big") == bytes(range(256)) * 4000
+    empty = tmp_path / "empty"
+    empty.touch()
+    assert await cat((await client.put(empty)).cid) == b""
+    for path, says in (("", "folder"), ("d", "folder"), ("nothing", "nothing")):
+        with pytest.raises(ContentError, match=says):
+            await cat(stored.cid, path)
+
+
+async def test_an_unknown_profile_is_told_with_those_that_there_are(client: Client, tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="there are unixfs-v0-2015"):
+        await client.put(_tree(tmp_path / "tree"), profile="v9")
+
+
+async def test_a_result_is_a_folder_to_read_from_and_the_input_of_the_next_job(client: Client) -> None:
+    source = "(outputs / 'r.txt').write_text(str(shard.index))\nshard.index"
+    view = await _done(client, await _spec(client, source, sharding=Sharding(n=2)))
+    assert (await client.jobs())[0].cid == view.cid
+
+    async def cat(path: str) -> bytes:
+        return b"".join([part async for part in client.cat(view.cid, path)])
+
+    assert [await cat(path) for path in ("r.txt", "outputs/r.shard-1.txt", "values/1.json")] == [b"0", b"1", b"1"]
+    with pytest.raises(ContentError, match="is a folder of 2 files"):
+        await cat("outputs")
+    spec = await _spec(client, "sorted(path.read_text() for path in inputs)")
+    spec = structs.replace(spec, inputs=(InputSource(source=f"ipfs://{view.cid}"),))
+    assert _values(await _done(client, spec)) == [b'["0", "1"]']
+
+
+async def test_an_equal_jobs_result_is_taken(client: Client, tmp_path: Path) -> None:
+    spec = await _spec(client, SUM, _numbers(tmp_path / "in"), reuse=True)
+    first = await client.submit(spec)
+    await _updates(client, first.job)
+    again = await client.submit(spec)
+    assert (first.reused, again.reused, again.job) == (False, True, first.job)
+    assert "the result of job" in " ".join(again.notes)
+    assert not (await client.submit(structs.replace(spec, reuse=False))).reused
+
+
+async def test_a_result_is_published_and_where_is_told_with_its_end(client: Client) -> None:
+    view = await _done(client, await _spec(client, "1", publish="filecoin"))
+    assert (view.state, view.reason) == ("Completed", "")
+    assert view.published[0].startswith("piece bafkzcib")
+    with pytest.raises(SpecError, match="--publish ipfs9: this node publishes to store"):
+        await client.submit(await _spec(client, "1", publish="ipfs9"))
 
 
 async def test_a_bundle_has_the_cid_that_every_client_gives_it(side: Side) -> None:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from bacalhau_node.content.car import CarReader
 from bacalhau_node.testing.executor_suite import processes_with
 from tests.wheels import wheel
 
@@ -33,6 +40,35 @@ def _run(environment: dict[str, str], folder: Path, *words: str) -> subprocess.C
         timeout=120,
         check=False,
     )
+
+
+@contextlib.contextmanager
+def served(environment: dict[str, str]) -> Iterator[dict[str, Any]]:
+    """A server, and what it says when it is ready."""
+    command = [sys.executable, "-c", MAIN, "serve", "--json", "--api", "127.0.0.1:0"]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            yield json.loads(process.stdout.readline())
+        finally:
+            process.kill()
+
+
+@dataclass
+class Answer:
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+def _fetch(url: str, *, method: str = "GET", **headers: str) -> Answer:
+    """The answer to a request of somebody without a key."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers, method=method), timeout=60) as found:
+            return Answer(found.status, found.headers, found.read())
+    except urllib.error.HTTPError as error:
+        with error:
+            return Answer(error.code, error.headers, error.read())
 
 
 def _script(folder: Path, source: str, name: str = "job.py") -> str:
@@ -157,3 +193,69 @@ def test_doctor_says_what_works_and_what_to_do(environment, tmp_path):
 
 def test_the_version_is_that_of_the_package(environment, tmp_path):
     assert json.loads(_run(environment, tmp_path, "version", "--json").stdout) == {"version": "0.1.0"}
+
+
+def test_content_goes_into_the_store_and_comes_back(environment, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "a.txt").write_text("first line\n")
+    put = _run(environment, tmp_path, "put", "mine", "--json")
+    assert put.returncode == 0, put.stderr
+    stored = json.loads(put.stdout)
+    assert (stored["files"], stored["bytes"], stored["profile"]) == (1, 11, "unixfs-v0-2015")
+    assert _run(environment, tmp_path, "put", "mine").stdout.strip() == stored["cid"]
+    assert _run(environment, tmp_path, "cat", f"{stored['cid']}/a.txt").stdout == "first line\n"
+    assert (
+        json.loads(_run(environment, tmp_path, "cat", f"ipfs://{stored['cid']}/a.txt", "--json").stdout)["bytes"] == 11
+    )
+    got = _run(environment, tmp_path, "get", stored["cid"], "--output", "back")
+    assert got.returncode == 0, got.stderr
+    assert (tmp_path / "back" / "a.txt").read_text() == "first line\n"
+    for words, code, says in (
+        (("cat", stored["cid"]), 1, "folder"),
+        (("cat", f"{stored['cid']}/b.txt"), 1, "b.txt"),
+        (("cat", "hello"), 2, "hello"),
+        (("put", "nothing"), 2, "does not exist"),
+    ):
+        done = _run(environment, tmp_path, *words)
+        assert (done.returncode, says in done.stderr) == (code, True), done.stderr
+
+
+def test_a_jobs_result_is_found_by_its_cid_and_downloaded_where_the_line_says(environment, tmp_path):
+    script = _script(tmp_path, "(outputs / 'r.csv').write_text(str(shard.index))")
+    done = _run(environment, tmp_path, "run", script, "--shards", "2", "--publish", "local:out", "--json")
+    assert done.returncode == 0, done.stderr
+    job = json.loads(done.stdout.splitlines()[-1])
+    assert job["published"] == []
+    combined = tmp_path / "out" / job["id"] / "combined" / "outputs"
+    assert {path.name: path.read_text() for path in combined.iterdir()} == {"r.csv": "0", "r.shard-1.csv": "1"}
+    got = _run(environment, tmp_path, "get", job["cid"], "--raw", "--output", "back", "--json")
+    assert json.loads(got.stdout) == {"id": job["id"], "output": "back", "shards": 2}
+    assert sorted(path.name for path in (tmp_path / "back").iterdir()) == ["shards"]
+    assert _run(environment, tmp_path, "cat", f"{job['cid']}/r.shard-1.csv").stdout == "1"
+
+
+def test_a_piece_is_given_out_to_whoever_has_its_cid(environment, tmp_path):
+    script = _script(tmp_path, "(outputs / 'r.csv').write_text('result')")
+    with served(environment) as ready:
+        done = _run(environment, tmp_path, "run", script, "--publish", "filecoin", "--json")
+        assert done.returncode == 0, done.stderr
+        piece, manifest = json.loads(done.stdout.splitlines()[-1])["published"]
+        told = json.loads(Path(manifest).read_text())
+        url = f"{ready['api']}{told['url']}"
+        whole = _fetch(url)
+        assert whole.status == 200
+        car = whole.body
+        assert (len(car), piece) == (told["piece"]["payload"], f"piece {told['piece']['cid']}")
+        reader = CarReader()
+        blocks = reader.feed(car)  # each is checked against its CID
+        reader.end()
+        assert [str(root) for root in reader.roots or ()] == [told["root"]]
+        assert any(b"result" in block for _, block in blocks)
+        part = _fetch(url, Range="bytes=10-19")
+        assert (part.status, part.body, part.headers["Content-Range"]) == (206, car[10:20], f"bytes 10-19/{len(car)}")
+        assert _fetch(url, Range="bytes=-5").body == car[-5:]
+        assert _fetch(url, Range=f"bytes={len(car)}-").status == 416
+        head = _fetch(url, method="HEAD")
+        assert (head.status, head.headers["Content-Length"], head.body) == (200, str(len(car)), b"")
+        assert _fetch(f"{ready['api']}/piece/{told['piece']['cid_v1']}").status == 404
+        assert _fetch(f"{ready['api']}/piece/..%2Findex").status == 404

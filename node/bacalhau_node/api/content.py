@@ -10,8 +10,9 @@ from aiohttp import web
 
 from bacalhau_node.api import policy, shapes
 from bacalhau_node.api.answers import Refused, Stream, answer, body, read
+from bacalhau_node.api.jobs import CALLER
 from bacalhau_node.cid import Cid
-from bacalhau_node.client import LocalClient
+from bacalhau_node.client import PUT, LocalClient
 from bacalhau_node.content import car
 from bacalhau_node.content.gateway import gathered
 from bacalhau_node.content.reader import Reader
@@ -40,6 +41,7 @@ class Content:
             web.post("/v0/bundle", self.bundle),
             web.post("/v0/blocks/missing", self.missing),
             web.post("/v0/car", self.take),
+            web.post("/v0/pins/{cid}", self.pin),
             web.get("/v0/content/{cid}", self.file, allow_head=False),
         ]
 
@@ -78,6 +80,14 @@ class Content:
             finally:
                 await asyncio.to_thread(self._store.flush)
         return answer(shapes.CarAnswer(taken.bytes))
+
+    async def pin(self, request: web.Request) -> web.Response:
+        """Keep what was sent, for the node's owner; what others send is kept by their jobs."""
+        cid, own = self._here(request), request[CALLER].role == "admin"
+        if own:
+            self._store.pin(str(cid), owner=PUT)
+            await asyncio.to_thread(self._store.flush)
+        return answer(shapes.PinAnswer(own))
 
     # --- out ---
 

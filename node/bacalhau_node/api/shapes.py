@@ -79,6 +79,12 @@ class CarAnswer(msgspec.Struct, frozen=True):
     bytes: int
 
 
+class PinAnswer(msgspec.Struct, frozen=True):
+    """Whether a root is kept from now on; else it is until the store needs its room."""
+
+    pinned: bool
+
+
 class FoundAnswer(msgspec.Struct, frozen=True):
     """The one job that was meant."""
 

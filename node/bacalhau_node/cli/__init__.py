@@ -11,7 +11,7 @@ import click
 import msgspec
 
 from bacalhau_node import __version__
-from bacalhau_node.cli import jobs
+from bacalhau_node.cli import content, jobs
 from bacalhau_node.cli.common import FAILED, finish
 from bacalhau_node.cli.run import run
 from bacalhau_node.cli.serving import serve
@@ -49,5 +49,5 @@ def _finding_text(finding: Finding) -> str:
     return f"{mark}  {finding.what}: {finding.detail}{remedy}"
 
 
-for command in (run, serve, *jobs.COMMANDS):
+for command in (run, serve, *jobs.COMMANDS, *content.COMMANDS):
     main.add_command(command)

@@ -9,12 +9,13 @@ from typing import Any
 import click
 import msgspec
 
+from bacalhau_node.cid import DAG_JSON, Cid
 from bacalhau_node.cli.common import JSON, NODE, finish, options, reach
 from bacalhau_node.cli.printing import Printer, error_text, follow, summary
 from bacalhau_node.client import Client, JobLine, JobView, NodeView, ShardView
 from bacalhau_node.download import download
 from bacalhau_node.errors import SpecError
-from bacalhau_node.ids import short
+from bacalhau_node.ids import JobId, short
 from bacalhau_node.messages import Blob
 from bacalhau_node.protocol.events import FINAL_JOB, FINAL_SHARD
 
@@ -117,13 +118,16 @@ async def _text(client: Client, blob: Blob) -> str:
 
 
 @click.command()
-@click.argument("job", metavar="ID")
-@click.option("--output", type=click.Path(path_type=Path), help="The folder to write to; default: job-ID.")
+@click.argument("name", metavar="ID|CID")
+@click.option("--output", type=click.Path(path_type=Path), help="The folder to write to; default: job-ID, or the CID.")
 @click.option("--raw", is_flag=True, help="Shard by shard only, nothing combined.")
 @options(NODE, JSON)
-def get(job: str, output: Path | None, node: str | None, **flags: bool) -> None:
-    """Download what the shards of a job left behind."""
-    target, view = finish(_get(job, output, node, raw=flags["raw"]))
+def get(name: str, output: Path | None, node: str | None, **flags: bool) -> None:
+    """Download what the shards of a job left behind, or a file or folder by its CID."""
+    target, view = finish(_get(name, output, node, raw=flags["raw"]))
+    if view is None:
+        click.echo(msgspec.json.encode({"cid": name, "output": str(target)}) if flags["as_json"] else target)
+        return
     done = sum(shard.outcome is not None for shard in view.shards)
     if flags["as_json"]:
         click.echo(msgspec.json.encode({"id": view.job, "output": str(target), "shards": done}))
@@ -131,12 +135,32 @@ def get(job: str, output: Path | None, node: str | None, **flags: bool) -> None:
         click.echo(f"{done} of {len(view.shards)} shards in {target}")
 
 
-async def _get(job: str, output: Path | None, node: str | None, *, raw: bool) -> tuple[Path, JobView]:
+async def _get(name: str, output: Path | None, node: str | None, *, raw: bool) -> tuple[Path, JobView | None]:
     async with reach(node) as client:
-        view = await client.job(await client.find(job))
+        cid = _cid(name)
+        if cid is not None and cid.codec != DAG_JSON:
+            target = output or Path(str(cid))
+            await client.download(str(cid), target)
+            return target, None
+        view = await client.job(await client.find(name) if cid is None else await _job_of(client, str(cid)))
         target = output or Path(f"job-{short(view.job).removeprefix('j-')}")
         await download(client, view, target, raw=raw)
         return target, view
+
+
+def _cid(text: str) -> Cid | None:
+    try:
+        return Cid.parse(text.removeprefix("ipfs://"))
+    except SpecError:
+        return None
+
+
+async def _job_of(client: Client, result: str) -> JobId:
+    """The newest job with this result."""
+    for line in await client.jobs():
+        if line.cid == result:
+            return line.job
+    raise SpecError(f"{result} is no file or folder, and not the result of a job that the node knows")
 
 
 @click.command()

@@ -2,27 +2,56 @@
 
 from __future__ import annotations
 
+import time
+
 import click
 import msgspec
 
-from bacalhau_node.client import Client, JobChanged, JobView, ShardChanged, ShardText, ShardView
+from bacalhau_node.client import Client, JobChanged, JobView, ShardBytes, ShardChanged, ShardText, ShardView
 from bacalhau_node.messages import Outcome, ShardError
+from bacalhau_node.transfers import Transfers
+
+TOLD_SECONDS = 2.0
+"""Seconds between two lines about what is fetched."""
 
 
 async def follow(client: Client, job: str, *, many: bool, shard: int | None = None) -> JobView:
     """Print what the shards (or that shard) print until the job ends."""
-    printer = Printer(many=many)
+    printer, transfers = Printer(many=many), _Transfers()
     async for update in client.updates(job):
         if isinstance(update, JobChanged):
-            if update.state == "Queued":
-                click.echo(f"Queued: {update.reason}", err=True)
+            if update.state == "Queued" or update.reason.startswith("publishing"):
+                click.echo(f"{update.state}: {update.reason}", err=True)
+        elif isinstance(update, ShardBytes):
+            transfers.take(update)
         elif shard in {None, update.shard}:
             if isinstance(update, ShardText):
                 printer.text(update.shard, update.stream, update.text)
             elif isinstance(update, ShardChanged) and update.state == "failed" and update.error:
                 click.echo(f"shard {update.shard} failed: {error_text(update.error)}", err=True)
     printer.end()
+    transfers.end()
     return await client.job(job)
+
+
+class _Transfers:
+    """Tells on stderr, now and then, what is on its way, and at the end what came."""
+
+    def __init__(self) -> None:
+        self._transfers, self._due = Transfers(), 0.0
+
+    def take(self, news: ShardBytes) -> None:
+        """Tell of it if something else was told long enough ago."""
+        now = time.monotonic()
+        self._transfers.take(news, now)
+        if now >= self._due and (text := self._transfers.now(now)):
+            self._due = now + TOLD_SECONDS
+            click.echo(text, err=True)
+
+    def end(self) -> None:
+        """Tell what came."""
+        if text := self._transfers.fetched():
+            click.echo(text, err=True)
 
 
 class Printer:

@@ -55,6 +55,9 @@ _RUN_OPTIONS = (
     click.option("-l", "--label", "labels", type=PAIR, multiple=True, metavar="K=V", help="A label of the job."),
     click.option("--raw", is_flag=True, help="FILE is a shell script."),
     click.option("--pin", is_flag=True, help="Give local inputs a CID and keep them."),
+    click.option("--publish", default="store", metavar="TARGET", help="local:DIR, s3://…, ipfs, filecoin."),
+    click.option("--reuse", is_flag=True, help="Take the result of an equal job that has completed."),
+    click.option("--constraint", default="", metavar="EXPR", help="Which nodes, by their labels."),
     click.option("--download", "target", type=click.Path(path_type=Path), help="Write the results to this folder."),
     NODE,
     click.option("--json", "as_json", is_flag=True, help="Print one JSON object last."),
@@ -86,14 +89,15 @@ async def _one_job(
 ) -> JobView:
     async with reach(node) as client:
         task = await _task(client, file, command, given)
-        spec = _spec(task, given)
+        spec, local = _spec(task, given)
         submission = await client.submit(spec, secrets=masking.gathered(spec.secrets, os.environ))
         where = f"{submission.count} shard{'s' * (submission.count != 1)} on {submission.node} ({submission.executor})"
         for note in (f"job {submission.job}: {where}", *submission.notes):
             click.echo(note, err=True)
         view = await _follow(client, submission.job, many=submission.count > 1)
-        if target is not None:
-            await download(client, view, target)
+        for folder in filter(None, (target, local and local / view.job)):
+            await download(client, view, folder)
+            click.echo(f"downloaded to {folder}", err=True)
         return view
 
 
@@ -117,10 +121,13 @@ async def _task(
     return Command(shell=source) if raw else await script_task(client, source, Path(file), requires)
 
 
-def _spec(task: PythonCell | Command, given: dict[str, Any]) -> JobSpec:
+def _spec(task: PythonCell | Command, given: dict[str, Any]) -> tuple[JobSpec, Path | None]:
+    """The job, and the folder of `--publish local:DIR`."""
     place = literals.Place(exists=os.path.exists, cwd=str(Path.cwd()), home=str(Path.home()), names=filesystem.names_in)
     take = given.pop
-    return JobSpec(
+    publish = literals.publish(take("publish"), place)
+    local = Path(publish.removeprefix(literals.LOCAL)) if publish.startswith(literals.LOCAL) else None
+    spec = JobSpec(
         task=task,
         inputs=tuple(literals.source(text, place) for text in take("inputs")),
         shared=tuple(literals.source(text, place) for text in take("shared")),
@@ -130,8 +137,10 @@ def _spec(task: PythonCell | Command, given: dict[str, Any]) -> JobSpec:
         ),
         env=dict(take("env")),
         labels=dict(take("labels")),
+        publish="store" if local else publish,
         **given,
     )
+    return spec, local
 
 
 def _sharding(shards: str | None, batch_size: int | None, shard_size: int | None) -> Sharding:

@@ -20,11 +20,11 @@ from urllib.parse import urlsplit
 from msgspec import structs
 
 from bacalhau_node.api import shapes
-from bacalhau_node.cid import Cid
-from bacalhau_node.client import NONE, JobLine, JobPlan, JobView, NodeView, Submission, Update
+from bacalhau_node.cid import DAG_JSON, Cid
+from bacalhau_node.client import NONE, JobLine, JobPlan, JobView, NodeView, Stored, Submission, Update, in_parts
 from bacalhau_node.content.blocks import BlockStore
 from bacalhau_node.content.reader import Reader
-from bacalhau_node.content.unixfs import Imported
+from bacalhau_node.content.unixfs import PROFILES, Imported
 from bacalhau_node.errors import BacalhauError, ContentError, SpecError
 from bacalhau_node.folders import data_folder, servers
 from bacalhau_node.http_client import upload
@@ -32,6 +32,7 @@ from bacalhau_node.http_client.connection import BROKEN, LONG, PATIENCE, Connect
 from bacalhau_node.http_client.fetch import Memory, fetch
 from bacalhau_node.ids import JobId
 from bacalhau_node.literals import is_loopback, node_url
+from bacalhau_node.node import PROFILE
 from bacalhau_node.plan import make_plan
 from bacalhau_node.protocol.events import FINAL_JOB, JobChanged
 from bacalhau_node.sharding import LocalStamp
@@ -183,6 +184,36 @@ class HttpClient:
         return await self._connection.ask("GET", "/v0/nodes", list[NodeView])
 
     # --- content ---
+
+    async def put(self, path: Path, *, profile: str = PROFILE) -> Stored:
+        """See `client.Client`. The files stay where they are; only blocks that the node lacks are sent."""
+        if profile not in PROFILES:
+            raise SpecError(f"{profile!r} is not a UnixFS profile: there are {', '.join(PROFILES)}")
+        tree = upload.Tree({}, reuse=False, profile=PROFILES[profile])
+        cid = await asyncio.to_thread(tree.add_path, path)
+        await upload.send(self._connection, tree, self._progress)
+        await self._connection.ask("POST", f"/v0/pins/{cid}", shapes.PinAnswer)
+        return Stored(cid, tree.size, tree.files, profile)
+
+    async def cat(self, cid: str, path: str = "") -> AsyncIterator[bytes]:
+        """See `client.Client`."""
+        store = await self._opened()
+        if await asyncio.to_thread(store.has, cid):
+            async for part in in_parts(store, cid, path):
+                yield part
+            return
+        root = _parsed(cid)
+        with tempfile.TemporaryDirectory(prefix="bacalhau-") as name:
+            fresh = await asyncio.to_thread(BlockStore, Path(name))
+            try:
+                if root.codec == DAG_JSON:  # of a result all is needed to know what is where in it
+                    await fetch(self._connection, root, fresh)
+                else:
+                    cid, path = await fetch(self._connection, root, fresh, path=path), ""
+                async for part in in_parts(fresh, cid, path):
+                    yield part
+            finally:
+                await asyncio.to_thread(fresh.close)
 
     async def read(self, cid: str) -> bytes:
         """See `client.Client`."""

@@ -93,6 +93,9 @@ class _Patient:
                 await retry.again(error)
 
 
-async def fetch(connection: Connection, cid: Cid, shelf: Shelf) -> None:
-    """Put `cid` and all below it on the shelf; raises `ContentError` for what does not come, or not right."""
-    await fetch_from(shelf, cid, [_Patient(connection)], patience=SILENCE)
+async def fetch(connection: Connection, cid: Cid, shelf: Shelf, *, path: str = "") -> str:
+    """Put what `path` below `cid` leads to, and all below that, on the shelf; returns the CID of what it leads to.
+
+    Raises `ContentError` for what does not come, or not right.
+    """
+    return (await fetch_from(shelf, cid, [_Patient(connection)], path=path, patience=SILENCE)).cid

@@ -29,8 +29,10 @@ from bacalhau_node.content.unixfs import (
     MAX_DEPTH,
     PROFILES,
     Imported,
+    Profile,
     import_bytes,
     import_file,
+    import_folder,
     import_links,
     leaf_block,
 )
@@ -69,6 +71,7 @@ class Tree:
 
     hashed: dict[LocalStamp, Imported]
     reuse: bool
+    profile: Profile = PROFILE
     blocks: dict[bytes, bytes | _Slice] = field(default_factory=dict)
     reused: bool = False
     files: int = 0
@@ -81,12 +84,26 @@ class Tree:
         )
         return str(Cid(self._folder(_nested(items), 0).cid))
 
+    def add_path(self, path: Path) -> str:
+        """The CID of a file or folder as it lies there, hidden names and links included."""
+
+        def add(file: Path) -> Imported:
+            found = self._import(str(file))
+            self.files, self.size = self.files + 1, self.size + found.size
+            return found
+
+        if path.is_dir():
+            found = import_folder(path, self._sink, profile=self.profile, hidden=True, add_file=add)
+        else:
+            found = add(path)
+        return str(Cid(found.cid))
+
     def read(self, cid: bytes) -> bytes:
         """The bytes of one block, checked; raises `ContentError` when its file has changed."""
         block = self.blocks[cid]
         if isinstance(block, bytes):
             return block
-        raw = PROFILE.raw_leaves
+        raw = self.profile.raw_leaves
         with contextlib.suppress(OSError):
             handle = os.open(block.path, os.O_RDONLY | os.O_CLOEXEC)
             try:
@@ -111,7 +128,7 @@ class Tree:
         for name, item in sorted(content.items(), key=lambda pair: os.fsencode(pair[0])):
             link = self._folder(item, depth + 1) if isinstance(item, dict) else self._file(item)
             found.append(PbLink(link.cid, os.fsencode(name), link.tsize))
-        return import_links(found, self._sink, profile=PROFILE)
+        return import_links(found, self._sink, profile=self.profile)
 
     def _file(self, entry: object) -> PbLink:
         if not isinstance(entry, Entry) or not isinstance(entry.reference, LocalStamp):
@@ -120,20 +137,18 @@ class Tree:
         known = self.hashed.get(stamp) if self.reuse else None
         self.reused = self.reused or known is not None
         if known is None:
-            known = self._import(stamp)
+            known = self._import(os.path.realpath(stamp.path))
         LocalSource().check(stamp)
         self.hashed[stamp] = known
         self.files += 1
         self.size += stamp.size
         return PbLink(known.cid, b"", known.tsize)
 
-    def _import(self, stamp: LocalStamp) -> Imported:
-        path = os.path.realpath(stamp.path)
-
+    def _import(self, path: str) -> Imported:
         def leaf(cid: bytes, at: int, length: int) -> None:
             self.blocks.setdefault(cid, _Slice(path, at, length))
 
-        return import_file(Path(path), self._sink, profile=PROFILE, leaf=leaf)
+        return import_file(Path(path), self._sink, profile=self.profile, leaf=leaf)
 
     def _sink(self, cid: bytes, block: bytes) -> None:
         self.blocks.setdefault(cid, block)
