@@ -24,6 +24,7 @@ not carried out, and no further turn begins until it is committed. Watchers of j
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
@@ -63,6 +64,9 @@ T = TypeVar("T")
 
 STORE_AGAIN = 1.0
 """Seconds until what the disk did not take is tried again, doubled up to sixteen (a guess)."""
+
+FAREWELL = 1.0
+"""Seconds that the last words of a node may take."""
 
 LONGEST_WAIT = 16 * STORE_AGAIN
 
@@ -173,6 +177,14 @@ class Engine:
         self._commit(first)
         self._carry_out(first)
         self._turn()
+
+    async def leave(self) -> None:
+        """Tell the neighbours that this node ends, and give them a moment to hear it."""
+        self.post(ev.Leave())
+        self._turn()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FAREWELL):
+                await self._mail.links.idle.wait()
 
     async def close(self) -> None:
         """Stop every task and timer; what was decided is in the journal."""

@@ -11,6 +11,7 @@ What is no message ends the link that it came by: its sender is at fault.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Coroutine
@@ -111,6 +112,9 @@ class Links:
         self._transport, self._spawn, self._post, self._failed = transport, spawn, post, failed
         self._queues: dict[NodeId, _Queue] = {}
         self._told: set[tuple[NodeId, str]] = set()
+        self.idle = asyncio.Event()
+        """Nothing waits to be sent."""
+        self.idle.set()
 
     # --- out ---
 
@@ -120,6 +124,7 @@ class Links:
         if queue is None:
             queue = self._queues[to] = _Queue()
             queue.put(message)
+            self.idle.clear()
             self._spawn(self._empty(to, queue))
         else:
             queue.put(message)
@@ -135,6 +140,8 @@ class Links:
             self._failed(to, [message, *queue.take_all()], str(error))
         finally:
             del self._queues[to]
+            if not self._queues:
+                self.idle.set()
             if queue.dropped:
                 log.warning("messages were dropped: the node takes too few", extra={"to": to, "count": queue.dropped})
 

@@ -40,10 +40,12 @@ from bacalhau_node.journal import SqliteJournal
 from bacalhau_node.keeping import Keeping
 from bacalhau_node.layers.store import Layers
 from bacalhau_node.masking import Secrets
+from bacalhau_node.network import Joined, NetworkSettings
 from bacalhau_node.plan import JobPlan, make_plan, read_blocks, store_plan
 from bacalhau_node.ports import Access, ContentStore, Executor, Journal, Publisher, Source, Transport
 from bacalhau_node.protocol import events as ev
 from bacalhau_node.protocol.compute import Compute
+from bacalhau_node.protocol.membership import Membership
 from bacalhau_node.protocol.requester import Requester
 from bacalhau_node.publishers import publisher_for
 from bacalhau_node.publishers.filecoin import FilecoinPublisher
@@ -88,14 +90,15 @@ class Node:
         content: ContentStore,
         journal: Journal,
         transport: Transport,
+        joined: Joined | None = None,
         resume: bool = False,
     ) -> None:
-        self.folder, self.id = folder, folder.node
+        self.folder, self.id = folder, transport.node
         self.content, self.grants = content, Grants()
         self.gateway = Gateway(content, self.grants)
         transport.serve(self.gateway.answering())
         self.facilities = facilities
-        self._journal, self._transport = journal, transport
+        self._journal, self._transport, self._joined = journal, transport, joined
         files = ContentSource(content)
         self._fetched = Fetched(folder.store)
         buckets = BucketSource(content, fetched=self._fetched, folder=folder.path / "work")
@@ -113,6 +116,7 @@ class Node:
         )
         self._publishers: tuple[Publisher, ...] = (StorePublisher(), to_s3, filecoin)
         self._keeping = Keeping(folder.node, content)
+        self._exchange = joined.exchange(self, buckets) if joined is not None else None
         self._runner = Runner(
             folder.path / "work",
             node=self.id,
@@ -121,6 +125,7 @@ class Node:
             facilities=facilities,
             keeping=self._keeping,
             publishers=self._publishers,
+            exchange=self._exchange,
         )
         self.slots = facilities.slots
         self.interrupted: tuple[JobId, ...] = ()
@@ -137,6 +142,11 @@ class Node:
         self.interrupted = () if resume else tuple(row.job for row in unfinished)
         requester, effects = Requester.recover(self.id, rows, now, resume=resume, blocks=blocks)
         compute, more = Compute.recover(self.id, rows, now, slots=self.slots, refuse=self._refuse)
+        network = None
+        if self._joined is not None and self._exchange is not None:
+            self._exchange.recover(rows)
+            requester.book.addresses = tuple(self._transport.addresses())
+            network = self._joined.network(self._exchange, compute, self.facilities)
         self.engine = Engine(
             requester=requester,
             compute=compute,
@@ -144,6 +154,7 @@ class Node:
             journal=self._journal,
             content=self.content,
             work=self._runner,
+            network=network,
         )
         self.engine.recover(rows, [*effects, *more])
         self._retention = Retention(
@@ -153,6 +164,8 @@ class Node:
             busy=lambda job: job in requester.book.jobs,
         )
         self.engine.post(ev.NodeSeen(self.id, self.slots))
+        if self._joined is not None:
+            self.engine.post(self._joined.first())
 
     async def forget_old_jobs(self, now: float) -> None:
         """Forget jobs that ended long ago, or long before others; `now` in seconds since 1970."""
@@ -235,13 +248,29 @@ class Node:
 
     def _refuse(self, requester: NodeId, spec: JobSpec) -> str | None:
         """Why this node can never run `spec` for this requester."""
-        return self.facilities.refuse(spec) if requester == self.id else "this node takes only its own jobs"
+        if requester == self.id:
+            return self.facilities.refuse(spec)
+        if self._exchange is None:
+            return "this node takes only its own jobs"
+        return self._exchange.guests.refuse(requester, spec)
+
+    def secrets(self, job: JobId, spec: JobSpec) -> Secrets:
+        """The values that were entrusted to this node for its job; raises `SpecError` when they are gone."""
+        return self._runner.secrets(job, spec)
+
+    @property
+    def membership(self) -> Membership | None:
+        """Who else is on the network; None for a node that is on none."""
+        return self._joined.membership if self._joined is not None else None
 
     # --- end ---
 
     async def close(self) -> None:
         """End everything this node started, in an order that loses nothing."""
         try:
+            if self._joined is not None:
+                self._joined.remember()
+                await self.engine.leave()
             await self.engine.close()
             await self.facilities.close()
             await self._transport.close()
@@ -269,12 +298,17 @@ def _replaced(spec: JobSpec, inputs: tuple[InputSource, ...], shared: tuple[Inpu
 
 
 async def open_node(
-    root: Path | None = None, *, executors: Sequence[Executor] | None = None, serving: str = ""
+    root: Path | None = None,
+    *,
+    executors: Sequence[Executor] | None = None,
+    serving: str = "",
+    network: NetworkSettings | None = None,
 ) -> Node:
     """A running node below `root` (default: the user's data folder), with these executors or those of this machine.
 
     `serving`: the address (`HOST:PORT`) of a server. It goes on with the jobs that it had when it ended; the
-    node of a notebook stops those. When it can't be opened (a damaged journal, a full disk) nothing of it is left.
+    node of a notebook stops those. `network`: the one that it joins; without it no other node is met. When it can't
+    be opened (a damaged journal, a full disk) nothing of it is left.
     """
     async with contextlib.AsyncExitStack() as undo:
         folder = await asyncio.to_thread(lambda: take_folder(root or data_folder(), serving=serving))
@@ -283,7 +317,8 @@ async def open_node(
         undo.callback(journal.close)
         content = BlockStore(folder.store, profile=PROFILE)
         undo.callback(content.close)
-        transport = MemoryTransport(MemoryHub(), folder.node)
+        joined = await Joined.open(network, folder.path) if network is not None else None
+        transport = joined.transport if joined is not None else MemoryTransport(MemoryHub(), folder.node)
         undo.push_async_callback(transport.close)
         chosen = list(executors) if executors is not None else _executors(folder)
         for executor in chosen:
@@ -291,7 +326,15 @@ async def open_node(
         for left in ("work", "process"):  # by a node of this folder that was killed
             await asyncio.to_thread(shutil.rmtree, folder.path / left, ignore_errors=True)
         facilities = await Facilities.open(chosen, Layers(folder.root / "layers"))
-        node = Node(folder, facilities, content=content, journal=journal, transport=transport, resume=bool(serving))
+        node = Node(
+            folder,
+            facilities,
+            content=content,
+            journal=journal,
+            transport=transport,
+            joined=joined,
+            resume=bool(serving) or (network is not None and network.resume),
+        )
         undo.push_async_callback(node.engine.close)
         await node.forget_old_jobs(time.time())
         undo.pop_all()

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from bacalhau_node.ids import JobId
-    from bacalhau_node.spec import JobSpec
+    from bacalhau_node.spec import Isolation, JobSpec
 
 _MEMORY: Final = 1024**3
 
@@ -25,7 +25,7 @@ class FakeExecutor:
     What it returns is the shard's value (as JSON), or a `RawOutcome` as it is; an awaitable of
     either takes its time; an exception that it raises is the shard's. Without `behave` every
     shard's value is None. At most `slots` shards run at once; `most` is how many ever did, `done`
-    what ended, in order. `refusal` is the answer of `check`.
+    what ended, in order. `refusal` is the answer of `check`, `isolation` what it says of itself.
     """
 
     def __init__(
@@ -34,10 +34,11 @@ class FakeExecutor:
         *,
         slots: int = 2,
         refusal: str | None = None,
+        isolation: Isolation = "none",
     ) -> None:
         self._behave = behave
         self._slots = slots
-        self._refusal = refusal
+        self._refusal, self._isolation = refusal, isolation
         self._free = asyncio.Semaphore(slots)
         self._running: dict[asyncio.Task[Any], JobId] = {}
         self.most = 0
@@ -48,7 +49,7 @@ class FakeExecutor:
     async def probe(self) -> Capabilities:
         """Always works."""
         return Capabilities(
-            executor="fake", isolation="none", slots=self._slots, memory_per_slot=_MEMORY, python="3.11"
+            executor="fake", isolation=self._isolation, slots=self._slots, memory_per_slot=_MEMORY, python="3.11"
         )
 
     def check(self, spec: JobSpec) -> str | None:
