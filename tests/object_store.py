@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from botocore.client import BaseClient
 
 START_SECONDS = 90
+PUBLIC = "public"
+"""A bucket of this name is read without a signature, once it is made."""
+
 OFFSET = 10_000
 """SeaweedFS speaks gRPC at each HTTP port plus this."""
 
@@ -135,7 +138,8 @@ def _options(folder: Path, ports: list[int], store: ObjectStore) -> list[str]:
     (folder / "data").mkdir()
     key = {"accessKey": store.access_key, "secretKey": store.secret_key}
     identity = {"name": "tests", "credentials": [key], "actions": ["Admin", "Read", "List", "Tagging", "Write"]}
-    (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+    anybody = {"name": "anonymous", "actions": [f"Read:{PUBLIC}", f"List:{PUBLIC}"]}
+    (folder / "s3.json").write_text(json.dumps({"identities": [identity, anybody]}))
     master, volume, filer, s3 = ports
     ours = {
         "dir": folder / "data",

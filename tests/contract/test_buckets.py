@@ -26,7 +26,7 @@ from bacalhau_node.sources import bucket as module
 from bacalhau_node.sources.bucket import BucketSource
 from bacalhau_node.spec import InputSource
 from bacalhau_node.testing.builders import a_job_id
-from tests.object_store import ObjectStore, new_bucket
+from tests.object_store import PUBLIC, Bucket, ObjectStore, new_bucket
 
 
 @pytest.fixture
@@ -289,12 +289,39 @@ async def test_a_signed_url_reads_the_object_and_only_in_its_planned_state(sourc
         assert (await get(signed.url))[0] == 412
 
 
-async def test_of_a_public_bucket_the_plain_url_is_given(source, bucket, monkeypatch):
-    bucket.put({"a b": b"1"})
-    (entry,) = listed(source, f"s3://{bucket.name}")
+@pytest.fixture
+def public(bucket) -> Bucket:
+    """A bucket that anybody may read."""
+    with contextlib.suppress(bucket.s3.exceptions.BucketAlreadyOwnedByYou, bucket.s3.exceptions.BucketAlreadyExists):
+        bucket.s3.create_bucket(Bucket=PUBLIC)
+    return Bucket(PUBLIC, bucket.s3)
+
+
+async def test_a_public_bucket_is_read_without_credentials(source, public, monkeypatch, tmp_path):
+    public.put({"s3/a b": b"1"})
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")
-    signed = await source.presign(entry.reference, seconds=60)
-    assert signed == UrlRef(f"{os.environ['AWS_ENDPOINT_URL']}/{bucket.name}/a%20b", entry.reference.version)
+    (entry,) = listed(source, f"s3://{PUBLIC}/s3")
+    await fetched(source, [entry])
+    assert read(source, entry, tmp_path) == b"1"
+    plain = await source.presign(entry.reference, seconds=60)
+    assert plain == UrlRef(f"{os.environ['AWS_ENDPOINT_URL']}/{PUBLIC}/s3/a%20b", entry.reference.version)
+    async with aiohttp.ClientSession() as session, session.get(plain.url) as answer:
+        assert await answer.read() == b"1"
+
+
+async def test_a_bucket_of_google_is_read_over_its_own_protocol(source, bucket, public, monkeypatch, tmp_path):
+    """Its XML API is close enough to S3's that the same server answers; only signatures differ, so without them."""
+    public.put({"gs/a b": b"1", "gs/large": bytes(5_000_000)})
+    account = {"gcs_base_url": os.environ["AWS_ENDPOINT_URL"], "disable_oauth": True}
+    account |= {"client_email": "", "private_key": "", "private_key_id": ""}
+    monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT_KEY", json.dumps(account))
+    entries = listed(source, f"gs://{PUBLIC}/gs")
+    await fetched(source, entries)
+    assert [read(source, entry, tmp_path) for entry in entries] == [b"1", bytes(5_000_000)]
+    with pytest.raises(SpecError, match=r"at Google Cloud Storage refuses .*set GOOGLE_SERVICE_ACCOUNT"):
+        listed(source, f"gs://{bucket.name}")
 
 
 # --- what can be wrong ---
