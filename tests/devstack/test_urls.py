@@ -9,15 +9,18 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
-from bacalhau_node.api.auth import Caller
+from bacalhau_node.api.auth import Caller, own_key
 from bacalhau_node.api.policy import admitted
-from bacalhau_node.selection import NO_RULES
-from bacalhau_node.client import JobView, LocalClient
+from bacalhau_node.api.server import ApiServer, bind
+from bacalhau_node.client import Client, JobView, LocalClient
 from bacalhau_node.errors import ContentError
 from bacalhau_node.executors.process import ProcessExecutor
+from bacalhau_node.http_client import HttpClient
 from bacalhau_node.node import open_node
 from bacalhau_node.protocol.events import JobChanged
+from bacalhau_node.selection import NO_RULES
 from bacalhau_node.spec import OWNER_LABEL, InputSource, JobSpec, PythonCell, Sharding
 from tests.hostile_http import Hostile, data, folder, hostile, status
 
@@ -39,13 +42,13 @@ async def server() -> AsyncIterator[Hostile]:
         yield server
 
 
-async def spec_of(client: LocalClient, *sources: str, source: str = SUM, **fields: object) -> JobSpec:
+async def spec_of(client: Client, *sources: str, source: str = SUM, **fields: object) -> JobSpec:
     bundle = await client.put_bundle({"cell.py": source.encode()})
     inputs = tuple(InputSource(source=one) for one in sources)
     return JobSpec(task=PythonCell(bundle=bundle), inputs=inputs, **fields)
 
 
-async def run(client: LocalClient, spec: JobSpec) -> tuple[JobView, tuple[str, ...]]:
+async def run(client: Client, spec: JobSpec) -> tuple[JobView, tuple[str, ...]]:
     submission = await client.submit(spec)
     async with asyncio.timeout(60):
         async for update in client.updates(submission.job):
@@ -145,21 +148,22 @@ async def test_a_file_that_changes_after_the_plan_fails_its_shard_alone(client, 
     assert "changed since the job was planned" in problem(view, 0)
 
 
-async def test_an_archive_is_a_folder_of_what_is_in_it(client, server, tmp_path):
-    packed = io.BytesIO()
-    with tarfile.open(fileobj=packed, mode="w:gz") as tar:
-        for number in range(4):
+def packed(count: int) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w:gz") as tar:
+        for number in range(count):
             info = tarfile.TarInfo(f"years/{number}.txt")
             info.size = 2
             tar.addfile(info, io.BytesIO(f"{number}\n".encode()))
-    server.answers["/years.tgz"] = data(packed.getvalue(), ETag=TAG)
-    (tmp_path / "years.tgz").write_bytes(packed.getvalue())
+    return out.getvalue()
+
+
+async def test_an_archive_is_a_folder_of_what_is_in_it(client, server, tmp_path):
+    server.answers["/years.tgz"] = data(packed(4), ETag=TAG)
+    (tmp_path / "years.tgz").write_bytes(packed(4))
     for source in (f"{server.url}/years.tgz", str(tmp_path / "years.tgz")):
         spec = await spec_of(client, globs=("**/*.txt",), sharding=Sharding(n=2))
-        spec = JobSpec(
-            **{name: getattr(spec, name) for name in spec.__struct_fields__} | {"inputs": (unpacked(source),)}
-        )
-        view, _ = await run(client, spec)
+        view, _ = await run(client, structs.replace(spec, inputs=(InputSource(source=source, unpack=True),)))
         assert view.state == "Completed"
         assert [shard.inputs for shard in view.shards] == [
             ("years/0.txt", "years/1.txt"),
@@ -168,8 +172,24 @@ async def test_an_archive_is_a_folder_of_what_is_in_it(client, server, tmp_path)
         assert values(view) == [b"1", b"5"]
 
 
-def unpacked(source: str) -> InputSource:
-    return InputSource(source=source, unpack=True)
+async def test_archives_and_lists_of_this_machine_are_read_by_a_remote_node(client, server, tmp_path):
+    (tmp_path / "years.tgz").write_bytes(packed(4))
+    (tmp_path / "more.urls").write_text(f"{server.url}/7.txt\n{server.url}/8.txt\n")
+    server.answers["/7.txt"] = server.answers["/8.txt"] = data(b"7\n", ETag=TAG)
+    api = ApiServer(client, [own_key("secret")])
+    await api.start(bind("127.0.0.1", 0))
+    remote = HttpClient(api.url, token="secret", folder=tmp_path / "mine")
+    try:
+        spec = await spec_of(remote, str(tmp_path / "more.urls"), globs=("**/*.txt",), sharding=Sharding(n=6))
+        archive = InputSource(source=str(tmp_path / "years.tgz"), unpack=True)
+        spec = structs.replace(spec, inputs=(archive, *spec.inputs))
+        plan = await remote.plan(spec)
+        assert [entry.path for shard in plan.shards for entry in shard.entries][3:] == ["years/3.txt", "7.txt", "8.txt"]
+        view, _ = await run(remote, spec)
+        assert values(view) == [b"0", b"1", b"2", b"3", b"7", b"7"]
+    finally:
+        await remote.close()
+        await api.close()
 
 
 async def test_a_job_of_somebody_else_reaches_nothing_inside_neither_when_it_is_planned_nor_when_it_runs(

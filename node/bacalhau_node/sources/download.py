@@ -1,11 +1,12 @@
 """One file over HTTP to a file on this disk, whole or not at all.
 
-Theory of operation. A body is written to a file of its own as it comes, counted and hashed on the way, and is nothing
-but a half-written file until its last byte was checked. Whatever breaks on the way is tried again: from
-where it broke off where the server can show that the file is still the same one (`If-Range` with a strong
-validator, answered by 206 and the right range), else from the start. Attempts that bring nothing new are counted.
+Theory of operation. A body is written to a file of its own as it comes, counted on the way (and hashed, where a
+checksum is wanted), and is nothing but a half-written file until its last byte was checked. Whatever breaks on the
+way is tried again: from where it broke off where the server can show that the file is still the same one (`If-Range`
+with a strong validator, answered by 206 and the right range), else from the start. Attempts that bring nothing new
+are counted.
 
-The body is written and hashed in a thread while the next MiB is read: neither waits for the other.
+The body is written in a thread while the next MiB is read: neither waits for the other.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Wanted:
 
 @dataclass(frozen=True, kw_only=True)
 class Got:
-    """What a download brought."""
+    """What a download brought. `sha256` is "" where a version says which file it is, and nobody named a checksum."""
 
     size: int
     sha256: str
@@ -57,9 +58,10 @@ class Got:
 async def download(web: Web, wanted: Wanted, path: Path, tell: Tell) -> Got:
     """Bring `wanted` to the new file `path`; raises `ContentError`, and then `path` is not there."""
     name = shown_url(wanted.url)
-    async with _Part(path, name, web.limits) as part:
+    hashed = bool(wanted.sha256) or not wanted.version  # the store hashes it again: not twice for nothing
+    async with _Part(path, name, limits=web.limits, hashed=hashed) as part:
         await _Download(web, wanted, part, tell).run()
-        got = Got(size=part.size, sha256=part.digest.hexdigest())
+        got = Got(size=part.size, sha256=part.digest.hexdigest() if hashed else "")
         if wanted.sha256 and got.sha256 != wanted.sha256:
             raise ContentError(
                 f"{name} has the sha256 {got.sha256}, not {wanted.sha256}: it is another file than the one that"
@@ -72,8 +74,8 @@ async def download(web: Web, wanted: Wanted, path: Path, tell: Tell) -> Got:
 class _Part:
     """A file that is being written: deleted at the end unless it is `whole`. `size`: bytes put so far."""
 
-    def __init__(self, path: Path, name: str, limits: Limits) -> None:
-        self._path, self._name, self._limits = path, name, limits
+    def __init__(self, path: Path, name: str, *, limits: Limits, hashed: bool) -> None:
+        self._path, self._name, self._limits, self._hashed = path, name, limits, hashed
         self._writing: asyncio.Future[None] | None = None
         self.size, self.digest, self.whole = 0, sha256(), False
 
@@ -117,7 +119,8 @@ class _Part:
 
     def _write(self, data: bytes) -> None:
         self._limits.check_room(self._path.parent, len(data))
-        self.digest.update(data)
+        if self._hashed:
+            self.digest.update(data)
         view = memoryview(data)
         while view:
             view = view[self._file.write(view) :]

@@ -217,7 +217,7 @@ class UrlSource:
         finally:
             part.unlink(missing_ok=True)
         self._fetched.remember(reference.url, reference.version, cid)
-        if reference.sha256 or not version:
+        if got.sha256:
             self._fetched.remember(*_key(UrlRef("", "", got.sha256)), cid)
         told(entry.path, got.size, got.size, cid)
         return cid, got.sha256
