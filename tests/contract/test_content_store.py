@@ -398,12 +398,12 @@ def test_a_whole_file_that_somebody_wrote_to_is_not_handed_out(store):
 
 def test_a_stamp_of_an_earlier_boot_proves_nothing(folder, reopen, monkeypatch):
     """After a power failure a file may have its size and time but not its bytes."""
-    monkeypatch.setattr("bacalhau_node.content.intake._boot", lambda: "before")
+    monkeypatch.setattr("bacalhau_node.content.files._boot", lambda: "before")
     cid = reopen().add_bytes(BIG)
     monkeypatch.undo()
     path = reopen().file(cid)
     times = path.stat()
-    monkeypatch.setattr("bacalhau_node.content.intake._boot", lambda: "after")
+    monkeypatch.setattr("bacalhau_node.content.files._boot", lambda: "after")
     path.chmod(0o644)
     path.write_bytes(bytes(len(BIG)))
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))

@@ -170,13 +170,13 @@ def test_a_linked_file_with_another_stamp_is_not_handed_out(store, data, change)
 
 
 def test_a_linked_file_is_hashed_again_in_another_run_of_the_machine(data, reopen, monkeypatch):
-    monkeypatch.setattr("bacalhau_node.content.intake._boot", lambda: "before")
+    monkeypatch.setattr("bacalhau_node.content.files._boot", lambda: "before")
     cid = reopen().add_path(data / "a.bin", link=True)
     monkeypatch.undo()
     assert reopen().file(cid) == data / "a.bin"
     flip(data / "a.bin")
     assert reopen().file(cid) == data / "a.bin"  # its stamp was noted in this run
-    monkeypatch.setattr("bacalhau_node.content.intake._boot", lambda: "after")
+    monkeypatch.setattr("bacalhau_node.content.files._boot", lambda: "after")
     with pytest.raises(ContentError, match="changed since it was added"):
         reopen().file(cid)
 
@@ -376,7 +376,7 @@ def test_what_the_dead_left_half_made_is_removed_and_what_the_living_make_is_not
     with run(_HOLDER, folder, "x") as holder:
         holder.stdout.readline()
         (theirs,) = {path.parent for path in folder.glob("tmp/*/lock")} - {store._files.session.folder}
-        mine = store._files.session.temporary()
+        mine = Path(store._files.session.temporary())
         for path in (mine, theirs / "half"):
             path.write_bytes(b"half")
         BlockStore(folder).close()

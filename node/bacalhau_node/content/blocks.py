@@ -33,8 +33,9 @@ from bacalhau_node.content.collect import Collection
 from bacalhau_node.content.dagpb import has_links
 from bacalhau_node.content.disk import Disk
 from bacalhau_node.content.export import export
+from bacalhau_node.content.files import Files, Places, discard, place
 from bacalhau_node.content.index import Block, Index
-from bacalhau_node.content.intake import INLINE, Files, How, Intake, Places, discard, place
+from bacalhau_node.content.intake import INLINE, How, Intake
 from bacalhau_node.content.reader import MAX_BLOCK, Reader
 from bacalhau_node.content.room import Room
 from bacalhau_node.content.session import sweep
@@ -112,7 +113,7 @@ class BlockStore:
                         blocks.append(Block(digest, len(data), data if inline else None, codec=codec))
                     self._index.write(blocks, pins=self._pins, released=self._released, place=lambda: place(places))
             finally:
-                discard(places)
+                discard(made for made, _ in places)
             self._pins, self._released = {}, set()
             for digest, _ in pending:  # not before they can be read from the index
                 self._pending.pop(digest, None)
@@ -126,7 +127,7 @@ class BlockStore:
         """Import `data` as a UnixFS file and return its CID; what is over 4 KiB is written at once, as one file."""
         if len(data) <= INLINE:
             return str(Cid(import_bytes(data, self._remember, profile=self.profile).cid))
-        path = self._files.session.temporary()
+        path = Path(self._files.session.temporary())
         try:
             with self._writing():
                 path.write_bytes(data)

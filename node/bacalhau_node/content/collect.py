@@ -32,8 +32,8 @@ from typing import Final
 
 from bacalhau_node.cid import RAW, Cid, binary_prefix
 from bacalhau_node.content import car
+from bacalhau_node.content.files import Files
 from bacalhau_node.content.index import FRESH, Index, Node
-from bacalhau_node.content.intake import Files
 from bacalhau_node.content.schema import ADOPT
 from bacalhau_node.content.session import sweep
 from bacalhau_node.errors import ContentError, SpecError

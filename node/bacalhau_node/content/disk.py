@@ -11,8 +11,8 @@ import msgspec
 
 from bacalhau_node.cid import RAW, Cid
 from bacalhau_node.content.collect import lose
+from bacalhau_node.content.files import Files
 from bacalhau_node.content.index import Block, Index, Stamp, WholeFile
-from bacalhau_node.content.intake import Files
 from bacalhau_node.content.reader import Reader
 from bacalhau_node.content.unixfs import leaf_block
 from bacalhau_node.errors import ContentError
@@ -77,8 +77,8 @@ class Disk:
 
     def _path(self, block: Block) -> Path:
         if block.slice is None:
-            return self._files.block_path(block.digest)
-        return self._files.file_path(block.slice.root)
+            return Path(self._files.block_path(block.digest))
+        return Path(self._files.file_path(block.slice.root))
 
     def _linked(self, block: Block, cid: Cid) -> bytes:
         """A block that lies in a file of a user, which may have changed at any time."""

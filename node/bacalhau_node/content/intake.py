@@ -4,8 +4,10 @@ Theory of operation. A regular file over `INLINE` bytes stays one file: it gets 
 the session's folder, is hashed, and gets its place in the very transaction that writes its rows; only when the whole
 import is in the index are the names outside removed. A process that dies in between leaves the source as it was
 and a store whose index is true; the same import, repeated, finds what is there. What
-is to stay outside, or has more names there, is copied first, and the copy is what is hashed. A **linked**
+is to stay outside, or has more names there, is copied: what is hashed is what was written. A **linked**
 file is hashed where it lies, and its stamp is kept to tell when it has changed.
+
+Files are read, hashed and copied in several threads; one thread notes what they gave, in the order of the folder.
 
 Blocks are indexed before whatever links to them: a root in the index has everything below it.
 """
@@ -13,19 +15,26 @@ Blocks are indexed before whatever links to them: a root in the index has everyt
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import shutil
 import stat
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Final, Literal
 
 from bacalhau_node.cid import DAG_PB, RAW, Cid, binary_prefix
 from bacalhau_node.content.dagpb import has_links, leaf_overhead
+from bacalhau_node.content.files import Files, Places, clone, discard, place
 from bacalhau_node.content.index import Block, Index, Slice, Stamp, WholeFile
-from bacalhau_node.content.session import Session
-from bacalhau_node.content.unixfs import READ_FLAGS, Imported, Profile, changed, import_file, import_folder, unreadable
+from bacalhau_node.content.unixfs import (
+    READ_FLAGS,
+    Finish,
+    Imported,
+    Profile,
+    changed,
+    import_file,
+    import_folder,
+    unreadable,
+)
 
 INLINE: Final = 4096
 """Blocks and whole files up to this size live in the index: a page of it is cheaper than a file."""
@@ -36,69 +45,6 @@ _BATCH = 2000  # rows a transaction: some milliseconds for whoever waits
 _PLACES = 200  # files that get their place in one transaction
 _RAW = binary_prefix(RAW, version=1)
 
-Places = list[tuple[Path, Path]]
-"""Finished files in the session's folder, and where they belong."""
-
-
-class Files:
-    """The store's folders: `blocks/` (one file a block), `files/` (whole files), `tmp/` (what sessions work at)."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.session = Session(folder / "tmp")
-        self._boot = _boot()
-
-    def block_path(self, digest: bytes) -> Path:
-        """Where a block of its own lies."""
-        name = digest.hex()
-        return self.folder / "blocks" / name[:2] / name
-
-    def read_block(self, digest: bytes) -> bytes:
-        """The bytes of a block of its own, unchecked; raises `OSError`."""
-        return self.block_path(digest).read_bytes()
-
-    def file_path(self, root: bytes) -> Path:
-        """Where the store's own whole file with this root (binary CIDv1) lies."""
-        name = str(Cid(root))
-        return self.folder / "files" / name[-2:] / name
-
-    def path(self, file: WholeFile) -> Path:
-        """Where a whole file lies."""
-        return file.path or self.file_path(file.root)
-
-    def write_block(self, digest: bytes, data: bytes, places: Places) -> None:
-        """Write a block to a temporary file, and note where it belongs."""
-        made = self.session.temporary()
-        places.append((made, self.block_path(digest)))
-        made.write_bytes(data)
-
-    def stamp(self, file: WholeFile) -> Stamp | None:
-        """What a whole file looks like now; None when it is gone."""
-        try:
-            status = self.path(file).stat(follow_symlinks=False)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        return self.stamp_of(status, linked=file.path is not None)
-
-    def stamp_of(self, status: os.stat_result, *, linked: bool) -> Stamp:
-        """What `status` says of a file."""
-        device = status.st_dev if linked else 0
-        return Stamp(status.st_size, status.st_mtime_ns, status.st_ino, self._boot, device)
-
-
-def place(places: Iterable[tuple[Path, Path]]) -> None:
-    """Give finished files their names in the store, over whatever has them: one that is there may be damaged."""
-    for made, path in places:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        made.chmod(0o444)  # whoever gets a link to it should not write to it by mistake
-        made.replace(path)
-
-
-def discard(places: Iterable[tuple[Path, Path]]) -> None:
-    """Remove those that have not got their place, such as what a full disk left half-written."""
-    for made, _ in places:
-        made.unlink(missing_ok=True)
-
 
 class Intake:
     """One import: collects rows and files and writes them in order, some thousand a transaction."""
@@ -108,24 +54,26 @@ class Intake:
         self._blocks: list[Block] = []
         self._whole: list[WholeFile] = []
         self._places: Places = []
+        self._half_made: set[str] = set()
         self.size = 0
         """Bytes that were stored so far, without those of linked files."""
 
     def add(self, path: Path) -> Imported:
         """Import the file or folder at `path`; a moved one is gone afterwards."""
         try:
-            folder = stat.S_ISDIR(path.lstat().st_mode)
+            status = path.lstat()
+            folder = stat.S_ISDIR(status.st_mode)
             if folder:
                 root = import_folder(path, self.sink, profile=self._profile, hidden=True, add_file=self._add_file)
             else:
-                root = self._add_file(path)
+                root = self._add_file(str(path), status)()
             self._write()
             if self._how == "move":
                 shutil.rmtree(path) if folder else path.unlink()
         except OSError as error:
             raise unreadable(path, error) from error
         finally:
-            discard(self._places)
+            discard(self._half_made)
         return root
 
     def sink(self, cid: bytes, block: bytes) -> None:
@@ -134,55 +82,50 @@ class Intake:
         inline = len(block) <= INLINE
         if not inline:
             self._files.write_block(digest, block, self._places)
+            self._half_made.add(self._places[-1][0])
         self.size += len(block)
         codec = DAG_PB if cid[:-32] != _RAW and has_links(block) else RAW
         self._append(Block(digest, len(block), block if inline else None, codec=codec))
 
-    def _add_file(self, path: Path) -> Imported:
-        status = path.lstat()
+    def _add_file(self, path: str, status: os.stat_result) -> Finish:
+        """Take a file, in any thread; its rows are noted by what is returned."""
         if status.st_size <= INLINE or not stat.S_ISREG(status.st_mode):  # what is no file is refused there
-            return import_file(path, self.sink, profile=self._profile)
+            return lambda: import_file(path, self.sink, profile=self._profile)
+        hashed = _Hashed(self._profile)
         if self._how == "link":
-            return self._hash(path, path, WholeFile(b"", self._files.stamp_of(status, linked=True), path.absolute()))
+            hashed.take(path)
+            stamp = self._unchanged(path, path, status)
+            return lambda: self._note(hashed, WholeFile(b"", stamp, Path(path).absolute()), "")
         held = self._files.session.temporary()
-        try:
-            self._hold(path, held, links=status.st_nlink)
-            stamp = self._files.stamp_of(held.lstat(), linked=False)
-            return self._hash(path, held, WholeFile(b"", stamp))
-        except BaseException:
-            held.unlink(missing_ok=True)
-            raise
+        self._half_made.add(held)
+        if self._how == "move" and status.st_nlink == 1 and _second_name(path, held):
+            hashed.take(held)
+            stamp = self._unchanged(path, held, status)
+        else:
+            hashed.take_copy(path, held)
+            stamp = self._files.stamp_of(os.lstat(held), linked=False)
+        return lambda: self._note(hashed, WholeFile(b"", stamp), held)
 
-    def _hold(self, path: Path, held: Path, *, links: int) -> None:
-        """Make `held` the same file as `path`, or a copy where it has other names, lies elsewhere, or is to stay."""
-        if self._how == "move" and links == 1:
-            with contextlib.suppress(OSError):  # another disk, or one without hard links
-                held.hardlink_to(path)
-                return
-        _copy(path, held)
-
-    def _hash(self, path: Path, held: Path, file: WholeFile) -> Imported:
-        """Hash `held`, which is the file at `path` or a copy of it, and note its blocks as slices of it."""
-        linked = file.path is not None
-        leaves: list[tuple[bytes, int, int]] = []
-        nodes: list[tuple[bytes, bytes]] = []
-        got = import_file(
-            held,
-            lambda cid, block: nodes.append((cid, block)),
-            profile=self._profile,
-            leaf=lambda cid, at, length: leaves.append((cid, at, length)),
-        )
-        if self._files.stamp_of(held.lstat(), linked=linked) != file.stamp:
+    def _unchanged(self, path: str, held: str, before: os.stat_result) -> Stamp:
+        """The stamp of a file that is what it was before it was hashed; raises `ContentError` for another one."""
+        linked = self._how == "link"
+        stamp = self._files.stamp_of(before, linked=linked)
+        if self._files.stamp_of(os.lstat(held), linked=linked) != stamp:
             raise changed(path)
+        return stamp
+
+    def _note(self, hashed: _Hashed, file: WholeFile, held: str) -> Imported:
+        """Note the blocks of a file as slices of it; `held` is the store's own file, if it has one."""
+        got, linked = hashed.root, file.path is not None
         root = Cid(got.cid).v1().binary
+        self._whole.append(WholeFile(root, file.stamp, file.path))
         if not linked:
             self._places.append((held, self._files.file_path(root)))
             self.size += got.size
-        self._whole.append(WholeFile(root, file.stamp, file.path))
-        for cid, at, length in leaves:
+        for cid, at, length in hashed.leaves:
             around = 0 if self._profile.raw_leaves else leaf_overhead(length)
             self._append(Block(cid[-32:], length + around, None, Slice(root, at, length, linked)))
-        for cid, block in nodes:
+        for cid, block in hashed.nodes:
             self.sink(cid, block)
         return got
 
@@ -193,27 +136,47 @@ class Intake:
 
     def _write(self) -> None:
         self._index.write(self._blocks, files=self._whole, place=lambda: place(self._places))
+        self._half_made.difference_update(made for made, _ in self._places)
         self._blocks, self._whole, self._places = [], [], []
 
 
-def _copy(source: Path, target: Path) -> None:
-    """Copy bytes; where the file system can, by sharing them (`copy_file_range` makes reflinks)."""
-    with os.fdopen(os.open(source, READ_FLAGS), "rb", buffering=0) as reader, target.open("xb", buffering=0) as writer:
-        before = os.fstat(reader.fileno())
-        with contextlib.suppress(OSError, AttributeError):  # not between these file systems, or not on this one
-            while os.copy_file_range(reader.fileno(), writer.fileno(), 1 << 30):
-                pass
-        shutil.copyfileobj(reader, writer, 1 << 20)  # what is left, perhaps all of it
-        after = os.fstat(reader.fileno())
-        written = os.fstat(writer.fileno()).st_size
-    if (before.st_mtime_ns, before.st_size) != (after.st_mtime_ns, after.st_size):
-        raise changed(source)
-    if written != after.st_size:  # a full disk takes a part of the last write, and says so at the next one only
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+class _Hashed:
+    """What hashing a file gave."""
+
+    root: Imported
+
+    def __init__(self, profile: Profile) -> None:
+        self._profile = profile
+        self.leaves: list[tuple[bytes, int, int]] = []
+        self.nodes: list[tuple[bytes, bytes]] = []
+
+    def take(self, path: str, *, copy: int | None = None) -> None:
+        """Hash the file at `path`, and write its bytes to the open file `copy`."""
+        self.root = import_file(
+            path,
+            lambda cid, block: self.nodes.append((cid, block)),
+            profile=self._profile,
+            leaf=lambda cid, at, length: self.leaves.append((cid, at, length)),
+            copy=copy,
+        )
+
+    def take_copy(self, path: str, held: str) -> None:
+        """Hash a copy of the file at `path`; where the file system can, one that shares the bytes on disk."""
+        target = os.open(held, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            source = os.open(path, READ_FLAGS)
+            try:
+                cloned = clone(source, target)
+            finally:
+                os.close(source)
+            self.take(held if cloned else path, copy=None if cloned else target)
+        finally:
+            os.close(target)
 
 
-def _boot() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    except OSError:
-        return ""
+def _second_name(path: str, held: str) -> bool:
+    """Give the file at `path` the name `held` too; False on another disk, or one without hard links."""
+    with contextlib.suppress(OSError):
+        os.link(path, held, follow_symlinks=False)
+        return True
+    return False

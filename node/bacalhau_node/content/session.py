@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import os
 import shutil
 import threading
@@ -37,6 +38,7 @@ class Session:
         self._lock = threading.Lock()
         self._starts: dict[object, int] = {}
         self._told = 0
+        self._numbers = itertools.count()
         tmp.mkdir(parents=True, exist_ok=True)
         with _locked(tmp):  # nobody sees the folder without its lock
             self.folder.mkdir()
@@ -44,9 +46,9 @@ class Session:
             fcntl.flock(self._handle, fcntl.LOCK_EX)
         self._tell(0)
 
-    def temporary(self) -> Path:
-        """A new name for something half-made."""
-        return self.folder / uuid.uuid4().hex
+    def temporary(self) -> str:
+        """A new path for something half-made."""
+        return f"{self.folder}/{next(self._numbers)}"
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:

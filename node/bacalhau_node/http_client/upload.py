@@ -87,15 +87,18 @@ class Tree:
     def add_path(self, path: Path) -> str:
         """The CID of a file or folder as it lies there, hidden names and links included."""
 
-        def add(file: Path) -> Imported:
-            found = self._import(str(file))
+        def add(file: str) -> Imported:
+            found = self._import(file)
             self.files, self.size = self.files + 1, self.size + found.size
             return found
 
+        def later(file: str, _: os.stat_result) -> Callable[[], Imported]:
+            return lambda: add(file)
+
         if path.is_dir():
-            found = import_folder(path, self._sink, profile=self.profile, hidden=True, add_file=add)
+            found = import_folder(path, self._sink, profile=self.profile, hidden=True, add_file=later)
         else:
-            found = add(path)
+            found = add(str(path))
         return str(Cid(found.cid))
 
     def read(self, cid: bytes) -> bytes:
