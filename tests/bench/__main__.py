@@ -25,6 +25,7 @@ CASES = (
     "glob",
     "results",
     "buckets",
+    "urls",
     "killed",
 )
 CASE_SECONDS = 300

@@ -251,6 +251,13 @@ async def test_an_index_that_links_out_of_itself_is_an_error_and_one_that_links_
             await here.list(f"{server.url}/d/")
 
 
+async def test_an_index_that_was_asked_for_with_a_query_is_a_folder_too(here, server):
+    page = INDEX.format('<a href="?C=N">sort</a><a href="x.csv">x</a><a href="sub/y.csv">y</a>').encode()
+    server.answers["/d/?C=M"] = data(page, Content_Type="text/html")
+    server.default = data(b"1", ETag=TAG)
+    assert [entry.path for entry in await here.list(f"{server.url}/d/?C=M")] == ["sub/y.csv", "x.csv"]
+
+
 async def test_a_folder_that_never_ends_is_an_error(here, server):
     async def answer(asked, writer):
         await data(INDEX.format('<a href="deeper/">d</a>').encode(), Content_Type="text/html")(asked, writer)

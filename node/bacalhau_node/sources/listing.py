@@ -205,7 +205,7 @@ def read_index(page: str, url: str) -> Iterator[str]:
             f"{shown_url(url)} answers a web page ({parsed.title[:80] or 'without a title'!r}) that is no index of a"
             " folder: name the files, or put their URLs into a list that ends in .urls"
         )
-    folder = _canonical(url)
+    folder = _folder_of(url)
     seen = set()
     for link in parsed.links:
         try:
@@ -224,9 +224,14 @@ def _canonical(url: str) -> str:
     return urlunsplit((parts.scheme, parts.netloc, parts.path, parts.query, ""))
 
 
+def _folder_of(url: str) -> str:
+    parts = urlsplit(url)
+    return urlunsplit((parts.scheme, parts.netloc, parts.path, "", ""))
+
+
 def below(url: str, folder: str) -> str:
     """The logical path of `url` below the index `folder`; raises `ContentError` for one that can be no path."""
-    path = unquote(url.removeprefix(_canonical(folder)), errors="surrogateescape")
+    path = unquote(url.removeprefix(_folder_of(folder)), errors="surrogateescape")
     levels = path.removesuffix("/").split("/")
     if (
         "\0" in path
