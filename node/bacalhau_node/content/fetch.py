@@ -269,7 +269,7 @@ class _Fetch:
                     self._under_way.discard(cid.digest)
                     self._changed.notify_all()
             failures = 0 if good else failures + 1
-            if failures:
+            if 0 < failures < TRIES:
                 await asyncio.sleep(_PAUSE * 2**failures)
         if failures == TRIES and not asked.out:
             asked.drop(asked.answer)

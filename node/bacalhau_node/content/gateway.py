@@ -149,7 +149,7 @@ def gathered(parts: Iterable[bytes]) -> Iterator[bytes]:
     found: list[bytes] = []
     size = 0
     for part in parts:
-        if size + len(part) > PART and found:
+        if size and size + len(part) > PART:
             yield b"".join(found)
             found, size = [], 0
         if len(part) > PART:
@@ -157,5 +157,5 @@ def gathered(parts: Iterable[bytes]) -> Iterator[bytes]:
         else:
             found.append(part)
             size += len(part)
-    if found:
+    if size:
         yield b"".join(found)

@@ -80,6 +80,7 @@ class Incoming:
         self._import = CarImport(shelf)
         self._lock = threading.Lock()
         self._came: set[bytes] = set()
+        self._walked: set[object] = set()  # what was followed and is not kept whole, so that it is followed once
         self._useless = self._held = self._met = 0
         self._sizes: dict[bytes, tuple[int | None, list[bytes]]] = {}
         self._meet([want])
@@ -129,6 +130,7 @@ class Incoming:
         if further.whole:
             self._import.take(want.cid, block, [one.cid for one in further.below])
         elif self._keep_loose:
+            self._walked.add(want.key)
             self._loose[want.cid.digest] = block
             self._loose_bytes += len(block)
             if self._loose_bytes > MAX_LOOSE:
@@ -141,15 +143,20 @@ class Incoming:
             want = waiting.pop(0)
             if not want.steps and self.target is None:
                 self.target = want.cid
+            if want.key in self._walked:
+                continue
             block = self._known(want)
             if block is not None:
+                self._walked.add(want.key)
                 further = expand(want, block)
                 if further.absent:
                     raise ContentError(further.absent)
                 waiting = further.below[::-1] + waiting
             elif not self._is_here(want.cid):
                 self._met += 1
-                self.missing.setdefault(want.cid.digest, []).append(want)
+                same = self.missing.setdefault(want.cid.digest, [])
+                if all(one.key != want.key for one in same):  # a block may name another any number of times
+                    same.append(want)
 
     def _known(self, want: Want) -> bytes | None:
         """The bytes of a block that is here, where the walk has to go through it."""
