@@ -337,7 +337,8 @@ class Source(Protocol):
     def list(self, source: InputSource, *, index: int) -> list[Entry]:
         """Every file, and every empty folder as an entry of size 0 that ends in "/".
 
-        Raises `ContentError` and `SpecError`.
+        What can't be used is an `Unusable` entry, or a `Doubtful` one where a shard may have more luck. Raises
+        `ContentError` and `SpecError`.
         """
         ...
 

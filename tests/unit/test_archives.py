@@ -22,10 +22,11 @@ from bacalhau_node.errors import ContentError, SpecError
 from bacalhau_node.fetched import Fetched
 from bacalhau_node.ports import Access
 from bacalhau_node.sharding import ContentRef
-from bacalhau_node.sources import archive as module
-from bacalhau_node.sources.archive import Unpacker, unpack
+from bacalhau_node.sources import unpacking
+from bacalhau_node.sources.archive import Unpacker
 from bacalhau_node.sources.limits import Limits
 from bacalhau_node.sources.local import LocalSource
+from bacalhau_node.sources.unpacking import unpack
 from bacalhau_node.spec import InputSource
 
 QUICK = Limits(reserve=0)
@@ -174,8 +175,8 @@ EVIL: dict[str, tuple[Callable[[], bytes], str]] = {
 
 @pytest.mark.parametrize("name", EVIL)
 def test_a_bad_archive_is_one_clear_error_and_nothing_lies_beside_it(tmp_path, name, monkeypatch):
-    monkeypatch.setattr(module, "MAX_MEMBERS", 100)
-    monkeypatch.setattr(module, "RATIO_FREE", 8_000_000)
+    monkeypatch.setattr(unpacking, "MAX_MEMBERS", 100)
+    monkeypatch.setattr(unpacking, "RATIO_FREE", 8_000_000)
     make, problem = EVIL[name]
     with pytest.raises(ContentError) as caught:
         unpacked(tmp_path, make())
@@ -235,7 +236,7 @@ async def test_an_input_that_is_an_archive_is_the_folder_in_it_whatever_it_is_ca
 
 async def test_an_archive_is_unpacked_once_until_it_changes(store, tmp_path, monkeypatch):
     times = []
-    monkeypatch.setattr(module, "unpack", lambda *args, **named: (times.append(args), unpack(*args, **named)))
+    monkeypatch.setattr(unpacking, "unpack", lambda *args, **named: (times.append(args), unpack(*args, **named)))
     for data in (PACKED["tar"](), PACKED["tar"](), PACKED["zip"]()):
         if not times or data != (tmp_path / "x").read_bytes():
             (tmp_path / "x").write_bytes(data)

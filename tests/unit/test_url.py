@@ -7,12 +7,16 @@ import contextlib
 import gzip
 import hashlib
 import os
+import resource
 import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
+from urllib.parse import quote
 
 import aiohttp
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from yarl import URL
 
 from bacalhau_node.content.blocks import BlockStore
@@ -22,7 +26,7 @@ from bacalhau_node.ports import Access
 from bacalhau_node.sharding import ContentRef, Doubtful, Entry, UrlRef
 from bacalhau_node.sources.guard import Guard
 from bacalhau_node.sources.limits import Limits
-from bacalhau_node.sources.listing import shown_url
+from bacalhau_node.sources.listing import file_name, list_paths, shown_url
 from bacalhau_node.sources.url import UrlSource
 from bacalhau_node.sources.web import open_web
 from bacalhau_node.spec import InputSource
@@ -304,6 +308,25 @@ async def test_a_name_from_the_server_is_never_a_path(here, server, disposition,
     assert entry.path == name
 
 
+@given(st.text(max_size=300), st.text(max_size=300))
+def test_whatever_a_server_calls_a_file_it_is_one_level_of_a_path(header, name):
+    for disposition in (header, f'attachment; filename="{name}"', f"attachment; filename*=UTF-8''{quote(name)}"):
+        found = file_name(disposition, f"http://x/{quote(name)}", "http://x/")
+        assert found not in ("", ".", "..")
+        assert not {"/", "\0"} & set(found)
+        assert len(found.encode()) <= 255
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from("ab"), st.sampled_from("xy")), unique=True, min_size=1)
+)
+def test_no_two_files_of_a_list_lie_at_one_place(parts):
+    urls = [f"https://{host}.org/{folder}/{name}.csv" for host, folder, name in parts]
+    paths = list_paths(urls, [url.rpartition("/")[2] for url in urls])
+    assert len(set(paths)) == len(paths)
+    assert all(path.endswith(url.rpartition("/")[2]) for path, url in zip(paths, urls, strict=True))
+
+
 # --- what bad servers do when they are asked what there is ---
 
 
@@ -527,6 +550,21 @@ async def test_a_full_disk_is_said_before_anything_is_written(here, server, tmp_
         with pytest.raises(ContentError, match=f"no room for {len(BODY)} bytes"):
             await full.fetch(entry)
         assert full.nothing_left()
+
+
+async def test_a_disk_that_takes_no_more_in_the_middle_is_an_error(here, server):
+    server.answers["/x.csv"] = data(BODY, ETag=TAG)
+    (entry,) = await here.list(f"{server.url}/x.csv")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(BODY) - 1_000, limit[1]))
+    try:
+        with pytest.raises(ContentError, match=r"x\.csv can't be written to .*: File too large; make room"):
+            await here.fetch(entry)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert here.nothing_left()
+    await here.fetch(entry)
+    assert here.read(entry) == BODY
 
 
 async def test_a_download_that_is_cancelled_leaves_nothing(here, server):

@@ -1,19 +1,17 @@
-"""What URLs, headers and pages say: the name of a file, the checksum it must have, the links of a folder's index. Pure.
+"""What URLs, headers and lists say: the name of a file, the checksum it must have, the URLs of a list. Pure.
 
-Everything here may come from a server that nobody trusts: a name never becomes a path, and no link leads out of the
-folder that was named.
+Everything here may come from a server that nobody trusts: a name never becomes a path.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from email.message import Message
-from html.parser import HTMLParser
 from typing import Final
-from urllib.parse import unquote, urljoin, urlsplit, urlunsplit
+from urllib.parse import unquote, urljoin, urlsplit
 
-from bacalhau_node.errors import ContentError, SpecError
+from bacalhau_node.errors import SpecError
 
 MAX_NAME: Final = 255
 """Bytes of a file's name on every usual file system."""
@@ -29,7 +27,6 @@ PAGES: Final = frozenset({"htm", "html", "xhtml", "shtml", "mht", "mhtml"})
 _SUFFIX = re.compile(r"\.([A-Za-z][A-Za-z0-9]{0,9})$")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _SHA256 = re.compile(r"sha256=([0-9a-fA-F]{64})")
-_INDEX = re.compile(r"\b(index of|directory listing|listing of|directory:)|\s-\s/", re.IGNORECASE)
 
 
 def parse_url(text: str) -> tuple[str, str]:
@@ -165,78 +162,3 @@ def _levels(url: str, name: str) -> list[str]:
     parts = urlsplit(url)
     folders = [clean_name(unquote(level)) for level in parts.path.split("/")[1:-1]]
     return [clean_name(parts.netloc.rpartition("@")[2]), *filter(None, folders), name]
-
-
-# --- indexes of folders ---
-
-
-class _Page(HTMLParser):
-    """The links of a page, and the text of its title and headings."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.links: list[str] = []
-        self.title = ""
-        self._inside = False
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self._inside = self._inside or tag in ("title", "h1")
-        if tag == "a":
-            self.links += [value for name, value in attrs if name == "href" and value]
-
-    def handle_endtag(self, tag: str) -> None:
-        self._inside = self._inside and tag not in ("title", "h1")
-
-    def handle_data(self, data: str) -> None:
-        if self._inside and len(self.title) < 200:
-            self.title += data.strip()
-
-
-def read_index(page: str, url: str) -> Iterator[str]:
-    """The URLs of what an index (as Apache, nginx and others make them) shows below `url`, each once.
-
-    Folders end in "/". Left out: what leads elsewhere or up, and links that only sort the page anew. Raises
-    `ContentError` for a page that is no index.
-    """
-    parsed = _Page()
-    parsed.feed(page)
-    if not _INDEX.search(parsed.title):
-        raise ContentError(
-            f"{shown_url(url)} answers a web page ({parsed.title[:80] or 'without a title'!r}) that is no index of a"
-            " folder: name the files, or put their URLs into a list that ends in .urls"
-        )
-    folder = _folder_of(url)
-    seen = set()
-    for link in parsed.links:
-        try:
-            target = _canonical(urljoin(url, link.strip()))
-        except ValueError:
-            continue
-        below = target.removeprefix(folder)
-        if target == below or not below or "?" in below or target in seen:
-            continue
-        seen.add(target)
-        yield target
-
-
-def _canonical(url: str) -> str:
-    parts = urlsplit(url)
-    return urlunsplit((parts.scheme, parts.netloc, parts.path, parts.query, ""))
-
-
-def _folder_of(url: str) -> str:
-    parts = urlsplit(url)
-    return urlunsplit((parts.scheme, parts.netloc, parts.path, "", ""))
-
-
-def below(url: str, folder: str) -> str:
-    """The logical path of `url` below the index `folder`; raises `ContentError` for one that can be no path."""
-    path = unquote(url.removeprefix(_folder_of(folder)), errors="surrogateescape")
-    levels = path.removesuffix("/").split("/")
-    if (
-        "\0" in path
-        or not {"", ".", ".."}.isdisjoint(levels)
-        or any(len(level.encode("utf-8", "surrogateescape")) > MAX_NAME for level in levels)
-    ):
-        raise ContentError(f"the index {shown_url(folder)} links to {path[:100]!r}, which can't be the path of a file")
-    return path

@@ -30,7 +30,6 @@ from bacalhau_node.fetched import Fetched
 from bacalhau_node.ports import Access, ContentStore, Told
 from bacalhau_node.sharding import Doubtful, Entry, Reference, UrlRef, shown
 from bacalhau_node.sources import listing
-from bacalhau_node.sources.guard import Guard
 from bacalhau_node.sources.limits import Limits
 from bacalhau_node.spec import InputSource
 
@@ -144,12 +143,12 @@ class UrlSource:
 
     async def _folder(self, web: Web, root: str, page: bytes, index: int) -> Sequence[Entry]:
         """All files below an index, level by level."""
-        files: dict[str, str] = {}
+        index_of, files = _late("autoindex"), dict[str, str]()
         pages: Sequence[tuple[str, bytes]] = [(root, page)]
         seen = {root}
         for _ in range(MAX_LEVELS):
-            links = [link for url, body in pages for link in listing.read_index(_decoded(body), url)]
-            paths = {link: listing.below(link, root) for link in links}
+            links = [link for url, body in pages for link in index_of.read_index(_decoded(body), url)]
+            paths = {link: index_of.below(link, root) for link in links}
             files |= {link: path for link, path in paths.items() if not link.endswith("/")}
             folders = [link for link in paths if link.endswith("/") and link not in seen]
             seen.update(folders)
@@ -245,7 +244,7 @@ class UrlSource:
 
     @asynccontextmanager
     async def _web(self, *, own: bool) -> AsyncIterator[Web]:
-        async with _late("web").open_web(Guard(own=own), self._limits) as web:
+        async with _late("web").open_web(_late("guard").Guard(own=own), self._limits) as web:
             yield web
 
     async def _turn(self, url: str, ask: Callable[[], Awaitable[T]]) -> T:
@@ -274,7 +273,7 @@ def _nobody(_name: str, _done: int, _total: int | None, _cid: str) -> None:
 
 
 def _late(module: str) -> Any:
-    """A module of this package that needs aiohttp, which local jobs don't."""
+    """A module of this package that is loaded when a URL is asked: local jobs need neither it nor aiohttp."""
     try:
         return importlib.import_module(f"bacalhau_node.sources.{module}")
     except ModuleNotFoundError as error:
