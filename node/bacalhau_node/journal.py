@@ -10,6 +10,10 @@ flush: it survives the death of the process, and after a power cut the journal i
 end a moment earlier. `durable` flushes each commit. On network file systems, where WAL
 doesn't work, a rollback journal takes its place. The file is held exclusively while it is open.
 
+Rows outlive the program that wrote them. Their fields are only ever added to, each with a default, so a row of an
+older program is read as it stands and written anew when it changes next. What can't be had that way takes another
+`VERSION`, and a step that rewrites the rows when the file is opened; the journal of a newer version is refused.
+
 A journal that can't be read is an error and stays as it is: an empty one in its place would
 say that the node owes nobody anything. So a new file is made beside its place and renamed
 into it, and an empty file there is known to be damage.

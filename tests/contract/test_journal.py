@@ -1,5 +1,6 @@
 """What every journal promises; and that the one on disk keeps it through kills and damage."""
 
+import base64
 import os
 import shutil
 import signal
@@ -267,6 +268,53 @@ def test_a_database_of_something_else_is_not_taken_over(path):
     with pytest.raises(ContentError, match="a database of something else"):
         SqliteJournal(path)
     assert path.read_bytes() == before
+
+
+FIRST_ROWS = (
+    (
+        "iaR0eXBlo2pvYqNqb2LZJmotMDAwMDAwMDAtMDAwMC0wMDAwLTAwMDAtMDAwMDAwMDAwMDAwpXN0YXRlqUNvbXBsZXRlZKRzcGVj"
+        "3gATpHRhc2uHpHR5cGWkY2VsbKZidW5kbGXZO2JhZmtyZWlnaDJha2lzY2FpbGRjcWFic3lnM2RmcjZjaHUzZmdwcmVnaXltc2Nr"
+        "N2U3YXFhNHM1Mnp5pG5hbWWkY2VsbKtsaW5lX29mZnNldACnaW1wb3J0c5CmcHl0aG9uoKh2ZXJzaW9uc4CmaW5wdXRzkYKmc291"
+        "cmNlpS9kYXRhpW1vdW50wKZzaGFyZWSQpWdsb2JzkKhzaGFyZGluZ4KiYnmlY291bnShbgGpcmVzb3VyY2VzhaNjcHXLP/AAAAAA"
+        "AACmbWVtb3J5wKRkaXNrwKRncHVzAKlncHVfc2hhcmUBp3RpbWVvdXTAq2pvYl90aW1lb3V0wKhwYXJhbGxlbMCncmV0cmllcwCo"
+        "cmVwbGljYXMBpWFncmVlAaVpbWFnZcCpaXNvbGF0aW9uwK1jb250YWluZXJfcGVyo2pvYqduZXR3b3JrpG5vbmWjZW52gKZsYWJl"
+        "bHOAo3BpbsKkcGxhbqRwbGFupWNvdW50AadjcmVhdGVkyz/4AAAAAAAApnJlYXNvbqCjY2lko2NpZA=="
+    ),
+    (
+        "iKR0eXBlpXNoYXJko2pvYtkmai0wMDAwMDAwMC0wMDAwLTAwMDAtMDAwMC0wMDAwMDAwMDAwMDClc2hhcmQApXN0YXRlpGtlcHSo"
+        "YXR0ZW1wdHMBp2F0dGVtcHQBpG5vZGWmbm9kZS0xp291dGNvbWWNom9rw6lleGl0X2NvZGUApXZhbHVlg6RraW5kpG5vbmWkdHlw"
+        "ZahOb25lVHlwZaRibG9ig6RzaXplAKZpbmxpbmXEAKNjaWTAp291dHB1dHPApnN0ZG91dIOkc2l6ZQKmaW5saW5lxAIxCqNjaWTA"
+        "pnN0ZGVycoOkc2l6ZQCmaW5saW5lxACjY2lkwKNjdXQApWVycm9ywKdzZWNvbmRzywAAAAAAAAAAp21heF9yc3MAqGV4ZWN1dG9y"
+        "oKZhbnN3ZXKhYaZyZWNvcmShcg=="
+    ),
+    (
+        "hKR0eXBlp2NvbXB1dGWpZXhlY3V0aW9ug6Nqb2LZJmotMDAwMDAwMDAtMDAwMC0wMDAwLTAwMDAtMDAwMDAwMDAwMDAwpXNoYXJk"
+        "AKdhdHRlbXB0AalyZXF1ZXN0ZXKmbm9kZS0xp291dGNvbWWNom9rw6lleGl0X2NvZGUApXZhbHVlg6RraW5kpG5vbmWkdHlwZahO"
+        "b25lVHlwZaRibG9ig6RzaXplAKZpbmxpbmXEAKNjaWTAp291dHB1dHPApnN0ZG91dIOkc2l6ZQKmaW5saW5lxAIxCqNjaWTApnN0"
+        "ZGVycoOkc2l6ZQCmaW5saW5lxACjY2lkwKNjdXQApWVycm9ywKdzZWNvbmRzywAAAAAAAAAAp21heF9yc3MAqGV4ZWN1dG9yoKZh"
+        "bnN3ZXKhYaZyZWNvcmShcg=="
+    ),
+)
+"""A job, a shard and a result that is owed, as the first version of format 1 wrote them (base64)."""
+
+
+def test_rows_of_the_first_version_are_read_and_missing_fields_have_their_defaults(path):
+    SqliteJournal(path).close()
+    name = job(0).job
+    with sqlite3.connect(path) as db:
+        for kind, row in enumerate(map(base64.b64decode, FIRST_ROWS)):
+            crc = journal_module.zlib.crc32(row)
+            db.execute("INSERT INTO entry VALUES (?, ?, 0, ?, ?, ?)", (kind, name, int(kind == 2), row, crc))
+    db.close()
+    journal = SqliteJournal(path)
+    job_row, shard_row, owed_row = journal.load()
+    journal.close()
+    bundle = "bafkreigh2akiscaildcqabsyg3dfr6chu3fgpregiymsck7e7aqa4s52zy"
+    spec = JobSpec(task=PythonCell(bundle=bundle), inputs=(InputSource(source="/data"),))
+    result = Outcome(ok=True, stdout=Blob(2, b"1\n"), answer="a", record="r")
+    assert job_row == JobRow(name, "Completed", spec, "plan", 1, 1.5, cid="cid")
+    assert shard_row == ShardRow(name, 0, "kept", 1, 1, "node-1", result)
+    assert owed_row == ComputeRow(Execution(name, 0, 1), "node-1", result)
 
 
 def test_a_newer_format_is_refused_by_its_number(path):
