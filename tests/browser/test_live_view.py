@@ -135,3 +135,24 @@ def test_a_page_that_is_reloaded_shows_the_background_job_to_its_end(lab):
         expect(page.locator(".bj-state").or_(page.get_by_alt_text("4 shards: 4 done"))).to_have_text(
             re.compile("Completed|^$"), timeout=LONG
         )
+
+
+FETCHING = """from bacalhau_jupyter.progress import JobMonitor
+from bacalhau_jupyter.record import Place
+from bacalhau_jupyter.view import LiveView
+from bacalhau_node.client import ShardBytes, ShardChanged, Submission
+job, now = "j-3f2a91bc-1111-4222-8333-444444444444", [0.0]
+monitor = JobMonitor(Submission(job, 24, "n-1", "docker"), hint="", clock=lambda: now[0])
+monitor.feed(ShardChanged(job, 0, "taken", "n-1", 1))
+monitor.feed(ShardBytes(job, 0, 1, "2019-10.csv", 0, 1_200_000_000, ""))
+now[0] = 1.0
+monitor.feed(ShardBytes(job, 0, 1, "2019-10.csv", 120_000_000, 1_200_000_000, ""))
+LiveView(monitor, Place("this machine", "docker", 2)).widget"""
+
+
+def test_what_is_fetched_stands_beside_the_counts(lab):
+    lab.write("fetching.ipynb", FETCHING)
+    with lab.open("fetching.ipynb") as page:
+        begin(page)
+        expect(page.locator(".bj-bytes")).to_have_text("fetching 2019-10.csv 120 MB of 1.2 GB", timeout=LONG)
+        shot(page, "fetching-light")

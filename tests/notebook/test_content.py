@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 WRITES = "import json\n(outputs / 'part.json').write_text(json.dumps(shard.index))\nshard.index"
 READS = "{path.name: path.read_text() for path in inputs}"
@@ -47,3 +51,47 @@ def test_an_equal_jobs_result_is_taken_and_the_record_says_so(kernel, tmp_path):
 def test_a_place_that_no_result_can_go_to_is_told_before_anything_runs(kernel):
     shown = kernel.run("%%bacalhau --publish nowhere\n1")
     assert re.search(r"--publish nowhere: results don't go there", shown.text("stderr"))
+
+
+@contextmanager
+def _slow(go: threading.Event) -> Iterator[str]:
+    """The URL of a file that comes when it is told to."""
+    data = b"n\n" + b"1\n" * 500_000
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.send_header("ETag", '"1"')
+            self.end_headers()
+
+        def do_GET(self):
+            self.do_HEAD()
+            self.wfile.write(data[:1000])
+            self.wfile.flush()
+            go.wait(60)
+            self.wfile.write(data[1000:])
+
+        def log_message(self, *_args):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/x.csv"
+        finally:
+            server.shutdown()
+
+
+def test_what_is_fetched_is_shown_while_it_comes_and_named_by_its_cid_at_the_end(kernel):
+    go = threading.Event()
+    with _slow(go) as url:
+        shown = kernel.send(f"%%bacalhau --input {url} --progress text -o far\nlen(inputs[0].read_text())")
+        try:
+            kernel.until(lambda: "fetching x.csv" in shown.text() or shown.idle)
+            assert re.search(r"fetching x.csv \d+ \w+ of 1 MB", shown.text()), shown.error
+        finally:
+            go.set()
+        kernel.until(lambda: shown.idle)
+    assert "1000002" in shown.value
+    assert re.search(r"fetched 1 file, 1 MB: \w{46,}", kernel.run("far").value)

@@ -19,6 +19,7 @@ from bacalhau_node.api.auth import Caller
 from bacalhau_node.api.shapes import MAX_BUNDLE
 from bacalhau_node.cid import Cid
 from bacalhau_node.errors import ContentError, NoCapacity, SpecError
+from bacalhau_node.literals import BUCKETS
 from bacalhau_node.ports import ContentStore
 from bacalhau_node.selection import Selection
 from bacalhau_node.sharding import mounts
@@ -43,7 +44,7 @@ def admitted(spec: JobSpec, caller: Caller, rules: Selection, *, usual_memory: i
     _check_numbers(spec)
     _check_names(spec)
     for source in (*spec.inputs, *spec.shared):
-        _check_source(source)
+        _check_source(source, own=caller.role == "admin")
     mounts(spec)
     return spec if caller.role == "admin" else rules.limited(spec, caller.name, usual_memory=usual_memory)
 
@@ -117,14 +118,17 @@ def _check_names(spec: JobSpec) -> None:
         raise SpecError(f"the label {OWNER_LABEL} is set by the node: leave it out")
 
 
-def _check_source(source: InputSource) -> None:
+def _check_source(source: InputSource, *, own: bool) -> None:
     text = source.source
     if "\0" in text:
         raise SpecError("an input holds a null character")
     if text.startswith(("http://", "https://")):
         return  # whom it may ask is decided when it is asked
+    if own and text.startswith(tuple(f"{each}://" for each in BUCKETS)):
+        return  # what the node's own credentials open is for its owner
     if not text.startswith("ipfs://"):
         raise SpecError(
-            f"--input {text[:200]}: a node takes ipfs://CID and URLs (http, https); its client uploads local files"
+            f"--input {text[:200]}: a node takes ipfs://CID, URLs (http, https) and, of its owner, buckets; its client"
+            " uploads local files"
         )
     Cid.parse(text.removeprefix("ipfs://").partition("/")[0])

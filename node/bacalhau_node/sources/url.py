@@ -210,6 +210,7 @@ class UrlSource:
         version = "" if _is_mark(reference.version) else reference.version
         wanted: Wanted = module.Wanted(url=reference.url, version=version, size=size, sha256=reference.sha256)
         part = self._parts / f"url-{uuid.uuid4().hex}"
+        told(entry.path, 0, size, "")  # a slow one is seen before its first MiB is here
         got: Got = await module.download(web, wanted, part, _Telling(entry.path, told, self._loop.time))
         try:
             cid = await asyncio.to_thread(lambda: self._content.add_path(part, move=True))
