@@ -15,6 +15,7 @@ from pathlib import Path
 import aiohttp
 import obstore
 import pytest
+from msgspec import structs
 
 from bacalhau_node import sharding
 from bacalhau_node.buckets import explained, parse
@@ -26,6 +27,7 @@ from bacalhau_node.publishers.s3 import S3Publisher
 from bacalhau_node.sharding import ContentRef, Entry, LocalStamp, Unusable, UrlRef
 from bacalhau_node.sources import bucket as module
 from bacalhau_node.sources.bucket import BucketSource
+from bacalhau_node.sources.url import UrlSource
 from bacalhau_node.spec import InputSource
 from bacalhau_node.testing.builders import a_job_id
 from tests.object_store import PUBLIC, SECRET_KEY, Bucket, new_bucket
@@ -291,6 +293,28 @@ async def test_a_signed_url_reads_the_object_and_only_in_its_planned_state(sourc
         assert (await get(signed.url))[0] == 412
 
 
+async def test_another_node_reads_a_signed_url_in_its_planned_state_only(source, bucket, tmp_path):
+    bucket.put({"data/x.csv": b"one"})
+    (entry,) = listed(source, f"s3://{bucket.name}")
+    offered = structs.replace(entry, reference=await source.presign(entry.reference, seconds=60))
+
+    def another(name: str) -> UrlSource:
+        return UrlSource(store, fetched=table, folder=tmp_path / name)
+
+    root = tmp_path / "other"
+    with contextlib.closing(BlockStore(root)) as store, contextlib.closing(Fetched(root)) as table:
+        await fetched(another("first"), [offered])
+        assert read(another("first"), offered, tmp_path) == b"one"
+    bucket.put({"data/x.csv": b"two"})
+    root = tmp_path / "third"
+    with (
+        contextlib.closing(BlockStore(root)) as store,
+        contextlib.closing(Fetched(root)) as table,
+        pytest.raises(ContentError, match="changed since the job was planned"),
+    ):
+        await fetched(another("second"), [offered])
+
+
 @pytest.fixture
 def public(bucket) -> Bucket:
     """A bucket that anybody may read."""
@@ -396,11 +420,40 @@ def test_the_keys_of_a_profile_serve_where_the_environment_has_none(source, buck
     assert "secret-without" not in str(caught.value)
 
 
-def test_without_credentials_anywhere_the_error_says_what_to_set():
-    error = OSError("Error performing PUT http://169.254.169.254/latest/api/token in 6ms - HTTP error")
-    told = explained(error, parse("s3://bucket"))
-    assert isinstance(told, SpecError)
-    assert "this machine has no credentials for it: set AWS_ACCESS_KEY_ID" in str(told)
+@pytest.mark.parametrize(
+    ("text", "kind", "told"),
+    [
+        (
+            "Error performing PUT http://169.254.169.254/latest/api/token in 6ms - HTTP error: error sending request",
+            SpecError,
+            "s3://bucket at Amazon S3, eu-west-1: this machine has no credentials for it: set AWS_ACCESS_KEY_ID",
+        ),
+        (
+            "status code: 301 Moved Permanently: <Code>PermanentRedirect</Code><Message>Elsewhere.</Message></Error>",
+            SpecError,
+            "is in another region (PermanentRedirect: Elsewhere.): set AWS_REGION",
+        ),
+        (
+            "Generic S3 error: Error performing GET https://h/b in 5s - status code: 503 Service Unavailable: ",
+            ContentError,
+            "s3://bucket at Amazon S3, eu-west-1: 503 Service Unavailable",
+        ),
+        (
+            "<Code>SignatureDoesNotMatch</Code><Message>No.</Message><StringToSign>KEY</StringToSign> 403 Forbidden",
+            SpecError,
+            "refuses this machine's credentials (SignatureDoesNotMatch: No.): set",
+        ),
+        ("Generic S3 error: odd https://h/x?X-Amz-Signature=KEY\nDebug source: KEY", ContentError, "odd https://h/x"),
+    ],
+)
+def test_what_the_library_says_is_told_in_words_and_without_secrets(bucket, monkeypatch, text, kind, told):
+    for name in ("AWS_ENDPOINT_URL", "AWS_REGION"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_REGION", "eu-west-1")
+    error = explained(OSError(text), parse("s3://bucket"))
+    assert type(error) is kind
+    assert told in str(error)
+    assert "KEY" not in str(error).replace("ACCESS_KEY", "")
 
 
 async def test_without_the_library_the_error_says_what_to_install(source, result, monkeypatch):
