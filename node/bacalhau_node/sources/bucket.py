@@ -92,7 +92,7 @@ class BucketSource:
 
     async def fetch(self, entries: Sequence[Entry], *, access: Access, told: Told) -> None:
         """Bring the objects here, many at once, each in the state that was listed."""
-        missing = [(entry, _reference(entry)) for entry in entries if self._known(_reference(entry)) is None]
+        missing = await asyncio.to_thread(self._missing, entries)
         if missing and not access.own:
             raise ContentError(
                 f"{shown(missing[0][1].url)}: this node's credentials for buckets are its owner's,"
@@ -103,8 +103,9 @@ class BucketSource:
         async def work() -> None:
             for entry, reference in queue:
                 lock = self._locks.setdefault(reference, asyncio.Lock())
-                async with lock:  # of two shards that want it one brings it
-                    if self._known(reference) is None:
+                waited = lock.locked()  # of two shards that want it one brings it
+                async with lock:
+                    if not waited or await self._in_pool(partial(self._known, reference)) is None:
                         await self._bring(entry, reference, told)
 
         await together(work, min(REQUESTS, len(missing)))
@@ -146,6 +147,11 @@ class BucketSource:
             return asked(place, lambda: obstore.sign(store, "GET", place.key, timedelta(seconds=seconds)))
 
         return UrlRef(await asyncio.to_thread(sign), _pins(reference)[1], reference.sha256)
+
+    def _missing(self, entries: Sequence[Entry]) -> Sequence[tuple[Entry, UrlRef]]:
+        """What is not here yet."""
+        wanted = ((entry, _reference(entry)) for entry in entries)
+        return [(entry, reference) for entry, reference in wanted if self._known(reference) is None]
 
     def _known(self, reference: UrlRef) -> str | None:
         """The CID of what is here already."""
