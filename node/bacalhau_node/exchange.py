@@ -71,7 +71,9 @@ class Exchange:
         self._packing, self._secrets, self._gateway = packing, secrets, gateway
         self.guests = guests
         self._blocks: dict[JobId, dict[str, Packed]] = {}
-        self._tokens: dict[JobId, set[str]] = {}
+        self._given: dict[JobId, set[str]] = {}
+        self._owing: dict[JobId, set[str]] = {}
+        """Tokens that are open: for those who work for a job of this node, and for those whose results are here."""
         self._coming: dict[str, asyncio.Lock] = {}
 
     # --- the requester's side ---
@@ -96,7 +98,7 @@ class Exchange:
                 roots += packed.roots
                 shards.append(structs.replace(one, block=packed.block))
         token = self._token(offer.job, to)
-        self._open(offer.job, token, roots)
+        self._open(self._given, offer.job, token, roots)
         grant = Grant(token, (self._gateway,) if self._gateway else ())
         spec = await asyncio.to_thread(packed_spec, offer.spec)
         return structs.replace(offer, spec=spec, shards=tuple(shards), grant=grant, secrets=values), failed
@@ -135,7 +137,7 @@ class Exchange:
     def ended(self, job: JobId) -> None:
         """A job of this node is over: nobody may fetch for it any more."""
         self._blocks.pop(job, None)
-        self._close(job)
+        self._close(self._given, job)
 
     # --- the compute node's side ---
 
@@ -184,11 +186,11 @@ class Exchange:
     def owe(self, execution: Execution, outcome: Outcome, grant: Grant | None) -> None:
         """Let the requester fetch this result."""
         if grant is not None:
-            self._open(execution.job, grant.token, [outcome.record])
+            self._open(self._owing, execution.job, grant.token, [outcome.record])
 
     def released(self, job: JobId) -> None:
         """Nothing is held for this job any more."""
-        self._close(job)
+        self._close(self._owing, job)
 
     def recover(self, rows: Iterable[Row]) -> None:
         """Let requesters fetch what this node owed them when it ended."""
@@ -202,12 +204,12 @@ class Exchange:
         made = hashlib.blake2b(f"{job} {node}".encode(), key=self._key, digest_size=32).digest()
         return base64.urlsafe_b64encode(made).decode().rstrip("=")
 
-    def _open(self, job: JobId, token: str, roots: Iterable[str]) -> None:
+    def _open(self, tokens: dict[JobId, set[str]], job: JobId, token: str, roots: Iterable[str]) -> None:
         self._grants.open(token, roots)
-        self._tokens.setdefault(job, set()).add(token)
+        tokens.setdefault(job, set()).add(token)
 
-    def _close(self, job: JobId) -> None:
-        for token in self._tokens.pop(job, ()):
+    def _close(self, tokens: dict[JobId, set[str]], job: JobId) -> None:
+        for token in tokens.pop(job, ()):
             self._grants.close(token)
 
 
