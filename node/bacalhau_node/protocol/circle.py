@@ -4,12 +4,13 @@ Theory of operation. A **link** is a connection of whatever use; a **neighbour**
 to compare views. The state of a node changes in one place (`move`), by the table `MEMBER`.
 
 *Seeking.* With fewer than `low` neighbours a node dials as many of its view, by lot, as it lacks; once a minute one
-more up to `target`, and one more when its view has grown by half. With nobody to dial it tries neighbours of its last
-life; the doors that a person named are knocked at until they have opened, and whenever a node is alone.
+more up to `target`, one more when its view has grown by half, and one whose record should have been renewed: where a
+mesh has fallen into two parts without any link that broke, this joins them. With nobody to dial it tries neighbours of
+its last life; the doors that a person named are knocked at until they have opened, and whenever a node is alone.
 
 *Suspicion.* A neighbour whose link breaks, and a node to which nothing can be sent, is a suspect, which has no room for
 work. It is dialled a few times, and dead when nobody has opened for `PATIENCE` seconds. It is alive as soon as it has
-a link, or a record that was made since. A dead node has a grave, and a dead neighbour's door is knocked at for good.
+a link, or a record that was made since. A dead node has a grave, and its door is knocked at for long.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from bacalhau_node.protocol.archive import Held
 from bacalhau_node.protocol.chance import Chance
 from bacalhau_node.protocol.doors import Doors
 from bacalhau_node.protocol.neighbours import Neighbours, Peer
-from bacalhau_node.protocol.view import View
+from bacalhau_node.protocol.view import DOUBT, LIFE, STALE, View
 
 PATIENCE: Final = 10.0
 TRIES: Final = 3
@@ -34,11 +35,14 @@ TRIES: Final = 3
 UNDIALABLE: Final = 120.0
 """Seconds after which a suspect without addresses is dead: only it can dial, and its new record has to come around."""
 
-SOUGHT: Final = 300.0
+SOUGHT: Final = 30.0
 """Seconds until a node that was dialled, to be a neighbour, is dialled for that again."""
 
 FAREWELL: Final = 5.0
 """Seconds until a link is closed that nobody needs: what was sent last should arrive."""
+
+FADING: Final = 1.5 * LIFE
+"""Seconds after which a record should have been renewed, and the new one be here."""
 
 PROBE: Final = 60.0
 SWEEP: Final = 60.0
@@ -101,13 +105,19 @@ class Circle:
         state = self.state(node)
         peer = self.others.move(node, state, verb, self.now)
         self.moved = self.moved or "neighbour" in (state, peer.state if peer else "")
-        if state in ("dead", "left"):
+        if state in ("dead", "left") and verb != "link":  # the last record of one that left stays the last one
             del self.view.graves[node]
 
     def is_suspect(self, node: NodeId) -> bool:
         """Whether the node may be dead."""
         peer = self.others.peers.get(node)
         return peer is not None and peer.state == "suspect"
+
+    def proves_life(self, node: NodeId, born: float) -> bool:
+        """Whether a suspect or dead node must be alive, as it has made a record at `born`."""
+        grave, peer = self.view.graves.get(node), self.others.peers.get(node)
+        since = grave.since if grave else peer.since if peer else 0.0
+        return born > since + DOUBT
 
     def is_spared(self, node: NodeId) -> bool:
         """Whether the node is of use, and must not be forgotten for want of room."""
@@ -147,6 +157,12 @@ class Circle:
             self.dial(attempt.rest, attempt.node)
         elif target is not None and target not in self.others.links:
             self.unreached(target)
+
+    def rumour(self, held: Held, age: float) -> None:
+        """A dead node has a newer record, from about the time of its death: it may have been out of reach only."""
+        self.move(held.node, "rumour")
+        self.view.put(held, age, self.now)
+        self.told(held.node)
 
     def befriend(self, node: NodeId) -> Peer:
         """Be neighbours from now on."""
@@ -222,7 +238,7 @@ class Circle:
             return
         self.view.bury(held, born=self.view.born[node], since=peer.since)
         self.out.append(ev.NodeGone(node))
-        if peer.close and held.record.addresses:
+        if held.record.addresses:
             self.doors.lose(held.record.addresses[0], node, self.now)
 
     def _probe(self, peer: Peer) -> None:
@@ -261,9 +277,12 @@ class Circle:
         going = sum(one.node is None or not self.is_suspect(one.node) for one in dials)
         lacking = wanted - len(self.others.near) - going
         if lacking > 0:
-            for held in self.view.dialable(lacking, lambda node: node in self.others.peers or node in self._sought):
+            for held in self.view.dialable(lacking, self._is_no_stranger):
                 self._sought[held.node] = self.now
                 self.dial(held.record.addresses, held.node)
+
+    def _is_no_stranger(self, node: NodeId) -> bool:
+        return node in self.others.peers or self.now - self._sought.get(node, float("-inf")) < SOUGHT
 
     def _addresses(self, node: NodeId) -> tuple[str, ...]:
         held = self.view.held.get(node)
@@ -294,18 +313,30 @@ class Circle:
 
     def _sweep(self) -> None:
         self._sweep_at = self.now + SWEEP * self._chance.between(0.9, 1.1)
-        for node in self.view.stale(self.now):
+        for node in self.view.older(STALE, self.now):
             if node not in self.others.links and not self.others.is_near(node):
                 self.move(node, "fade")
                 self.view.drop(node)
                 self.out.append(ev.NodeGone(node))
         for node in self.view.expired(self.now):
-            self.move(node, "expire")
+            if node in self.others.peers:
+                del self.view.graves[node]
+            else:
+                self.move(node, "expire")
         self.others.tidy(self.now)
         self._sought = {node: at for node, at in self._sought.items() if self.now - at < SOUGHT}
         for address in self.doors.overdue(self.now):
             self.failed(address, None)
+        self._look_after_old()
         self._mesh()
+
+    def _look_after_old(self) -> None:
+        """Dial a node whose record should have been renewed by now: it is dead, or the mesh is in two parts."""
+        old = self.view.older(FADING, self.now)
+        quiet = [node for node in old if not self.is_spared(node) and self._addresses(node)]
+        if quiet:
+            node = self._chance.pick(quiet)
+            self.dial(self._addresses(node), node)
 
     def _mesh(self) -> None:
         near, known = len(self.others.near), len(self.view.held)
@@ -319,11 +350,12 @@ class Circle:
         """Raise `BugError` if a rule is broken."""
         view, others, near = self.view, self.others, self.others.near
         node = view.own.node
+        dead = [node for node, grave in view.graves.items() if not grave.left]
         rules = {
             "a view is within its bound": len(view.held) <= view.bound and len(view.graves) <= view.bound,
             "a node does not know itself": node not in view.held and node not in others.peers,
             "nobody is known and buried": not view.held.keys() & view.graves.keys(),
-            "no neighbour or suspect is buried": not others.peers.keys() & view.graves.keys(),
+            "no neighbour or suspect is dead": not others.peers.keys() & set(dead),
             "every record has its time": view.held.keys() == view.born.keys(),
             "there are no more neighbours than allowed": len(near) <= self.settings.high,
             "no neighbour did wrong lately": not any(others.is_banned(peer.id, self.now) for peer in near),

@@ -1,7 +1,7 @@
-"""Addresses to dial: those that a person named, those of neighbours that were lost, and dials under way.
+"""Addresses to dial: those that a person named, those of the dead, and dials under way.
 
-A **door** that leads nowhere is tried again after a time that doubles, from `FIRST` to `LAST`. A lost neighbour's door
-is what heals a partition, however long it lasted: each side knocks at the other until somebody opens.
+A **door** that leads nowhere is tried again after a time that doubles, from `FIRST` to `LAST` or `LAST_LOST`. The doors
+of the dead are what heals a partition, however long it lasted: each side knocks at the other until somebody opens.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from bacalhau_node.protocol.events import Dial
 
 FIRST: Final = 2.0
 LAST: Final = 300.0
+LAST_LOST: Final = 1800.0
 LAST_ALONE: Final = 30.0
 """The longest wait of a node that has no neighbour at all."""
 
 MAX_LOST: Final = 50
-"""Doors of lost neighbours; the oldest make room."""
+"""Doors of the dead; the oldest make room."""
 
 OVERDUE: Final = 120.0
 """Seconds after which a dial without an answer counts as failed."""
@@ -61,7 +62,7 @@ class Doors:
             self.doors[address] = Door(address, None, named=True, due=now)
 
     def lose(self, address: str, node: NodeId | None, now: float) -> None:
-        """Somebody behind this address was a neighbour, and is away."""
+        """Nobody opens at this address any more."""
         if address not in self.doors:
             lost = [one for one in self.doors.values() if not one.named]
             if len(lost) >= MAX_LOST:
@@ -89,7 +90,7 @@ class Doors:
             if inside and not alone:
                 door.due = now + LAST
                 continue
-            door.wait = min(2 * door.wait, LAST_ALONE if alone else LAST)
+            door.wait = min(2 * door.wait, LAST_ALONE if alone else LAST if door.named else LAST_LOST)
             door.due = now + door.wait * self._chance.between(0.75, 1.25)
             if dial := self.dial((door.address,), door.node, now):
                 dials.append(dial)

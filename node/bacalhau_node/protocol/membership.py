@@ -38,7 +38,7 @@ from bacalhau_node.protocol.chance import Chance
 from bacalhau_node.protocol.circle import Circle
 from bacalhau_node.protocol.circle import Settings as Settings
 from bacalhau_node.protocol.neighbours import FLOOD, FLOOD_TIME, Peer
-from bacalhau_node.protocol.own import OwnRecord, noticeable
+from bacalhau_node.protocol.own import OwnRecord, lasting
 from bacalhau_node.protocol.view import MAX_RECORDS, PASSABLE, View, checked
 
 FAST: Final = 1.0
@@ -263,7 +263,7 @@ class Membership:
         for copy in copies:
             held = self._archive.open(copy.signed)
             if held.node == self.node:
-                self._echo(held)
+                self._echo(held, self._now - copy.age)
             elif held.stamp > latest:
                 if held.node == sender:
                     raise ProtocolError("its record is of tomorrow: its clock, or the one here, is wrong by a day")
@@ -277,18 +277,18 @@ class Membership:
     def _learn(self, held: Held, age: float, *, new: bool) -> bool:
         """Take a record; whether it is of a node that was not known, one of which may be taken if `new`."""
         node, state, born = held.node, self._circle.state(held.node), self._now - age
-        if state == "dead" and born <= self.view.graves[node].since:
-            self.view.bury(held, born=born, since=self.view.graves[node].since)
+        proven = state == "left" or (state in ("suspect", "dead") and self._circle.proves_life(node, born))
+        if state == "dead" and not proven:
+            self._circle.rumour(held, age)
             return False
         strange = state == "known" and node not in self.view.held
         if strange and not (new and self._make_room()):
             return False
-        doubtful = state == "suspect" and born <= self._others.peers[node].since
-        if state in ("suspect", "dead", "left") and not doubtful:
+        if proven:
             self._circle.move(node, "hear")
             self._circle.doors.found(node)
         old = self.view.put(held, age, self._now)
-        if old is None or state == "suspect" or noticeable(old.record, held.record):
+        if old is None or proven or old.record.room != held.record.room or lasting(old.record) != lasting(held.record):
             self._circle.told(node)
         return strange
 
@@ -356,11 +356,11 @@ class Membership:
     def _make(self, *, leaving: bool = False) -> None:
         self.view.renew(self._own.make(self.neighbours, self._now, leaving=leaving), self._now)
 
-    def _echo(self, held: Held) -> None:
+    def _echo(self, held: Held, born: float) -> None:
         """A record of this very node came back; if it is newer than the last one, it is of another life."""
-        if not self._own.met(held):
+        if not self._own.met(held, born):
             return
-        if self._own.clashes == 1:
+        if not self._own.clashes:
             self._make()
         if self._own.clashes == STRIKES:
             reason = "another process makes records with the key of this node: end one, or give it a folder of its own"

@@ -29,13 +29,11 @@ class Peer:
     `asked`: when it was last asked to compare; `silent`: how often since it last answered; `owed`: it may want records
     in return.
     `since`, `tries`, `due`: since when it is a suspect, how many dials have failed, when the next one is.
-    `close`: it has been a neighbour.
     """
 
     id: NodeId
     state: str
     since: float
-    close: bool = False
     asked: float = float("-inf")
     silent: int = 0
     owed: bool = False
@@ -87,9 +85,8 @@ class Neighbours:
         if after not in ("neighbour", "suspect"):
             self.peers.pop(node, None)
             return None
-        close = after == "neighbour" or (peer is not None and peer.close)
         self.peers.pop(node, None)  # so that the order is that of becoming it
-        made = self.peers[node] = Peer(node, after, now, close=close, story=remember(story, now, verb))
+        made = self.peers[node] = Peer(node, after, now, story=remember(story, now, verb))
         return made
 
     def watch(self, node: NodeId, now: float) -> Watch:

@@ -16,7 +16,7 @@ from bacalhau_node.ids import NodeId
 from bacalhau_node.messages import NodeRecord
 from bacalhau_node.protocol.archive import Archive, Held, Sign, stamp
 from bacalhau_node.protocol.chance import Chance
-from bacalhau_node.protocol.view import LIFE
+from bacalhau_node.protocol.view import DOUBT, LIFE
 
 GAP: Final = 10.0
 RATE: Final = 8.0
@@ -29,14 +29,14 @@ FUTURE: Final = 24 * 3600 * 10**9
 class OwnRecord:
     """The record of this node, from `description`: version and neighbours are set here.
 
-    `changed`: it says too little by now. `clashes`: how often a newer one of another life was met.
+    `changed`: it says too little by now. `clashes`: how often a newer one was met that was made in this life.
     """
 
     def __init__(
         self, description: NodeRecord, *, archive: Archive, sign: Sign, chance: Chance, epoch_ns: int, now: float
     ) -> None:
         self._archive, self._sign, self._chance = archive, sign, chance
-        self._epoch, self._start = epoch_ns, now
+        self._epoch, self._start, self._begun = epoch_ns, now, now
         self._description, self._floor = description, 0
         self.changed, self.clashes = False, 0
         self.held = self.make((), now)
@@ -63,12 +63,12 @@ class OwnRecord:
         self.changed = self.changed or noticeable(self.held.record, description)
         self._description = description
 
-    def met(self, other: Held) -> bool:
-        """Whether this record of this very node, which came from elsewhere, is newer than the last one made here."""
+    def met(self, other: Held, born: float) -> bool:
+        """Whether this record of this very node, which was made at `born`, is newer than the last one made here."""
         if not other.beats(self.held):
             return False
         self._floor, self.changed = max(self._floor, other.record.version), True
-        self.clashes += 1
+        self.clashes += born > self._begun + DOUBT
         return True
 
     def latest(self, now: float) -> bytes:
@@ -83,10 +83,10 @@ def noticeable(old: NodeRecord, new: NodeRecord) -> bool:
     """Whether a record says something that others should know before long: more than a little change of load."""
     if (old.room == 0) != (new.room == 0) or 4 * abs(old.room - new.room) > max(1, new.slots):
         return True
-    return _lasting(old) != _lasting(new)
+    return lasting(old) != lasting(new)
 
 
-def _lasting(record: NodeRecord) -> tuple[object, ...]:
-    """What places of work depend on, but for its load."""
+def lasting(record: NodeRecord) -> tuple[object, ...]:
+    """What a record says, but for load and neighbours."""
     one = record
     return one.addresses, one.agent, one.slots, one.engines, one.images, one.labels, one.gateway, one.leaving

@@ -54,14 +54,14 @@ MEMBER: Final[Table] = {
     "known": {"link": "neighbour", "fail": "suspect", "leave": "left", "fade": "forgotten", "evict": "forgotten"},
     "neighbour": {"part": "known", "lose": "suspect", "leave": "left"},
     "suspect": {"hear": "known", "link": "neighbour", "die": "dead", "leave": "left", "fade": "forgotten"},
-    "dead": {"hear": "known", "link": "neighbour", "leave": "left", "expire": "forgotten"},
+    "dead": {"hear": "known", "rumour": "suspect", "leave": "left", "expire": "forgotten"},
     "left": {"hear": "known", "link": "neighbour", "expire": "forgotten"},
     "forgotten": {},
 }
 """Another node, in a node's view. `link`, `part`: both agreed to be neighbours, or one has enough. `lose`: its link
 broke, or it answers nothing; `fail`: it could not be reached; `hear`: it has made a record since, or it has a link;
-`die`: nobody opened for a while; `fade`: its record is too old; `expire`: that can't come back any more; `evict`: the
-view is full. A forgotten node may be met again, as a new one."""
+`rumour`: it has made one at about that time; `die`: nobody opened for a while; `fade`: its record is too old; `expire`:
+that can't come back any more; `evict`: the view is full. A forgotten node may be met again, as a new one."""
 
 DIAGRAMS: Final[Mapping[str, tuple[str, Table]]] = {
     "A shard, at the requester": ("waiting", SHARD),

@@ -38,6 +38,9 @@ PASSABLE: Final = 2 * LIFE
 STALE: Final = PASSABLE + 60.0
 """Ages are whole seconds, rounded down at every hop: the minute is for what that adds up to."""
 
+DOUBT: Final = 10.0
+"""So many seconds the time at which a record was made may be wrong, for the same reason."""
+
 MAX_DIGEST: Final = 2048
 """Nodes named in one digest: 32 KiB."""
 
@@ -123,9 +126,9 @@ class View:
         """The graves that are not needed any more."""
         return [node for node, grave in self.graves.items() if grave.end <= now]
 
-    def stale(self, now: float) -> list[NodeId]:
-        """Known nodes that have made no record for too long."""
-        limit = now - STALE
+    def older(self, age: float, now: float) -> list[NodeId]:
+        """Known nodes whose record is older than this."""
+        limit = now - age
         return [node for node, born in self.born.items() if born < limit]
 
     def room(self) -> int:

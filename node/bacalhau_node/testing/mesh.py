@@ -21,7 +21,7 @@ from typing import Final
 
 from bacalhau_node import wire
 from bacalhau_node.ids import NodeId
-from bacalhau_node.messages import Digest, Message, NodeRecord
+from bacalhau_node.messages import Digest, Message, NodeRecord, Signed
 from bacalhau_node.protocol import events as ev
 from bacalhau_node.protocol.archive import Archive
 from bacalhau_node.protocol.membership import Membership, Settings
@@ -58,10 +58,16 @@ class _Member:
     up: bool = True
     links: dict[NodeId, None] = field(default_factory=dict)
     timer: float = -1.0
+    frozen: bool = False
+    backlog: list[ev.Event] = field(default_factory=list)
 
 
 class Mesh:
-    """A network of machines. `archive` is shared by all; `told` is what each would tell its requester."""
+    """A network of machines. `archive` is shared by all; `told` is what each would tell its requester.
+
+    `made`: every record that was signed, and when. `lost`: the share of messages that get lost, from now on. `weigh`: count bytes,
+    which takes time; `checked`: look at each machine's rules after each of its steps, and not only at the end of `run`.
+    """
 
     def __init__(
         self,
@@ -71,6 +77,7 @@ class Mesh:
         latency: tuple[float, float] = (0.01, 0.1),
         lost: float = 0.0,
         weigh: bool = True,
+        checked: bool = False,
     ) -> None:
         self.now = 0.0
         self.archive = Archive(verify)
@@ -82,7 +89,9 @@ class Mesh:
         self.told: dict[NodeId, dict[NodeId, int]] = {}
         self.complaints: list[tuple[NodeId, NodeId, str]] = []
         """(who tells, of whom, what)"""
-        self._settings, self._latency, self._lost, self._weigh = settings, latency, lost, weigh
+        self.made: dict[tuple[NodeId, bytes], tuple[Signed, float]] = {}
+        self.lost = lost
+        self._settings, self._latency, self._weigh, self._checked = settings, latency, weigh, checked
         self._chance = random.Random(seed)  # noqa: S311 - chance that repeats, no secret
         self._agenda: list[tuple[float, int, Callable[[], None]]] = []
         self._count = 0
@@ -90,9 +99,19 @@ class Mesh:
 
     # --- what a test does ---
 
-    def start(self, node: NodeId, join: Iterable[NodeId] = (), *, at: float = 0.0, dialable: bool = True) -> None:
-        """Let a node begin at `at` and join by the addresses of these others."""
-        self._later(at, partial(self._begin, node, tuple(map(address_of, join)), dialable=dialable))
+    def start(
+        self,
+        node: NodeId,
+        join: Iterable[NodeId] = (),
+        *,
+        at: float = 0.0,
+        slow: float = 0.0,
+        dialable: bool = True,
+        remembered: Iterable[NodeId] = (),
+    ) -> None:
+        """Let a node begin at `at`, and join by the addresses of these others; its clock is slow by so many seconds."""
+        event = ev.Join(tuple(map(address_of, join)), tuple(map(address_of, remembered)))
+        self._later(at, partial(self._begin, node, event, slow=slow, dialable=dialable))
 
     def kill(self, nodes: Iterable[NodeId], *, at: float) -> None:
         """Let nodes die without a word."""
@@ -109,6 +128,17 @@ class Mesh:
         self._later(at, partial(self._divide, frozenset(nodes)))
         self._later(until, partial(self._divide, frozenset()))
 
+    def cut(self, one: NodeId, other: NodeId) -> None:
+        """Break the link between two nodes now, if there is one."""
+        if other in self.members[one].links:
+            self._break(one, other)
+
+    def freeze(self, node: NodeId, *, until: float) -> None:
+        """Let a node hear and do nothing for a while; its links stay."""
+        member = self.members[node]
+        member.frozen = True
+        self._later(until, partial(self._thaw, node, member))
+
     def run(self, *, until: float) -> None:
         """Let time pass."""
         while self._agenda and self._agenda[0][0] <= until:
@@ -121,8 +151,12 @@ class Mesh:
     def feed(self, node: NodeId, event: ev.Event) -> None:
         """Give an event to a node, now."""
         member = self.members[node]
-        if member.up:
+        if member.up and member.frozen:
+            member.backlog += () if isinstance(event, ev.Received) else (event,)
+        elif member.up:
             self._perform(node, member.machine.step(event, self.now))
+            if self._checked:
+                member.machine.check()
 
     # --- what a test looks at ---
 
@@ -167,7 +201,7 @@ class Mesh:
     def _delay(self) -> float:
         return self.now + self._chance.uniform(*self._latency)
 
-    def _begin(self, node: NodeId, addresses: tuple[str, ...], *, dialable: bool) -> None:
+    def _begin(self, node: NodeId, event: ev.Join, *, slow: float, dialable: bool) -> None:
         before = self.members.get(node)
         record = NodeRecord(
             node=node, version=0, addresses=(address_of(node),) if dialable else (), agent="mesh", slots=4, room=4
@@ -175,15 +209,27 @@ class Mesh:
         machine = Membership(
             record,
             archive=self.archive,
-            sign=partial(sign_as, node),
+            sign=partial(self._sign, node),
             seed=self._chance.getrandbits(64),
-            epoch_ns=EPOCH + int(self.now * 1e9),
+            epoch_ns=EPOCH + int((self.now - slow) * 1e9),
             now=self.now,
             settings=self._settings,
         )
         self.members[node] = _Member(machine, life=before.life + 1 if before else 0)
         self.told[node] = {}
-        self.feed(node, ev.Join(addresses))
+        self.feed(node, event)
+
+    def _sign(self, node: NodeId, data: bytes) -> bytes:
+        signature = sign_as(node, data)
+        self.made[node, data] = Signed(data, signature), self.now
+        return signature
+
+    def _thaw(self, node: NodeId, member: _Member) -> None:
+        member.frozen = False
+        backlog, member.backlog = member.backlog, []
+        if self.members[node] is member:
+            for event in backlog:
+                self.feed(node, event)
 
     def _die(self, node: NodeId) -> None:
         member = self.members[node]
@@ -203,7 +249,7 @@ class Mesh:
 
     def _break(self, one: NodeId, other: NodeId) -> None:
         for node, gone in ((one, other), (other, one)):
-            if self.members[node].links.pop(gone, self) is None:
+            if node in self.members and self.members[node].links.pop(gone, self) is None:
                 self._soon(node, ev.LinkDown(gone))
 
     def _soon(self, node: NodeId, event: ev.Event, *, after: float = 0.0) -> None:
@@ -272,7 +318,7 @@ class Mesh:
         if not self._link(sender, to):
             self._soon(sender, ev.DialFailed("", to, "nobody is there"), after=REFUSED)
             return
-        if self._chance.random() < self._lost:
+        if self._chance.random() < self.lost:
             return
         self.messages[to] += 1
         if self._weigh:
