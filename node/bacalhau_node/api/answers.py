@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from types import TracebackType
@@ -141,7 +142,8 @@ class Stream:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
         if error is None:
-            await self.response.write_eof()
+            with contextlib.suppress(ConnectionError):  # whoever has all of it may go before it is told so
+                await self.response.write_eof()
             return False
         if self._request.transport is not None:
             self._request.transport.abort()

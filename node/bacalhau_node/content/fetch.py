@@ -15,6 +15,7 @@ its seconds if in the end something is missing.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
@@ -30,7 +31,7 @@ from bacalhau_node.content.dagpb import decode_node
 from bacalhau_node.content.incoming import Incoming, Shelf
 from bacalhau_node.content.reader import MAX_BLOCK, Reader
 from bacalhau_node.content.walk import Want, steps_of
-from bacalhau_node.errors import ContentError, NodeUnreachable, ProtocolError
+from bacalhau_node.errors import BacalhauError, ContentError, NodeUnreachable, ProtocolError
 from bacalhau_node.ports import Provider, Scope
 from bacalhau_node.sharding import shown
 
@@ -228,6 +229,8 @@ class _Fetch:
                 elif time.monotonic() - last > SLOWEST * self._patience:
                     raise TimeoutError
                 self._tell()
+            if not self._incoming.missing:
+                await _finish(stream)
 
     def _read_archive(self, reader: CarReader, data: bytes) -> int:
         """Take the blocks that are whole with `data`; how many they are."""
@@ -325,6 +328,13 @@ class _Fetch:
 
     def _silence(self) -> str:
         return f"nothing came for {self._patience:g} s"
+
+
+async def _finish(stream: AsyncGenerator[bytes, None]) -> None:
+    """Read the end of an answer that has brought everything, so that its connection is left in order."""
+    with contextlib.suppress(StopAsyncIteration, BacalhauError, TimeoutError):
+        async with asyncio.timeout(1):
+            await anext(stream)
 
 
 def _untrusted(error: ProtocolError) -> str:
