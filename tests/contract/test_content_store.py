@@ -22,7 +22,7 @@ from bacalhau_node.cid import Cid
 from bacalhau_node.content import index as index_module
 from bacalhau_node.content.blocks import BlockStore
 from bacalhau_node.content.intake import INLINE
-from bacalhau_node.content.unixfs import PROFILES
+from bacalhau_node.content.unixfs import PROFILES, hash_path
 from bacalhau_node.errors import BugError, ContentError, SpecError
 from bacalhau_node.ports import ContentStore
 
@@ -330,6 +330,52 @@ def test_links_are_exported_as_links_and_never_lead_out(store, tmp_path):
         (tmp_path / "in/out").symlink_to(target)
         with pytest.raises(ContentError, match=r"the link out leads to .* out of its folder"):
             store.export(store.add_path(tmp_path / "in"), tmp_path / "escaped")
+
+
+TWINS = {"A": b"1", "a": b"2", "\N{LATIN SMALL LETTER E WITH ACUTE}": b"3", "e\N{COMBINING ACUTE ACCENT}": b"4"}
+
+
+def test_names_that_differ_in_case_or_composition_only_are_different_names(store, tmp_path):
+    cid = store.add_path(write(tmp_path / "in", TWINS))
+    store.export(cid, tmp_path / "out")
+    assert tree(tmp_path / "out") == TWINS
+
+
+@pytest.mark.parametrize("twin", ["file", "folder", "link"])
+def test_a_disk_on_which_two_names_are_one_is_told_of(store, tmp_path, monkeypatch, twin):
+    write(tmp_path / "in", {"A": b"1"})
+    if twin == "file":
+        write(tmp_path / "in", {"a": b"2"})
+    elif twin == "folder":
+        write(tmp_path / "in", {"a/x": b"2"})
+    else:
+        (tmp_path / "in/a").symlink_to("A")
+    cid = store.add_path(tmp_path / "in")
+    monkeypatch.setattr("bacalhau_node.content.export._place", lambda made, item: made / item.path.lower())
+    with pytest.raises(ContentError, match=f"cannot write a: another item has the same name on the disk of {tmp_path}"):
+        store.export(cid, tmp_path / "out")
+    assert not list(tmp_path.glob("*out*"))
+    assert not list(tmp_path.glob(".bacalhau*"))
+
+
+def _sparse(path: Path, size: int) -> Path:
+    """A file of zeros with a few bytes in the middle and at its end, most of which takes no room."""
+    with path.open("wb") as file:
+        for at in (size // 2, size - 3):
+            file.seek(at)
+            file.write(b"end")
+    return path
+
+
+@pytest.mark.parametrize("how", [{}, {"move": True}, {"link": True}])
+def test_a_sparse_file_takes_no_more_room_in_the_store(store, tmp_path, how):
+    path, size = _sparse(tmp_path / "sparse", 64 * 1024 * 1024 + 5), 64 * 1024 * 1024 + 5
+    expected = str(Cid(hash_path(path, profile=store.profile).cid))
+    cid = store.add_path(path, **how)
+    assert cid == expected
+    assert store.list(cid) == [("", cid, size)]
+    assert store.file(cid).stat().st_blocks * 512 < 2 * 1024 * 1024
+    assert not list(store.damage())
 
 
 # --- damage ---

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import threading
 from functools import cache
 from pathlib import Path
 
@@ -12,10 +13,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bacalhau_node.cid import DAG_PB, RAW, Cid
-from bacalhau_node.content import dagpb, reader, unixfs
+from bacalhau_node.content import car, dagpb, reader, unixfs
 from bacalhau_node.content.dagpb import PbLink, decode_node, encode_node, file_node, folder_node, symlink_node
 from bacalhau_node.content.reader import Reader
-from bacalhau_node.content.unixfs import PROFILES, import_bytes, import_file, import_folder, import_reader
+from bacalhau_node.content.unixfs import (
+    PROFILES,
+    hash_path,
+    import_bytes,
+    import_file,
+    import_folder,
+    import_links,
+    import_reader,
+)
 from bacalhau_node.errors import ContentError
 
 VECTORS = json.loads((Path(__file__).parents[1] / "vectors/unixfs.json").read_text())["vectors"]
@@ -171,6 +180,64 @@ def test_leaves_by_reference_name_the_same_blocks(memory, profile):
     assert got == import_bytes(data, memory.sink, profile=PROFILES[profile])
     assert rebuilt == memory
     assert memory.read(Cid(got.cid)) == data
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory) -> Path:
+    """Files of every sort: for the importing thread, for one of their own, and with threads for their leaves."""
+    sizes = [0, 1, 5000, 16 * 1024, 100_000, 300_000, 8 * 262_144, 8 * 262_144 + 1, 9_000_000]
+    files = {f"{size}-{copy}": content(size) for size in sizes for copy in range(3)}
+    files |= {f"many/{number:03}": b"%d" % number * 5000 for number in range(100)}
+    return write(tmp_path_factory.mktemp("mixed"), files)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_one_way_only_hashes_stores_and_streams_in_one_order_on_one_thread(mixed, memory, profile):
+    threads, archive = set(), bytearray()
+
+    def sink(cid: bytes, block: bytes) -> None:
+        threads.add(threading.get_ident())
+        memory.sink(cid, block)
+        archive.extend(car.section(Cid(cid), block))
+
+    hashed = hash_path(mixed, profile=PROFILES[profile])
+    got = import_folder(mixed, sink, profile=PROFILES[profile], hidden=True)
+    assert got == hashed
+    assert threads == {threading.get_ident()}
+    first = bytes(archive)
+    archive.clear()
+    import_folder(mixed, sink, profile=PROFILES[profile], hidden=True)
+    assert archive == first
+    come = car.CarReader().feed(car.header([Cid(got.cid)]) + first)
+    assert {cid.digest: block for cid, block in come} == memory
+    for name in ("0-0", "300000-1", "9000000-2", "many/042"):
+        assert hash_path(mixed / name, profile=PROFILES[profile]).cid in {cid.binary for cid, _ in come}
+
+
+def test_a_folder_with_one_file_that_can_t_be_read_is_an_error_naming_it(mixed, tmp_path):
+    for name in ("a", "z"):
+        (tmp_path / name).symlink_to(mixed / "many")
+    (tmp_path / "b").mkdir()
+    for number in range(50):
+        (tmp_path / f"b/{number}").write_bytes(content(100_000))
+    gone = tmp_path / "b/25"
+
+    def add(path: str, status: os.stat_result) -> unixfs.Finish:
+        if path == str(gone):
+            gone.unlink()
+        got = import_file(path, nowhere, profile=V0)
+        return lambda: got
+
+    with pytest.raises(ContentError, match=r"cannot import .*/b/25: No such file"):
+        import_folder(tmp_path, nowhere, profile=V0, hidden=True, add_file=add)
+
+
+def test_a_folder_of_100_000_files_is_a_trie_that_is_read_in_bounds(memory):
+    file = memory.add(b"x", RAW)
+    links = [PbLink(file.binary, b"%06d" % number, 1) for number in range(100_000)]
+    root = Cid(import_links(links, memory.sink, profile=V0).cid)
+    assert memory.list(root) == [f"{number:06d}" for number in range(100_000)]
+    assert max(map(len, memory.values())) < reader.MAX_BLOCK
 
 
 def test_more_chunks_than_fit_one_node_nest_and_read_back(memory):

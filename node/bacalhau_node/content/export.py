@@ -15,6 +15,7 @@ from pathlib import Path
 from bacalhau_node.cid import Cid
 from bacalhau_node.content.reader import Item, Reader, resolve
 from bacalhau_node.errors import ContentError
+from bacalhau_node.sharding import shown
 
 
 def export(reader: Reader, root: Cid, target: Path) -> None:
@@ -43,13 +44,18 @@ def _write(reader: Reader, root: Cid, made: Path) -> None:
     for link in links:
         resolve(items, link.path)
     _refuse_too_large(root, sum(item.size for item in items.values()), made.parent)
-    for item in items.values():
-        if item.kind == "folder":
-            _place(made, item).mkdir()
-        elif item.kind == "file":
-            _write_file(reader, item, _place(made, item))
-    for link in links:
-        _place(made, link).symlink_to(link.target)
+    for item in (*(one for one in items.values() if one.kind != "symlink"), *links):
+        try:
+            _write_item(reader, item, _place(made, item))
+        except FileExistsError as error:
+            raise _twins(item, made.parent.parent) from error
+
+
+def _twins(item: Item, folder: Path) -> ContentError:
+    return ContentError(
+        f"cannot write {shown(item.path)}: another item has the same name on the disk of {folder}, which ignores case"
+        " or how letters are composed: choose a folder on another disk"
+    )
 
 
 def _refuse_too_large(root: Cid, size: int, folder: Path) -> None:
@@ -59,10 +65,15 @@ def _refuse_too_large(root: Cid, size: int, folder: Path) -> None:
         raise ContentError(f"{root} expands to {size} bytes and {folder.parent} has room for {free}: make room first")
 
 
-def _write_file(reader: Reader, item: Item, path: Path) -> None:
-    with path.open("xb") as out:
-        for chunk in reader.chunks(item.cid, size=item.size):
-            out.write(chunk)
+def _write_item(reader: Reader, item: Item, path: Path) -> None:
+    if item.kind == "folder":
+        path.mkdir()
+    elif item.kind == "symlink":
+        path.symlink_to(item.target)
+    else:
+        with path.open("xb") as out:
+            for chunk in reader.chunks(item.cid, size=item.size):
+                out.write(chunk)
 
 
 def _place(made: Path, item: Item) -> Path:

@@ -91,6 +91,7 @@ READ_FLAGS: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 """How sources are opened: no link is followed that was put in a file's place, and no pipe is waited for."""
 
 _FOLDER_LIMIT = 262_144
+_ZEROS = bytes(64)
 _RUN = 8  # leaves hashed by one task of the pool
 _WORTH_A_THREAD = 16 * 1024  # bytes of a file; reading and hashing fewer takes less time than to hand them over
 _AHEAD = 32  # entries of a folder that may be under way
@@ -319,9 +320,12 @@ def _import_handle(
         data = buffers.view[:length]
         if os.preadv(handle, (data,), at) != length:
             raise changed(path)
-        if copy is not None:
+        if copy is not None and not _is_hole(data):
             _write_at(copy, data, at)
         return data
+
+    if copy is not None:
+        os.ftruncate(copy, before.st_size)  # what is a hole there, or only zeros, becomes one here
 
     root = import_reader(read, before.st_size, sink, profile=profile, leaf=leaf)
     after = os.fstat(handle)
@@ -335,6 +339,11 @@ class _Buffers(threading.local):
 
     def __init__(self, size: int) -> None:
         self.view = memoryview(bytearray(size))
+
+
+def _is_hole(data: memoryview) -> bool:
+    """Whether there are only zeros: mostly told by the first bytes."""
+    return data[:64] == _ZEROS[: len(data[:64])] and bytes(data) == bytes(len(data))
 
 
 def _write_at(handle: int, data: memoryview, at: int) -> None:
