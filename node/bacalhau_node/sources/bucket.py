@@ -108,7 +108,8 @@ class BucketSource:
                     if not waited or await self._in_pool(partial(self._known, reference)) is None:
                         await self._bring(entry, reference, told)
 
-        await together(work, min(REQUESTS, len(missing)))
+        with self._content.hold():  # it may take longer than the store keeps what nobody uses
+            await together(work, min(REQUESTS, len(missing)))
 
     def open(self, reference: Reference, *, scratch: Path) -> Path:
         """The store's own file where it has one, else one written to `scratch` (once for each CID)."""
