@@ -150,7 +150,7 @@ class Joined:
 
         self.membership = Membership(
             describe(),
-            archive=self.settings.archive or new_archive(),
+            archive=new_archive() if self.settings.archive is None else self.settings.archive,
             sign=self.identity.sign,
             seed=int.from_bytes(self.identity.seed[:8], "big"),
             epoch_ns=time.time_ns(),
