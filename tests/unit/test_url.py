@@ -308,7 +308,7 @@ async def test_a_name_from_the_server_is_never_a_path(here, server, disposition,
     assert entry.path == name
 
 
-@given(st.text(max_size=300), st.text(max_size=300))
+@given(st.text(max_size=80), st.text(max_size=80))
 def test_whatever_a_server_calls_a_file_it_is_one_level_of_a_path(header, name):
     for disposition in (header, f'attachment; filename="{name}"', f"attachment; filename*=UTF-8''{quote(name)}"):
         found = file_name(disposition, f"http://x/{quote(name)}", "http://x/")
@@ -538,6 +538,18 @@ async def test_a_drip_is_given_up(here, server):
     assert "sends too slowly" in await fails(here, entry)
 
 
+async def test_headers_that_drip_are_given_up(here, server):
+    async def answer(_, writer):
+        writer.write(b"HTTP/1.1 200 OK\r\n")
+        while True:
+            writer.write(b"X: y\r\n")
+            await writer.drain()
+            await asyncio.sleep(0.05)
+
+    entry = await listed_as(here, server, answer)
+    assert "sends nothing" in await fails(here, entry)
+
+
 async def test_silence_is_given_up(here, server):
     entry = await listed_as(here, server, silent)
     assert "sends nothing" in await fails(here, entry)
@@ -622,6 +634,17 @@ async def test_jobs_of_others_reach_nothing_but_the_public_internet(server, tmp_
         with pytest.raises(ContentError, match="not an address of the public internet"):
             await planner.fetch(Entry("x.csv", UrlRef(url, TAG), 6))
     assert server.asked == []
+
+
+async def test_what_came_for_the_owner_is_not_there_for_others_who_guess_its_version_or_checksum(here, server):
+    server.default = data(BODY, ETag=TAG)
+    await here.one(f"{server.url}/x.csv")
+    checksum = hashlib.sha256(BODY).hexdigest()
+    await here.one(f"{server.url}/x.csv#sha256={checksum}")
+    here.own = False
+    for guess in (UrlRef(f"{server.url}/x.csv", TAG), UrlRef(f"{server.url}/x.csv", "", checksum)):
+        with pytest.raises(ContentError, match="not an address of the public internet"):
+            await here.fetch(Entry("x.csv", guess, len(BODY)))
 
 
 class OneDoor(Guard):

@@ -74,7 +74,7 @@ class UrlSource:
         self._content, self._fetched, self._parts, self._own = content, fetched, folder, own
         self._limits = limits or Limits()
         self._loop = asyncio.get_running_loop()
-        self._locks: WeakValueDictionary[UrlRef, asyncio.Lock] = WeakValueDictionary()
+        self._locks: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
         self._hosts: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
         self._all = asyncio.Semaphore(AT_ONCE)
 
@@ -182,7 +182,7 @@ class UrlSource:
         """Download what is not in the store yet, several at once; see `ports.Source`."""
         missing = []
         for entry in entries:
-            if (cid := self._known(_url(entry.reference))) is None:
+            if (cid := self._known(_url(entry.reference), own=access.own)) is None:
                 missing.append(entry)
             else:
                 told(entry.path, entry.size, entry.size, cid)
@@ -190,17 +190,21 @@ class UrlSource:
             async with self._web(own=access.own) as web:
                 await _all([self._bring(web, entry, told=told, size=_size(entry)) for entry in missing])
 
-    def _known(self, reference: UrlRef) -> str | None:
-        """The CID of what is here already of the very file that is meant."""
-        cid = self._fetched.recall(*_key(reference))
+    def _known(self, reference: UrlRef, *, own: bool) -> str | None:
+        """The CID of what is here already of the very file that is meant, as far as those may know who want it."""
+        cid = self._fetched.recall(*_key(reference, own=own))
         return cid if cid is not None and self._content.has(cid) else None
+
+    def _opened(self, reference: UrlRef) -> str | None:
+        """The CID of what was fetched, for whomever."""
+        return self._known(reference, own=True) or self._known(reference, own=False)
 
     async def _bring(self, web: Web, entry: Entry, *, told: Told, size: int | None) -> tuple[str, str]:
         """(CID, sha256 if it was downloaded now) of one file, once however many shards want it at the same time."""
         reference = _url(entry.reference)
-        lock = self._locks.setdefault(reference, asyncio.Lock())
+        lock = self._locks.setdefault(_key(reference, own=web.own), asyncio.Lock())
         async with lock:
-            if (cid := self._known(reference)) is not None:
+            if (cid := self._known(reference, own=web.own)) is not None:
                 told(entry.path, entry.size, entry.size, cid)
                 return cid, ""
             return await self._turn(reference.url, lambda: self._download(web, entry, told=told, size=size))
@@ -216,16 +220,16 @@ class UrlSource:
             cid = await asyncio.to_thread(lambda: self._content.add_path(part, move=True))
         finally:
             part.unlink(missing_ok=True)
-        self._fetched.remember(reference.url, reference.version, cid)
+        self._fetched.remember(*_key(UrlRef(reference.url, reference.version), own=web.own), cid)
         if got.sha256:
-            self._fetched.remember(*_key(UrlRef("", "", got.sha256)), cid)
+            self._fetched.remember(*_key(UrlRef("", "", got.sha256), own=web.own), cid)
         told(entry.path, got.size, got.size, cid)
         return cid, got.sha256
 
     def open(self, reference: Reference, *, scratch: Path) -> Path:
         """The store's own file where it has one, else one written to `scratch`."""
         url = _url(reference)
-        cid = self._known(url)
+        cid = self._opened(url)
         if cid is None:
             raise ContentError(f"{listing.shown_url(url.url)} is no longer in this node's store: run the job again")
         path = self._content.file(cid)
@@ -238,7 +242,7 @@ class UrlSource:
 
     def check(self, reference: Reference) -> None:
         """The store's file that was handed out is looked at again: the shard may have written to it."""
-        if isinstance(reference, UrlRef) and (cid := self._known(reference)) is not None:
+        if isinstance(reference, UrlRef) and (cid := self._opened(reference)) is not None:
             self._content.file(cid)
 
     # --- who asks, and how many at once ---
@@ -292,9 +296,13 @@ def _size(entry: Entry) -> int | None:
     return None if _url(entry.reference).version.startswith(_UNSEEN) else entry.size
 
 
-def _key(reference: UrlRef) -> tuple[str, str]:
-    """What `Fetched` calls this file: a checksum says more than a URL and a version."""
-    return (f"sha256:{reference.sha256}", "") if reference.sha256 else (reference.url, reference.version)
+def _key(reference: UrlRef, *, own: bool) -> tuple[str, str]:
+    """What `Fetched` calls this file: a checksum says more than a URL and a version.
+
+    What came for the owner's jobs is not there for those of others, who could guess at what they may not ask for.
+    """
+    place = "" if own else "others "
+    return (f"{place}sha256:{reference.sha256}", "") if reference.sha256 else (place + reference.url, reference.version)
 
 
 def _is_mark(version: str) -> bool:

@@ -54,13 +54,14 @@ class Web:
 
     def __init__(self, session: aiohttp.ClientSession, guard: Guard, limits: Limits) -> None:
         self._session, self._guard, self.limits = session, guard, limits
+        self.own = guard.own
 
     async def look(self, url: str) -> Found:
         """What `url` is, without its bytes; raises `ContentError`."""
 
         async def attempt() -> Found:
             async with self.answer("HEAD", url) as response:
-                if response.status == 200 and response.content_length:
+                if response.status == 200 and response.content_length and not is_html(response.content_type):
                     return found(response, url)
             async with self.answer("GET", url) as response:  # many answer HEAD wrongly, or not at all
                 check_status(response, url)
@@ -98,7 +99,9 @@ class Web:
         with _translated(url):
             for _ in range(self.limits.redirects + 1):
                 self._guard.check_host(at.host or "")
-                async with self._session.request(method, at, allow_redirects=False, headers=headers) as response:
+                async with asyncio.timeout(2 * self.limits.silence):  # headers that drip are given up, too
+                    response = await self._session.request(method, at, allow_redirects=False, headers=headers)
+                async with response:
                     if response.status not in _REDIRECTS or "Location" not in response.headers:
                         yield response
                         response.close()  # what is left of a body is not waited for
