@@ -83,12 +83,11 @@ class CarReader:
         found, at = [], 0
         while (span := self._span(at)) is not None:
             start, at = span
-            with memoryview(self._buffer) as view:
-                body = bytes(view[start:at])
-            if self.roots is None:
-                self.roots = _read_header(body)
-            else:
-                found.append(_read_section(body))
+            with memoryview(self._buffer) as view, view[start:at] as body:
+                if self.roots is None:
+                    self.roots = _read_header(bytes(body))
+                else:
+                    found.append(_read_section(body))
         del self._buffer[:at]
         return found
 
@@ -113,13 +112,14 @@ class CarReader:
         return None
 
 
-def _read_section(body: bytes) -> tuple[Cid, bytes]:
-    length = 34 if body[:2] == b"\x12\x20" else 37 if body[:3] == b"\x01\xa9\x02" else 36
+def _read_section(body: memoryview) -> tuple[Cid, bytes]:
+    head = bytes(body[:_LONGEST_CID])
+    length = 34 if head[:2] == b"\x12\x20" else 37 if head[:3] == b"\x01\xa9\x02" else 36
     try:
-        cid = Cid.decode(body[:length])
+        cid = Cid.decode(head[:length])
     except SpecError as error:
         raise ContentError(f"a block of the archive has no usable name: {error}") from error
-    block = body[length:]
+    block = bytes(body[length:])
     if not cid.matches(block):
         raise ContentError(f"the block that was sent as {cid} is another one: it is damaged, or its sender lies")
     return cid, block

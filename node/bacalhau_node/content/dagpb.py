@@ -10,7 +10,7 @@ neither promise the order nor refuse what is not canonical enough to trust.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Final
+from typing import Final, TypeVar
 
 import msgspec
 
@@ -25,6 +25,8 @@ RAW_FILE: Final = 0
 
 MURMUR3: Final = 0x22
 FANOUT: Final = 256
+
+_Buffer = TypeVar("_Buffer", bytes, memoryview)
 
 _MAX_SHIFT = 63
 _MAX_NUMBER = 1 << 63  # sizes beyond it fit no file, no SQLite column and no message
@@ -132,11 +134,11 @@ def has_links(block: bytes) -> bool:
 def decode_node(block: bytes) -> Node:
     """The UnixFS node in a dag-pb block; raises `ContentError` for anything malformed."""
     data, links = None, []
-    for field, value in _fields(block):
-        if field == 1 and isinstance(value, bytes) and data is None:
+    for field, value in _fields(memoryview(block)):  # a leaf's data is copied once, in the end
+        if field == 1 and isinstance(value, memoryview) and data is None:
             data = value
-        elif field == 2 and isinstance(value, bytes):
-            links.append(_decode_link(value))
+        elif field == 2 and isinstance(value, memoryview):
+            links.append(_decode_link(bytes(value)))
         else:
             raise ContentError(f"not a dag-pb block: unexpected field {field}")
     if data is None:
@@ -161,25 +163,25 @@ def _decode_link(data: bytes) -> PbLink:
     return PbLink(cid, name, tsize)
 
 
-def _decode_unixfs(data: bytes, links: tuple[PbLink, ...]) -> Node:
+def _decode_unixfs(data: memoryview, links: tuple[PbLink, ...]) -> Node:
     numbers = {1: -1, 3: 0, 5: 0, 6: 0}  # type, filesize, hashType, fanout
     body, sizes = b"", []
     for field, value in _fields(data):
         match field, value:
             case ((1 | 3 | 5 | 6), int()):
                 numbers[field] = value
-            case 2, bytes():
-                body = value
+            case 2, memoryview():
+                body = bytes(value)
             case 4, int():
                 sizes.append(value)
-            case (7, int()) | (8, bytes()):
+            case (7, int()) | (8, memoryview()):
                 pass  # mode and mtime: kept by some importers, no part of a file's bytes
             case _:
                 raise ContentError(f"not a UnixFS block: unexpected field {field}")
     return Node(numbers[1], body, links, numbers[3], tuple(sizes), numbers[5], numbers[6])
 
 
-def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+def _fields(data: _Buffer) -> Iterator[tuple[int, int | _Buffer]]:
     at, end = 0, len(data)
     while at < end:
         tag, at = _read_varint(data, at)
@@ -195,7 +197,7 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
             raise ContentError(f"not a dag-pb block: wire type {tag & 7}")
 
 
-def _read_varint(data: bytes, at: int) -> tuple[int, int]:
+def _read_varint(data: bytes | memoryview, at: int) -> tuple[int, int]:
     number = shift = 0
     while at < len(data) and shift <= _MAX_SHIFT:
         byte = data[at]
