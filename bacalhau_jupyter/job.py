@@ -286,10 +286,10 @@ class Job:
         def folder(cid: str) -> Path:
             target = asked.folder() / cid
             if not target.exists():
-                asked.call(lambda client: client.download(cid, target))
+                asked.fetch(lambda client: client.download(cid, target))
             return target
 
-        return Reader(blob=lambda each: asked.call(lambda client: blob(client, each)), folder=folder)
+        return Reader(blob=lambda each: asked.fetch(lambda client: blob(client, each)), folder=folder)
 
 
 # --- small parts ---

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+SAID_SECONDS = 0.5
+"""How often it is said how much of a result has come."""
+
 CLOSE_SECONDS = 2.0
 """How long a kernel that ends waits for its node to put everything away."""
 
@@ -48,6 +51,7 @@ class Session:
         self.node = node
         self.uploaded: tuple[int, int] | None = None
         """(bytes sent, bytes to send) of inputs on their way to a node elsewhere."""
+        self._received = 0
         self._open_client = open_client
         self._opening: asyncio.Task[Client] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -77,6 +81,27 @@ class Session:
             raise NodeUnreachable(f"{self._name} did not answer in {timeout} s; try again") from error
         finally:
             future.cancel()
+
+    def fetch(self, ask: Callable[[Client], Awaitable[T]]) -> T:
+        """`call` for what may be large: every half second it says how much has come from a node elsewhere."""
+        from bacalhau_node.literals import size_text  # noqa: PLC0415  loading the extension stays quick
+
+        self._received, said = 0, False
+        future = self.begin(ask)
+        try:
+            while True:
+                try:
+                    return future.result(SAID_SECONDS)
+                except FutureTimeout:
+                    if future.done():  # the timeout is the answer
+                        raise
+                if self._received:
+                    print(f"\rreceiving {size_text(self._received)}", end="", flush=True)  # noqa: T201  a cell's output
+                    said = True
+        finally:
+            future.cancel()
+            if said:
+                print()  # noqa: T201  a cell's output
 
     def begin(self, ask: Callable[[Client], Awaitable[T]]) -> Future[T]:
         """The same without waiting."""
@@ -122,6 +147,10 @@ class Session:
     def tell(self, sent: int, total: int) -> None:
         """Note how much of a job's inputs was sent."""
         self.uploaded = sent, total
+
+    def receive(self, count: int) -> None:
+        """Note how much has come of a result."""
+        self._received = count
 
     # --- on the loop ---
 
@@ -233,7 +262,7 @@ def _made(node: str) -> Session:
             from bacalhau_node.http_client import HttpClient  # noqa: PLC0415  aiohttp loads when it is needed
         except ImportError as error:
             raise SpecError("a node elsewhere needs aiohttp: pip install 'bacalhau-jupyter[http]'") from error
-        return HttpClient(node, progress=made.tell)
+        return HttpClient(node, progress=made.tell, received=made.receive)
 
     made = Session(open_remote, node=node)
     return made

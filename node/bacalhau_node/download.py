@@ -20,9 +20,16 @@ from bacalhau_node.results import SUFFIXES, Names
 
 
 async def download(client: Client, view: JobView, target: Path, *, raw: bool = False) -> None:
-    """Write every shard that has ended to `target`, which must not exist or be empty."""
+    """Write every shard that has ended to `target`, which must not exist or be empty; raises `ContentError`."""
+    try:
+        await asyncio.to_thread(_make, target)
+        await _write(client, view, target, raw=raw)
+    except OSError as error:
+        raise ContentError(f"{target} can't be written: {error.strerror or error}; name another folder") from error
+
+
+async def _write(client: Client, view: JobView, target: Path, *, raw: bool) -> None:
     combined, names = target / "combined", Names()
-    await asyncio.to_thread(_make, target)
     for shard in view.shards:
         if shard.outcome is not None:
             folder = target / "shards" / str(shard.index)

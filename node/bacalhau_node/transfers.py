@@ -11,6 +11,7 @@ from typing import Final
 
 from bacalhau_node.feed import ShardBytes
 from bacalhau_node.literals import size_text
+from bacalhau_node.sharding import shown
 
 QUIET: Final = 0.5
 """Seconds that a transfer has lasted when it is first shown."""
@@ -57,11 +58,11 @@ class Transfers:
 
     def now(self, now: float) -> str:
         """`fetching x.csv 120 MB of 1.2 GB`, `fetching 3 files, 120 MB`; "" while nothing has lasted half a second."""
-        shown = {name: going for (_, name), going in self._going.items() if now - going.since >= QUIET}
-        if not shown:
+        going = {name: each for (_, name), each in self._going.items() if now - each.since >= QUIET}
+        if not going:
             return ""
-        what = f"{len(shown):,} files," if len(shown) > 1 else next(iter(shown))
-        done, totals = sum(each.done for each in shown.values()), [each.total for each in shown.values()]
+        what = f"{len(going):,} files," if len(going) > 1 else shown(next(iter(going)))
+        done, totals = sum(each.done for each in going.values()), [each.total for each in going.values()]
         known = [total for total in totals if total is not None]
         of = f" of {size_text(sum(known))}" if len(known) == len(totals) else ""
         return f"fetching {what} {size_text(done)}{of}"

@@ -35,6 +35,14 @@ def test_results_are_downloaded_where_the_line_says(kernel, tmp_path):
     assert json.loads((target / "shards" / "1" / "value.json").read_text()) == 1
 
 
+def test_a_folder_that_cant_be_written_loses_nothing(kernel, tmp_path):
+    (tmp_path / "file").touch()
+    code = f"import bacalhau_jupyter as bj\njob = bj.submit('1', publish='local:{tmp_path}/file')"
+    assert not kernel.run(code).error
+    assert kernel.run("job.wait(60), job.state, job.result().values()").value == "(True, 'Completed', [1])"
+    assert f"not downloaded: {tmp_path}/file/" in kernel.run("job").value
+
+
 def test_an_equal_jobs_result_is_taken_and_the_record_says_so(kernel, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "a.txt").write_text("first")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import io
+import sys
 import threading
 
 import pytest
 
+from bacalhau_jupyter import session
 from bacalhau_jupyter.progress import JobMonitor
 from bacalhau_jupyter.session import CLOSE_SECONDS, Session
 from bacalhau_node.client import Submission
@@ -152,3 +155,25 @@ def test_a_client_that_does_not_close_holds_nobody_up(sessions, monkeypatch):
     closing.start()
     closing.join(30)
     assert not closing.is_alive()
+
+
+def test_a_result_that_takes_long_says_how_much_has_come(sessions, monkeypatch):
+    one, said = sessions(), threading.Event()
+
+    class Cell(io.StringIO):
+        def write(self, text):
+            said.set()
+            return super().write(text)
+
+    async def slow(_client):
+        one.receive(5_000_000)
+        return await asyncio.to_thread(said.wait, 30)
+
+    monkeypatch.setattr(session, "SAID_SECONDS", 0.01)
+    monkeypatch.setattr(sys, "stdout", cell := Cell())
+    assert one.fetch(slow)
+    assert cell.getvalue().startswith("\rreceiving 5 MB")
+    assert cell.getvalue().endswith("\n")
+    monkeypatch.setattr(sys, "stdout", cell := Cell())
+    assert one.fetch(thread_of) == "bacalhau"
+    assert cell.getvalue() == ""

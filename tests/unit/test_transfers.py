@@ -33,6 +33,12 @@ def test_several_are_one_line(total: int | None, of: str) -> None:
     assert one.now(1.0) == of
 
 
+def test_a_name_that_no_terminal_can_show_is_escaped() -> None:
+    one = Transfers()
+    one.take(at("a\n\udcff.csv", 5, 10), 0.0)
+    assert one.now(1.0) == r"fetching 'a\n\udcff.csv' 5 bytes of 10 bytes"
+
+
 def test_what_has_come_is_counted_with_its_cids() -> None:
     one = Transfers()
     assert one.fetched() == ""

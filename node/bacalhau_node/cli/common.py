@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import functools
 import os
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -18,8 +19,12 @@ import click
 from bacalhau_node.client import Client, open_local
 from bacalhau_node.errors import BacalhauError, NodeUnreachable, SpecError
 from bacalhau_node.folders import data_folder, servers
+from bacalhau_node.literals import size_text
 
 FAILED, USAGE, UNREACHABLE, INTERRUPTED = 1, 2, 3, 130
+
+TOLD_SECONDS = 2.0
+"""Seconds between two lines about one transfer."""
 
 T = TypeVar("T")
 
@@ -101,7 +106,7 @@ def _remote(url: str) -> Client:
     needs_http()
     from bacalhau_node.http_client import HttpClient  # noqa: PLC0415 - aiohttp loads when it is needed
 
-    return HttpClient(url, progress=_show_progress)
+    return HttpClient(url, progress=_show_progress, received=_Received())
 
 
 def needs_http() -> None:
@@ -110,6 +115,24 @@ def needs_http() -> None:
         import aiohttp  # noqa: F401, PLC0415 - asked for, not used
     except ImportError as error:
         raise SpecError("talking to nodes elsewhere needs aiohttp: pip install 'bacalhau-jupyter[http]'") from error
+
+
+class _Received:
+    """Tells how much came, every two seconds that something lasts."""
+
+    def __init__(self) -> None:
+        self._due, self._last = 0.0, 0
+
+    def __call__(self, count: int) -> None:
+        now = time.monotonic()
+        if count < self._last:  # another file or folder
+            self._due = now + TOLD_SECONDS
+        self._last = count
+        if not self._due:
+            self._due = now + TOLD_SECONDS
+        elif now >= self._due:
+            self._due = now + TOLD_SECONDS
+            click.echo(f"received {size_text(count)}", err=True)
 
 
 def _show_progress(sent: int, total: int) -> None:

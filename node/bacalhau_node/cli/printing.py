@@ -7,12 +7,10 @@ import time
 import click
 import msgspec
 
+from bacalhau_node.cli.common import TOLD_SECONDS
 from bacalhau_node.client import Client, JobChanged, JobView, ShardBytes, ShardChanged, ShardText, ShardView
 from bacalhau_node.messages import Outcome, ShardError
 from bacalhau_node.transfers import Transfers
-
-TOLD_SECONDS = 2.0
-"""Seconds between two lines about what is fetched."""
 
 
 async def follow(client: Client, job: str, *, many: bool, shard: int | None = None) -> JobView:

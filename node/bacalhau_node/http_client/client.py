@@ -13,7 +13,7 @@ import os
 import tempfile
 import uuid
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -23,6 +23,7 @@ from bacalhau_node.api import shapes
 from bacalhau_node.cid import DAG_JSON, Cid
 from bacalhau_node.client import NONE, JobLine, JobPlan, JobView, NodeView, Stored, Submission, Update, in_parts
 from bacalhau_node.content.blocks import BlockStore
+from bacalhau_node.content.incoming import Shelf
 from bacalhau_node.content.reader import Reader
 from bacalhau_node.content.unixfs import PROFILES, Imported
 from bacalhau_node.errors import BacalhauError, ContentError, SpecError
@@ -52,7 +53,8 @@ class HttpClient:
 
     `token`: its key; default: the token file of a node of this user on this machine, else `BACALHAU_API_KEY`.
     `folder`: where content is cached, default this user's data folder. `patience`: seconds until a node that
-    doesn't answer any more raises `NodeUnreachable`. `progress` is told (bytes sent, bytes to send) of inputs.
+    doesn't answer any more raises `NodeUnreachable`. `progress` is told (bytes sent, bytes to send) of inputs,
+    `received` how many bytes came of the file or folder that is fetched.
     """
 
     def __init__(
@@ -63,12 +65,13 @@ class HttpClient:
         folder: Path | None = None,
         patience: float = PATIENCE,
         progress: upload.Progress | None = None,
+        received: Callable[[int], None] | None = None,
     ) -> None:
         self.url = node_url(url)
         self._folder = folder or data_folder()
         key = find_key(self.url, self._folder) if token is None else token
         self._connection = Connection(self.url, key, patience=patience)
-        self._progress = progress
+        self._progress, self._received = progress, received
         self._hashed: dict[LocalStamp, Imported] = {}
         self._bundles: OrderedDict[str, dict[str, bytes]] = OrderedDict()
         self._store: BlockStore | None = None
@@ -207,9 +210,9 @@ class HttpClient:
             fresh = await asyncio.to_thread(BlockStore, Path(name))
             try:
                 if root.codec == DAG_JSON:  # of a result all is needed to know what is where in it
-                    await fetch(self._connection, root, fresh)
+                    await self._fetch(root, fresh)
                 else:
-                    cid, path = await fetch(self._connection, root, fresh, path=path), ""
+                    cid, path = await self._fetch(root, fresh, path), ""
                 async for part in in_parts(fresh, cid, path):
                     yield part
             finally:
@@ -221,7 +224,7 @@ class HttpClient:
         if await asyncio.to_thread(store.has, cid):
             return await asyncio.to_thread(store.read, cid)
         root, memory = _parsed(cid), Memory()
-        await fetch(self._connection, root, memory)
+        await self._fetch(root, memory)
         return await asyncio.to_thread(lambda: b"".join(Reader(memory, root).chunks(root)))
 
     async def file(self, cid: str) -> Path | None:
@@ -245,11 +248,14 @@ class HttpClient:
         with tempfile.TemporaryDirectory(prefix="bacalhau-", dir=store.folder / "tmp") as name:
             await self._fetch_to(cid, target, Path(name))
 
+    async def _fetch(self, root: Cid, shelf: Shelf, path: str = "") -> str:
+        return await fetch(self._connection, root, shelf, path=path, told=self._received)
+
     async def _fetch_to(self, cid: str, target: Path, blocks: Path) -> None:
         """Fetch a file or folder and write it to `target`; `blocks`: room for what it is made from."""
         store = await asyncio.to_thread(BlockStore, blocks)
         try:
-            await fetch(self._connection, _parsed(cid), store)
+            await self._fetch(_parsed(cid), store)
             await asyncio.to_thread(store.export, cid, target)
         finally:
             await asyncio.to_thread(store.close)

@@ -7,7 +7,7 @@ what is read at once goes into memory.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Final
 
 from bacalhau_node.cid import Cid
@@ -93,9 +93,11 @@ class _Patient:
                 await retry.again(error)
 
 
-async def fetch(connection: Connection, cid: Cid, shelf: Shelf, *, path: str = "") -> str:
+async def fetch(
+    connection: Connection, cid: Cid, shelf: Shelf, *, path: str = "", told: Callable[[int], None] | None = None
+) -> str:
     """Put what `path` below `cid` leads to, and all below that, on the shelf; returns the CID of what it leads to.
 
-    Raises `ContentError` for what does not come, or not right.
+    `told` hears how many bytes came. Raises `ContentError` for what does not come, or not right.
     """
-    return (await fetch_from(shelf, cid, [_Patient(connection)], path=path, patience=SILENCE)).cid
+    return (await fetch_from(shelf, cid, [_Patient(connection)], path=path, told=told, patience=SILENCE)).cid
