@@ -85,14 +85,13 @@ class Collection:
     # --- marking ---
 
     def _mark_all(self, horizon: int, keep: int) -> None:
-        for cid in self._index.pinned():
-            self._mark([cid[-32:]])
+        self._mark_at([cid[-32:] for cid in self._index.pinned()])
         for node in self._by_use():
             if node.used < horizon and keep <= self._size:
                 return
-            marked = self._mark([node.digest])
+            marked = self._mark([node])
             if node.used < horizon and self._size > keep:
-                self._marked.difference_update(one.id for one in marked)
+                self._marked.difference_update(marked)
                 return
 
     def _by_use(self) -> Iterator[Node]:
@@ -105,27 +104,29 @@ class Collection:
             yield from (Node(*row) for row in rows if row[0] not in self._marked)
             at, *_, used = rows[-1]
 
-    def _mark(self, digests: list[bytes]) -> list[Node]:
+    def _mark_at(self, digests: list[bytes]) -> None:
+        for at in range(0, len(digests), _PAGE):
+            self._mark(list(self._nodes(digests[at : at + _PAGE])))
+
+    def _mark(self, nodes: list[Node]) -> list[int]:
         """Mark these blocks and all below them; returns those that had no mark before."""
         found = []
-        while digests:
+        waiting: list[bytes] = []
+        while nodes or waiting:
             self._go_on()
-            batch = digests[-_PAGE:]
-            del digests[-_PAGE:]
-            for node in self._nodes(batch):
+            for node in nodes:
                 if node.id not in self._marked:
                     self._marked.add(node.id)
                     self._size += node.size
-                    found.append(node)
-                    digests += [child.digest for child in self._links(node)]
+                    found.append(node.id)
+                    waiting += [child.digest for child in links(self._index, self._files, node)]
+            nodes = list(self._nodes(waiting[-_PAGE:])) if waiting else []
+            del waiting[-_PAGE:]
         return found
 
     def _nodes(self, digests: list[bytes]) -> Iterator[Node]:
         marks = ",".join("?" * len(digests))
         return (Node(*row) for row in self._index.rows(f"{_NODE} WHERE digest IN ({marks})", *digests))
-
-    def _links(self, node: Node) -> list[Cid]:
-        return links(self._index, self._files, node)
 
     def _go_on(self) -> None:
         if self._stop():
@@ -136,9 +137,9 @@ class Collection:
     def _remove_rows(self, horizon: int, began: int) -> None:
         nodes = [node for node in self._unmarked(horizon) if node.codec != RAW]
         meanwhile = int(time.time())
-        self._mark(self._used_since(began))  # the most of it while others may write
+        self._mark_at(self._used_since(began))  # the most of it while others may write
         with self._index.transaction() as db:
-            self._mark(self._used_since(meanwhile))
+            self._mark_at(self._used_since(meanwhile))
             _delete(db, nodes, self._marked, horizon)
         leaves = self._unmarked(horizon)
         while batch := list(islice(leaves, _PAGE)):
