@@ -1,6 +1,6 @@
 """A small network in the hands of an adversary, as a hypothesis state machine over `Mesh`.
 
-The adversary kills, restarts (with clocks that are slow), freezes and cuts nodes off, breaks links, loses messages, lets
+The adversary kills, restarts (with clocks that are slow), freezes and cuts nodes off, breaks links, loses messages, makes
 nodes leave, and speaks itself: it forges, replays and floods. After every step the machines check themselves, and the
 test holds them to what membership promises. When the faults stop, every view must hold just who is there.
 """

@@ -37,7 +37,7 @@ from bacalhau_node.protocol.archive import Archive, Held, Sign
 from bacalhau_node.protocol.chance import Chance
 from bacalhau_node.protocol.circle import Circle
 from bacalhau_node.protocol.circle import Settings as Settings
-from bacalhau_node.protocol.neighbours import FLOOD, FLOOD_TIME, Peer
+from bacalhau_node.protocol.neighbours import FLOOD, FLOOD_TIME, Peer, Watch
 from bacalhau_node.protocol.own import OwnRecord, lasting
 from bacalhau_node.protocol.view import MAX_RECORDS, PASSABLE, View, checked
 
@@ -179,11 +179,8 @@ class Membership:
             return
         try:
             match message:
-                case Digest() if self._now - watch.served >= SERVED:
-                    watch.served = self._now
-                    self._answer(sender, message)
                 case Digest():
-                    self._send(sender, Records(()))
+                    self._answer(sender, message, watch)
                 case Records():
                     self._take(sender, message)
                 case PeersWanted(count):
@@ -225,13 +222,17 @@ class Membership:
         peer.silent += 1
         self._send(peer.id, self.view.digest())
 
-    def _answer(self, sender: NodeId, digest: Digest) -> None:
+    def _answer(self, sender: NodeId, digest: Digest, watch: Watch) -> None:
         checked(digest)
         if not self._others.is_near(sender):
             if self._circle.full:
                 self._turn_away(sender)
                 return
             self._circle.befriend(sender)
+        if self._now - watch.served < SERVED:
+            self._send(sender, Records(()))
+            return
+        watch.served = self._now
         newer, wanted = self.view.compare(digest, self._own.latest(self._now))
         self._letters(sender, newer, wanted=wanted)
 

@@ -16,7 +16,7 @@ an entry costs its places in two dictionaries, some 75 bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -158,23 +158,19 @@ class View:
     def compare(self, digest: Digest, latest: bytes) -> tuple[list[Held], bytes]:
         """(records that the other lacks, keys of the nodes of which it has newer ones, none after `latest`)."""
         theirs: dict[bytes, bytes] = dict(iter_unpack("8s8s", checked(digest).known))
-        newer, unknown, wanted = [], [], []
-        for held in self._told():
-            stamp = theirs.pop(held.key, None)
-            if stamp == held.stamp:
-                continue
-            if stamp is None:
-                unknown.append(held)
-            elif stamp < held.stamp:
-                newer.append(held)
-            elif stamp <= latest:
-                wanted.append(held.key)
-        buried = {grave.held.key: grave.held.stamp for grave in self.graves.values()}
-        strange = [key for key, stamp in theirs.items() if buried.get(key, b"") < stamp <= latest]
+        told = self._told()
+        differing = [(held, theirs.get(held.key, b"")) for held in told if theirs.get(held.key) != held.stamp]
+        newer = [held for held, stamp in differing if b"" < stamp < held.stamp]
+        wanted = [held.key for held, stamp in differing if held.stamp < stamp <= latest]
+        mine = {held.key for held in told}
+        mine.update(
+            grave.held.key for grave in self.graves.values() if theirs.get(grave.held.key, b"") <= grave.held.stamp
+        )
+        strange = [key for key, stamp in theirs.items() if key not in mine and stamp <= latest]
         wanted += self._chance.sample(strange, self.room())
         if digest.complete:
-            known = [held for held in unknown if not held.record.leaving]
-            newer += self._chance.sample(known, min(digest.room, BATCH))
+            unknown = [held for held, stamp in differing if not stamp and not held.record.leaving]
+            newer += self._chance.sample(unknown, min(digest.room, BATCH))
         return newer, b"".join(wanted)
 
     def wanted(self, keys: bytes) -> list[Held]:
@@ -202,13 +198,9 @@ class View:
             born = self.born.get(held.node, now)
         return Copy(held.signed, max(0, int(now - born)))
 
-    def _told(self) -> Iterator[Held]:
+    def _told(self) -> list[Held]:
         """All that is told to others: this node's record, those of known nodes, the last ones of those that left."""
-        yield self.own
-        yield from self.held.values()
-        for grave in self.graves.values():
-            if grave.left:
-                yield grave.held
+        return [self.own, *self.held.values(), *(grave.held for grave in self.graves.values() if grave.left)]
 
 
 def checked(digest: Digest) -> Digest:
