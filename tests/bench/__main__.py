@@ -26,6 +26,7 @@ CASES = (
     "results",
     "buckets",
     "urls",
+    "gateway",
     "killed",
 )
 CASE_SECONDS = 300
