@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from bacalhau_node import dagjson
 from bacalhau_node.cid import DAG_JSON, DAG_PB, Cid
 from bacalhau_node.content import gateway as gateways
 from bacalhau_node.content.dagpb import encode_node, folder_node
-from bacalhau_node.content.gateway import Gateway, gathered
+from bacalhau_node.content.gateway import Gateway, Question, gathered
 from bacalhau_node.content.grants import Grants, new_token
 from bacalhau_node.errors import ContentError, SpecError
 
@@ -160,8 +161,21 @@ def test_what_is_remembered_is_bounded(monkeypatch):
     assert not Gateway(store, grants).allows("token", leaves[49], root=roots[0])
 
 
-def test_parts_are_gathered_and_cut_to_a_mebibyte():
-    found = list(gathered([b"a" * 10, b"b" * 20, b"c" * (3 * 1024 * 1024 + 5), b"", b"d"]))
-    assert b"".join(found) == b"a" * 10 + b"b" * 20 + b"c" * (3 * 1024 * 1024 + 5) + b"d"
-    assert [len(part) for part in found] == [30, 1024 * 1024, 1024 * 1024, 1024 * 1024, 5, 1]
+def test_small_parts_are_joined_and_empty_ones_end_nothing():
+    large = b"c" * (3 * 1024 * 1024 + 5)
+    found = list(gathered([b"", b"a" * 10, b"b" * 20, large, b"", b"d"]))
+    assert b"".join(found) == b"a" * 10 + b"b" * 20 + large + b"d"
+    assert [len(part) for part in found] == [30, len(large), 1]
     assert not list(gathered([b"", b""]))
+
+
+async def test_a_part_of_an_answer_over_a_stream_has_a_mebibyte_at_most():
+    store, grants = Store(), Grants()
+    root = store.put(bytes(2 * 1024 * 1024))
+    grants.publish(str(root))
+    for form in ("car", "raw"):
+        question = msgspec.msgpack.encode(Question(str(root), form=form))
+        parts = [part async for part in Gateway(store, grants).answering()("asker", question)]
+        assert max(map(len, parts)) <= 1024 * 1024
+        assert b"".join(parts).endswith(bytes(2 * 1024 * 1024))
+        assert parts[0] == b"\0"

@@ -32,7 +32,7 @@ from bacalhau_node.ids import NodeId
 from bacalhau_node.ports import Answering, ContentStore, Scope
 
 PART: Final = 1024 * 1024
-"""Bytes that are read at once and sent as one part."""
+"""Bytes that are read at once, and that a part of an answer over a stream has at most."""
 
 MAX_KNOWN: Final = 1_000_000
 """Blocks that are remembered to lie below a root: some 100 MB, and 250 GB of content."""
@@ -69,7 +69,7 @@ class Gateway:
         return any(self._lies_below(public, cid) for public in self._grants.public())
 
     def archive(self, want: Want) -> Iterator[bytes]:
-        """A CAR in parts of at most `PART` bytes; raises `ContentError` where a block is missing."""
+        """A CAR in parts of about `PART` bytes; raises `ContentError` where a block is missing."""
         sections = (car.section(cid, block) for cid, block in selected(self._store.block, want))
         return gathered(chain((car.header([want.cid]),), sections))
 
@@ -88,7 +88,8 @@ class Gateway:
             return
         yield bytes((GOOD,))
         while part := await asyncio.to_thread(next, parts, b""):
-            yield part
+            for at in range(0, len(part), PART):
+                yield part[at : at + PART]
 
     def _opened(self, data: bytes) -> Iterator[bytes]:
         """What answers a question; raises `SpecError` for a bad one, `ContentError` for what is not here."""
@@ -101,7 +102,7 @@ class Gateway:
         if not self.allows(asked.token, cid, root=root) or not self._store.holds(cid):
             raise ContentError(f"{cid} is not here, or not for you")
         if asked.form == "raw":
-            return gathered((self._store.block(cid),))
+            return iter((self._store.block(cid),))
         return self.archive(Want(cid, steps, asked.scope))
 
     def _lies_below(self, root: Cid, cid: Cid) -> bool:
@@ -145,17 +146,14 @@ class _Below:
 
 
 def gathered(parts: Iterable[bytes]) -> Iterator[bytes]:
-    """The same bytes in parts of at most `PART`, as few as that gives without cutting the given ones."""
+    """The same bytes in larger parts: small ones are joined up to `PART`, larger ones stay as they are."""
     found: list[bytes] = []
     size = 0
     for part in parts:
         if size and size + len(part) > PART:
             yield b"".join(found)
             found, size = [], 0
-        if len(part) > PART:
-            yield from (part[at : at + PART] for at in range(0, len(part), PART))
-        else:
-            found.append(part)
-            size += len(part)
+        found.append(part)
+        size += len(part)
     if size:
         yield b"".join(found)
