@@ -80,12 +80,18 @@ def listener(address: str) -> trio.SocketListener:
 
 
 def reachable(sockets: Sequence[trio.SocketListener]) -> list[str]:
-    """The addresses that lead to these sockets, one for each interface where a socket listens on all."""
+    """The addresses that lead to these sockets; of one that listens everywhere, this machine's own comes last."""
     found = []
     for one in sockets:
         host, port, *_ = one.socket.getsockname()
-        family = "ip6" if ":" in host else "ip4"
-        found += [str(a) for a in expand_wildcard_address(Multiaddr(f"/{family}/{host}/tcp/{port}"), port)]
+        family, loopback = ("ip6", "::1") if ":" in host else ("ip4", "127.0.0.1")
+        hosts = [host]
+        if host in {"0.0.0.0", "::"}:  # noqa: S104 - where its user wants to listen
+            every = (
+                a.value_for_protocol(family) for a in expand_wildcard_address(Multiaddr(f"/{family}/{host}/tcp/{port}"))
+            )
+            hosts = [*(a for a in every if a != loopback), loopback]
+        found += [f"/{family}/{a}/tcp/{port}" for a in hosts]
     return found
 
 

@@ -63,7 +63,7 @@ class Asked:
             await self._stream.reset()
 
     def _broken(self, error: Exception) -> NodeUnreachable:
-        return NodeUnreachable(f"node {self._node} broke its answer off: {error or type(error).__name__}")
+        return NodeUnreachable(f"node {self._node} broke its answer off: {str(error) or type(error).__name__}")
 
 
 class Answer:

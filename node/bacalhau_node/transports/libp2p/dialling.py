@@ -33,6 +33,10 @@ class Here(Protocol):
     id: ID
     host: BasicHost
 
+    def visit(self, conn: inprocess.Conn) -> None:
+        """Another host has connected; raises `NodeUnreachable` when this one is leaving."""
+        ...
+
 
 HERE: dict[NodeId, Here] = {}
 """The hosts of this process. Touched on the network's thread only."""
@@ -99,7 +103,7 @@ class Dialler:
                     try:
                         await self._link_up(await connect())
                     except (*BROKEN, BacalhauError) as error:
-                        reasons.append(f"{name}: {error or type(error).__name__}")
+                        reasons.append(f"{name}: {innermost(error)}")
                     else:
                         return
             if scope.cancelled_caught:
@@ -121,8 +125,8 @@ class Dialler:
     async def _inside(self, other: Here) -> IMuxedConn:
         """Connect to a node of this process."""
         here, there = inprocess.connect(self._me.id, other.id)
-        await swarm_of(self._me.host).add_conn(here, direction="outbound")
-        await swarm_of(other.host).add_conn(there, direction="inbound")
+        await admit(self._me.host, here, direction="outbound")
+        other.visit(there)
         return here
 
     async def _outside(self, node: NodeId, address: str) -> IMuxedConn:
@@ -140,6 +144,20 @@ class Dialler:
         raise NodeUnreachable(f"no answer within {CONNECT_SECONDS} s")
 
 
+async def admit(host: BasicHost, conn: inprocess.Conn, *, direction: str) -> None:
+    """Have a host look after its end of a connection, which is closed when it can't any more."""
+    done = False
+    try:
+        await swarm_of(host).add_conn(conn, direction=direction)
+        done = True
+    except RuntimeError as error:  # of trio: its nursery is closed
+        raise NodeUnreachable("it is leaving") from error
+    finally:
+        if not done:
+            with trio.CancelScope(shield=True):
+                await conn.close()
+
+
 async def secured(
     stream: trio.SocketStream, upgrade: Callable[[RawConnection], Coroutine[Any, Any, Any]], *, dialled: bool = True
 ) -> Any:
@@ -148,7 +166,7 @@ async def secured(
     try:
         done = await upgrade(RawConnection(socket, dialled))
     except Exception as error:  # bytes of anybody arrive here, and each layer of libp2p raises what it likes
-        raise ProtocolError(f"the handshake failed: {_innermost(error)}") from error
+        raise ProtocolError(f"the handshake failed: {innermost(error)}") from error
     finally:
         if done is None:
             await trio.aclose_forcefully(stream)
@@ -156,7 +174,7 @@ async def secured(
     return done
 
 
-def _innermost(error: BaseException) -> str:
+def innermost(error: BaseException) -> str:
     """What went wrong first; the rest says that it made something else go wrong."""
     while error.__cause__ is not None:
         error = error.__cause__

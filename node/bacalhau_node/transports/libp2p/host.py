@@ -14,6 +14,7 @@ Whatever a peer sends, however malformed, ends its own connection and nothing el
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import random
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -28,13 +29,13 @@ from libp2p.network.stream.net_stream import NetStream
 from libp2p.peer.id import ID
 from multiaddr import Multiaddr
 
-from bacalhau_node.errors import ProtocolError, SpecError
+from bacalhau_node.errors import NodeUnreachable, ProtocolError, SpecError
 from bacalhau_node.ids import NodeId
 from bacalhau_node.ports import Packet
 from bacalhau_node.protocol.events import LinkDown, LinkUp
-from bacalhau_node.transports.libp2p import addresses, asking, gossip, link
+from bacalhau_node.transports.libp2p import addresses, asking, gossip, inprocess, link
 from bacalhau_node.transports.libp2p.complaints import Complaints
-from bacalhau_node.transports.libp2p.dialling import HERE, Dialler, secured
+from bacalhau_node.transports.libp2p.dialling import HERE, Dialler, admit, secured
 from bacalhau_node.transports.libp2p.inbox import Inbox
 from bacalhau_node.transports.libp2p.lean import HANDSHAKE_SECONDS, Handler, lean_host
 from bacalhau_node.transports.libp2p.meshing import Mesh
@@ -242,13 +243,23 @@ class Host:
 
     async def _accept(self, stream: trio.SocketStream) -> None:
         """Live as long as a connection that came from outside."""
-        at = Multiaddr(self._addresses[0])
+        at, remote = Multiaddr(self._addresses[0]), addresses.remote(stream)
         try:
             conn = await secured(stream, lambda raw: self.host.upgrade_inbound_connection(raw, at), dialled=False)
         except ProtocolError as error:
-            self.complaints.add(addresses.remote(stream), "handshake", error)
+            self.complaints.add(remote, "handshake", error)
             return
         await conn.over()
+
+    def visit(self, conn: inprocess.Conn) -> None:
+        """Another host of this process has connected."""
+        if self._ended.is_set():
+            raise NodeUnreachable("it has left")
+        self._spawn(self._admit, conn)
+
+    async def _admit(self, conn: inprocess.Conn) -> None:
+        with contextlib.suppress(NodeUnreachable, *BROKEN):
+            await admit(self.host, conn, direction="inbound")
 
     async def _incoming(self, stream: NetStream) -> None:
         """A peer has opened a stream: find out what for, and do it."""

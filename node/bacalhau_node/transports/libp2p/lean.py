@@ -16,6 +16,7 @@ from libp2p.abc import IMuxedConn, ISecureConn
 from libp2p.crypto.keys import KeyPair
 from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key
 from libp2p.host.basic_host import BasicHost
+from libp2p.network.auto_connector import AutoConnector
 from libp2p.network.config import ConnectionConfig
 from libp2p.network.connection import swarm_connection
 from libp2p.network.stream.net_stream import NetStream
@@ -35,6 +36,16 @@ ENOUGH = 100_000
 
 Blame = Callable[[ID, ProtocolError], None]
 Handler = Callable[[Any], Awaitable[None]]
+
+
+class _NoDialler(AutoConnector):
+    """Instead of what would dial every peer that was ever heard of."""
+
+    async def run_background_task(self, nursery: object) -> None:
+        """Nothing is done in the background."""
+
+    async def maybe_connect(self) -> None:
+        """Nobody is dialled."""
 
 
 class _Muxers(MuxerMultistream):
@@ -63,7 +74,6 @@ def lean_host(keys: KeyPair, *, addresses: Callable[[], list[Multiaddr]], blame:
             high_watermark=ENOUGH,
             min_connections=0,
             low_watermark=0,
-            auto_connect_interval=float(ENOUGH),
             inbound_upgrade_timeout=HANDSHAKE_SECONDS,
             outbound_upgrade_timeout=HANDSHAKE_SECONDS,
         ),
@@ -74,6 +84,7 @@ def lean_host(keys: KeyPair, *, addresses: Callable[[], list[Multiaddr]], blame:
     assert isinstance(host, BasicHost)
     swarm = swarm_of(host)
     swarm.set_resource_manager(None)
+    swarm.auto_connector = _NoDialler(swarm)
     swarm.notifees.clear()  # among them the one that asks every new peer to identify itself
     swarm.upgrader.muxer_multistream = _Muxers(blame)
 

@@ -9,6 +9,7 @@ wait, and an inbox that is full stops the reader, so the other end's queue fills
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 from collections import deque
@@ -20,7 +21,7 @@ from libp2p.abc import IMuxedStream
 from bacalhau_node.errors import ProtocolError
 from bacalhau_node.ids import NodeId
 from bacalhau_node.ports import Packet
-from bacalhau_node.transports.libp2p.streams import BROKEN, CHUNK, Frames, frame
+from bacalhau_node.transports.libp2p.streams import BROKEN, CHUNK, Frames, frame, read
 from bacalhau_node.transports.libp2p.waiting import Waiting
 from bacalhau_node.wire import MAX_MESSAGE
 
@@ -157,6 +158,9 @@ class Greeter:
             return await self._checked(stream, other)
         except ProtocolError:
             await stream.write(frame(REFUSAL))
+            await stream.close()
+            with trio.move_on_after(FAREWELL_SECONDS), contextlib.suppress(*BROKEN):
+                await read(stream)  # until it has read the refusal and closed the connection
             raise
 
     async def accept(self, stream: IMuxedStream, other: NodeId) -> None:
