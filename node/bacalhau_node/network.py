@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Container, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from bacalhau_node.engine import Network
 from bacalhau_node.exchange import Exchange
 from bacalhau_node.facilities import Facilities
 from bacalhau_node.identity import Identity, read_identity, verify
-from bacalhau_node.ids import JobId
+from bacalhau_node.ids import JobId, NodeId
 from bacalhau_node.masking import Secrets
 from bacalhau_node.messages import Engine, NodeRecord
 from bacalhau_node.packing import SIGNED_FOR, Packing
@@ -34,7 +34,7 @@ from bacalhau_node.protocol.membership import Membership, Settings
 from bacalhau_node.selection import NO_RULES, Guests, Selection
 from bacalhau_node.sources.bucket import BucketSource
 from bacalhau_node.sources.local import LocalSource
-from bacalhau_node.spec import ISOLATION_RANK, JobSpec
+from bacalhau_node.spec import JobSpec
 from bacalhau_node.transports.memory import MemoryHub, MemoryTransport
 
 log = logging.getLogger(__name__)
@@ -54,8 +54,8 @@ class NetworkSettings:
     """The network that a node joins: `open` opens its transport, `peers` are multiaddrs of nodes to begin with.
 
     `rules`: for jobs of other nodes; `labels`: what `--constraint` looks at. `archive` is shared by the nodes of one
-    process. `gateway`: the base URL at which this node serves content over HTTP. `resume`: unfinished jobs go on when
-    the node is opened again.
+    process. `family`: nodes of the same owner, whose jobs need not be isolated from this one. `gateway`: the base URL
+    at which this node serves content over HTTP. `resume`: unfinished jobs go on when the node is opened again.
     """
 
     open: Open
@@ -65,6 +65,7 @@ class NetworkSettings:
     archive: Archive | None = None
     gateway: str = ""
     resume: bool = True
+    family: Container[NodeId] = frozenset()
     neighbours: Settings | None = None
 
 
@@ -127,6 +128,7 @@ class Joined:
             self.settings.rules,
             node.content,
             refuse=node.facilities.refuse,
+            family=self.settings.family,
             usual_memory=lambda: node.facilities.capabilities.memory_per_slot,
         )
         packing = Packing(node.content, local=LocalSource(), presign=partial(buckets.presign, seconds=SIGNED_FOR))
@@ -168,8 +170,7 @@ class Joined:
         return ev.Join(tuple(self.settings.peers), remembered)
 
     def _record(self, compute: Compute, facilities: Facilities) -> NodeRecord:
-        least = ISOLATION_RANK[self.settings.rules.isolation]
-        engines = tuple(_engine(one) for one in facilities.working() if ISOLATION_RANK[one.isolation] >= least)
+        engines = tuple(_engine(one) for one in facilities.working())
         return NodeRecord(
             node=self.identity.node,
             version=time.time_ns(),

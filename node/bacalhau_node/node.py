@@ -45,6 +45,7 @@ from bacalhau_node.plan import JobPlan, make_plan, read_blocks, store_plan
 from bacalhau_node.ports import Access, ContentStore, Executor, Journal, Publisher, Source, Transport
 from bacalhau_node.protocol import events as ev
 from bacalhau_node.protocol.compute import Compute
+from bacalhau_node.protocol.fitness import parse_constraint
 from bacalhau_node.protocol.membership import Membership
 from bacalhau_node.protocol.requester import Requester
 from bacalhau_node.publishers import publisher_for
@@ -186,6 +187,7 @@ class Node:
 
     async def plan(self, spec: JobSpec) -> JobPlan:
         """List and split the inputs of `spec`; raises `SpecError` when its result could not go where it is to."""
+        parse_constraint(spec.constraint)
         await publisher_for(self._publishers, spec.publish).check(spec.publish)
         own = OWNER_LABEL not in spec.labels
         sources = self._sources if own else self._sources_for_others
@@ -265,12 +267,17 @@ class Node:
 
     # --- end ---
 
-    async def close(self) -> None:
-        """End everything this node started, in an order that loses nothing."""
+    def addresses(self) -> Sequence[str]:
+        """Multiaddrs by which others can dial this node."""
+        return self._transport.addresses()
+
+    async def close(self, *, farewell: bool = True) -> None:
+        """End everything this node started, in an order that loses nothing; with `farewell` others are told first."""
         try:
             if self._joined is not None:
                 self._joined.remember()
-                await self.engine.leave()
+                if farewell:
+                    await self.engine.leave()
             await self.engine.close()
             await self.facilities.close()
             await self._transport.close()
@@ -320,7 +327,7 @@ async def open_node(
         joined = await Joined.open(network, folder.path) if network is not None else None
         transport = joined.transport if joined is not None else MemoryTransport(MemoryHub(), folder.node)
         undo.push_async_callback(transport.close)
-        chosen = list(executors) if executors is not None else _executors(folder)
+        chosen = list(executors) if executors is not None else machine_executors(folder)
         for executor in chosen:
             undo.push_async_callback(executor.close)
         for left in ("work", "process"):  # by a node of this folder that was killed
@@ -341,7 +348,7 @@ async def open_node(
     return node
 
 
-def _executors(folder: NodeFolder) -> list[Executor]:
+def machine_executors(folder: NodeFolder) -> list[Executor]:
     """The executors of this machine, best isolation first."""
     gpus = Gpus(folder.root / "gpus")
     return [

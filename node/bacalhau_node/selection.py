@@ -32,7 +32,7 @@ import tomllib
 import urllib.error
 import urllib.request
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Final
@@ -208,7 +208,10 @@ class Probe:
 
 
 class Guests:
-    """What a node does with jobs that other nodes offer it. `refuse`: why no executor can run a job, or None."""
+    """What a node does with jobs that other nodes offer it. `refuse`: why no executor can run a job, or None.
+
+    `family`: nodes of the same owner, whose jobs need no isolation.
+    """
 
     def __init__(
         self,
@@ -217,15 +220,18 @@ class Guests:
         *,
         refuse: Callable[[JobSpec], str | None],
         usual_memory: Callable[[], int],
+        family: Container[NodeId] = frozenset(),
     ) -> None:
-        self._rules, self._content = rules, content
+        self._rules, self._content, self._family = rules, content, family
+        self._of_family = msgspec.structs.replace(rules, isolation="none")
         self._executors_refuse, self._usual_memory = refuse, usual_memory
         self._probe = Probe(rules)
         self._asked: OrderedDict[tuple[NodeId, JobId], asyncio.Task[str]] = OrderedDict()
 
     def admit(self, requester: NodeId, spec: JobSpec) -> JobSpec:
         """The job as it runs here; raises `SpecError` for what it may not ask for."""
-        return self._rules.limited(spec, requester, usual_memory=self._usual_memory())
+        rules = self._of_family if requester in self._family else self._rules
+        return rules.limited(spec, requester, usual_memory=self._usual_memory())
 
     def refuse(self, requester: NodeId, spec: JobSpec) -> str | None:
         """Why this node never takes a job of this requester, in a sentence for its user; None if it may."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from bacalhau_node.messages import ShardError
 from bacalhau_node.ports import Capabilities, ExecutorEvent, RawOutcome, RawValue, ShardStarted, ShardTask, Target
+from bacalhau_node.spec import ISOLATION_RANK
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -53,8 +54,9 @@ class FakeExecutor:
         )
 
     def check(self, spec: JobSpec) -> str | None:
-        """The refusal that it was made with."""
-        del spec  # takes every job or none
+        """The refusal that it was made with, or that it isolates too little."""
+        if spec.isolation is not None and ISOLATION_RANK[spec.isolation] > ISOLATION_RANK[self._isolation]:
+            return f"--isolation {spec.isolation}: this executor only simulates"
         return self._refusal
 
     async def target(self, spec: JobSpec) -> Target:

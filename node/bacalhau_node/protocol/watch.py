@@ -31,6 +31,9 @@ LEASE_CHECK: Final = LEASE / 3
 NEVER_STARTS: Final = 600.0
 """Seconds after which what was taken counts as lost if nothing of ours runs there: an environment may take minutes."""
 
+LATE_START: Final = 30.0
+"""Seconds after which what was taken is tried elsewhere besides, if nothing of ours runs there (a guess)."""
+
 OVERTIME: Final = 60.0
 """Seconds beyond `--timeout` after which a node is not believed any more (a guess)."""
 
@@ -67,6 +70,7 @@ def watch(book: Book, job: Job) -> None:
         return
     room = {node.id: node.room for node in book.placement.idle() if not (node.distrusted or job.excludes(node.id))}
     if room:
+        _late(book, job, room)
         _try_again(book, job, room)
         _recall(book, job, room)
 
@@ -85,6 +89,14 @@ def _stuck(attempt: Attempt, now: float) -> str | None:
 
 def _runs_something(node: Node) -> bool:
     return any(attempt.phase == "running" for attempt in node.live.values())
+
+
+def _late(book: Book, job: Job, room: dict[str, int]) -> None:
+    """Try elsewhere what a node took and does not begin, though it says that it is at work."""
+    for attempt in list(job.live.values()):
+        waits = attempt.phase == "taken" and not attempt.coming and book.now - attempt.since > LATE_START
+        if waits and not attempt.shard.extra and job.free and not _runs_something(attempt.node):
+            _second(book, job, attempt, room)
 
 
 def _try_again(book: Book, job: Job, room: dict[str, int]) -> None:

@@ -1,0 +1,311 @@
+"""Many nodes in one process: a network to try things on, and to measure.
+
+Theory of operation. Every node is a whole one, with an identity, a store, a journal and a folder of its own; what they
+share is the process, its event loop, and the machine's executors. The **slots** of the machine are dealt out: with more
+nodes than slots each has one, and the executors queue what is too much. Node 0 is the one to talk to.
+
+The nodes are opened first and introduced then, each to an earlier one by lot; the rest is membership's. What a job of
+one of them runs in need not be isolated from the others, as they all belong to the same person; jobs from outside of
+the devstack get what the rules for other people's jobs say.
+
+**Bad actors** are real nodes whose executor is hostile: it gives wrong answers, takes and never runs, or boasts of
+slots that it doesn't have. `--replicas` and `--agree` find the first kind; time finds the others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import resource
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Final, Literal
+
+from msgspec import structs
+
+from bacalhau_node.errors import SpecError
+from bacalhau_node.executors.fake import FakeExecutor
+from bacalhau_node.folders import take_folder
+from bacalhau_node.ids import JobId, NodeId
+from bacalhau_node.network import NetworkSettings, Open, new_archive, over_libp2p, over_memory
+from bacalhau_node.node import Node, machine_executors, open_node
+from bacalhau_node.ports import Capabilities, Executor, ExecutorEvent, RawOutcome, RawValue, ShardTask, Target
+from bacalhau_node.protocol import events as ev
+from bacalhau_node.protocol.membership import Settings
+from bacalhau_node.selection import NO_RULES, Selection
+from bacalhau_node.spec import JobSpec
+from bacalhau_node.topology import GROUP
+from bacalhau_node.transports.memory import MemoryHub
+
+ALL_MET: Final = 60.0
+"""Seconds that the nodes may take to know each other; then the devstack is given out as it is."""
+
+LISTEN: Final = "/ip4/127.0.0.1/tcp/0"
+BAD: Final = "bad-actor"
+"""The label of a node that is hostile on purpose, and says how."""
+
+TransportName = Literal["libp2p", "memory"]
+Work = Literal["real", "fake"]
+
+_SHARED_MEMORY = MemoryHub()
+
+
+class _Machine:
+    """The executors of this machine, lent to many nodes; a job is released when the last node has released it."""
+
+    def __init__(self, executors: Sequence[Executor], nodes: int) -> None:
+        self._executors, self._nodes = executors, nodes
+        self._users: dict[tuple[int, JobId], set[int]] = defaultdict(set)
+
+    def lend(self, node: int) -> list[Executor]:
+        """The executors as one node sees them."""
+        return [_Lent(self, index, node) for index in range(len(self._executors))]
+
+    def executor(self, index: int) -> Executor:
+        """One of them."""
+        return self._executors[index]
+
+    def share(self, slots: int) -> int:
+        """The slots of one node."""
+        return max(1, slots // self._nodes)
+
+    def uses(self, index: int, job: JobId, node: int) -> None:
+        """The node runs something of the job."""
+        self._users[index, job].add(node)
+
+    async def release(self, index: int, job: JobId, node: int) -> None:
+        """The node runs nothing of the job any more."""
+        users = self._users.get((index, job), set())
+        users.discard(node)
+        if not users and self._users.pop((index, job), None) is not None:
+            await self._executors[index].release(job)
+
+    async def close(self) -> None:
+        """End all of them."""
+        await asyncio.gather(*(executor.close() for executor in self._executors))
+
+
+class _Lent:
+    """`ports.Executor`: one of the machine's executors, in the hands of one node."""
+
+    def __init__(self, machine: _Machine, index: int, node: int) -> None:
+        self._machine, self._index, self._node = machine, index, node
+        self._executor = machine.executor(index)
+
+    async def probe(self) -> Capabilities:
+        """What the executor can do, with this node's share of its slots."""
+        told = await self._executor.probe()
+        return structs.replace(told, slots=self._machine.share(told.slots))
+
+    def check(self, spec: JobSpec) -> str | None:
+        """See `ports.Executor`."""
+        return self._executor.check(spec)
+
+    async def target(self, spec: JobSpec) -> Target:
+        """See `ports.Executor`."""
+        return await self._executor.target(spec)
+
+    async def run(self, task: ShardTask, emit: Callable[[ExecutorEvent], None]) -> RawOutcome:
+        """See `ports.Executor`."""
+        self._machine.uses(self._index, task.execution.job, self._node)
+        return await self._executor.run(task, emit)
+
+    async def release(self, job: JobId) -> None:
+        """See `ports.Executor`."""
+        await self._machine.release(self._index, job, self._node)
+
+    async def close(self) -> None:
+        """Nothing: what was lent is closed by its owner."""
+
+
+# --- bad actors ---
+
+
+class WrongAnswers:
+    """A hostile `ports.Executor`: runs what it should, and answers with something else."""
+
+    how = "answers wrongly"
+
+    def __init__(self, good: Executor) -> None:
+        self._good = good
+
+    async def probe(self) -> Capabilities:
+        """See `ports.Executor`."""
+        return await self._good.probe()
+
+    def check(self, spec: JobSpec) -> str | None:
+        """See `ports.Executor`."""
+        return self._good.check(spec)
+
+    async def target(self, spec: JobSpec) -> Target:
+        """See `ports.Executor`."""
+        return await self._good.target(spec)
+
+    async def run(self, task: ShardTask, emit: Callable[[ExecutorEvent], None]) -> RawOutcome:
+        """The outcome, with a value that the shard never had."""
+        told = await self._good.run(task, emit)
+        return structs.replace(told, value=RawValue("json", "str", b'"a wrong answer"'))
+
+    async def release(self, job: JobId) -> None:
+        """See `ports.Executor`."""
+        await self._good.release(job)
+
+    async def close(self) -> None:
+        """See `ports.Executor`."""
+        await self._good.close()
+
+
+class NeverRuns(WrongAnswers):
+    """A hostile `ports.Executor`: takes everything and begins nothing."""
+
+    how = "takes and never runs"
+
+    async def run(self, task: ShardTask, emit: Callable[[ExecutorEvent], None]) -> RawOutcome:
+        """Wait for ever."""
+        del task, emit  # nobody looks at them
+        await asyncio.Event().wait()
+        raise AssertionError("an event that nobody sets was set")
+
+
+class Boasts(WrongAnswers):
+    """A hostile `ports.Executor`: says that it has a thousand slots."""
+
+    how = "boasts of slots"
+
+    async def probe(self) -> Capabilities:
+        """A lie."""
+        return structs.replace(await self._good.probe(), slots=1_000)
+
+    async def run(self, task: ShardTask, emit: Callable[[ExecutorEvent], None]) -> RawOutcome:
+        """The truth, when there is a slot at last."""
+        return await self._good.run(task, emit)
+
+
+BAD_ACTORS: Final = (WrongAnswers, NeverRuns, Boasts)
+
+
+# --- the devstack ---
+
+
+class Devstack:
+    """Running nodes, from `open_devstack` to `close`."""
+
+    def __init__(self, nodes: list[Node], machine: _Machine, folder: contextlib.AbstractContextManager[object]) -> None:
+        self.nodes = nodes
+        self._machine, self._folder = machine, folder
+
+    @property
+    def first(self) -> Node:
+        """The node to talk to."""
+        return self.nodes[0]
+
+    @property
+    def peer(self) -> str:
+        """The multiaddr by which another devstack, or a node, joins this one; "" where nobody can."""
+        return next(iter(self.first.addresses()), "")
+
+    async def meet(self, *, seconds: float) -> bool:
+        """Wait until node 0 knows all others; False when that takes too long."""
+        others = len(self.nodes) - 1
+        membership = self.first.membership
+        assert membership is not None, "every node of a devstack is on a network"
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while len(membership) < others:  # noqa: ASYNC110 - membership is a machine: nobody is woken by it
+                    await asyncio.sleep(0.02)
+        return len(membership) >= others
+
+    async def kill(self, index: int) -> Node:
+        """End a node without a word, as if its process had been killed; what it journaled is on disk."""
+        node = self.nodes.pop(index)
+        await node.close(farewell=False)
+        return node
+
+    async def close(self) -> None:
+        """End all nodes, and then the executors."""
+        await asyncio.gather(*(node.close(farewell=False) for node in self.nodes))
+        await self._machine.close()
+        with self._folder:
+            pass
+
+
+async def open_devstack(
+    nodes: int = 3,
+    *,
+    root: Path,
+    transport: TransportName = "libp2p",
+    peers: Sequence[str] = (),
+    bad_actors: int = 0,
+    work: Work = "real",
+    rules: Selection = NO_RULES,
+) -> Devstack:
+    """So many nodes below `root` that know each other; `peers`: multiaddrs of others, which node 0 joins.
+
+    The last `bad_actors` nodes are hostile. `work`: on the executors of this machine, or only as if. Raises
+    `SpecError`.
+    """
+    if not 1 <= nodes <= 10_000 or not 0 <= bad_actors < nodes:
+        raise SpecError(f"{nodes} nodes, {bad_actors} bad ones: from 1 to 10000 are possible, and node 0 is a good one")
+    _allow_files()
+    async with contextlib.AsyncExitStack() as undo:
+        folder = await asyncio.to_thread(take_folder, root / "machine")
+        undo.callback(folder.close)
+        executors = machine_executors(folder) if work == "real" else [FakeExecutor(slots=nodes, isolation="sandbox")]
+        machine = _Machine(executors, nodes)
+        undo.push_async_callback(machine.close)
+        family: set[NodeId] = set()
+        settings = NetworkSettings(
+            open=_opener(transport, 0),
+            rules=rules,
+            labels={GROUP: root.name},
+            archive=new_archive(),
+            family=family,
+            neighbours=Settings(period=_period(nodes)),
+        )
+        opened: list[Node] = []
+        for index in range(nodes):
+            bad = BAD_ACTORS[index % len(BAD_ACTORS)] if index >= nodes - bad_actors else None
+            labels = settings.labels if bad is None else {**settings.labels, BAD: bad.how}
+            lent = machine.lend(index)
+            node = await open_node(
+                root / f"{index:04}",
+                executors=lent if bad is None else [bad(one) for one in lent],
+                network=replace(settings, open=_opener(transport, index), labels=labels),
+            )
+            undo.push_async_callback(node.close)
+            family.add(node.id)
+            opened.append(node)
+        _introduce(opened, peers)
+        stack = Devstack(opened, machine, contextlib.closing(folder))
+        await stack.meet(seconds=ALL_MET)
+        undo.pop_all()
+    return stack
+
+
+def _introduce(nodes: list[Node], peers: Sequence[str]) -> None:
+    chance = random.Random(len(nodes))  # noqa: S311 - a network that can be had again, no secret
+    nodes[0].engine.post(ev.Join(tuple(peers)))
+    for index, node in enumerate(nodes[1:], 1):
+        node.engine.post(ev.Join(tuple(nodes[chance.randrange(index)].addresses()[:1])))
+
+
+def _opener(transport: TransportName, index: int) -> Open:
+    """Node 0 listens for others; the rest of a process is reached without sockets."""
+    if transport == "memory":
+        return over_memory(_SHARED_MEMORY)
+    return over_libp2p(listen=(LISTEN,) if index == 0 else ())
+
+
+def _period(nodes: int) -> tuple[float, float]:
+    """Seconds between two comparisons of views: about a hundred of them a second in the whole process, at most."""
+    shortest = min(20.0, max(1.0, nodes / 100))
+    return shortest, 1.5 * shortest
+
+
+def _allow_files() -> None:
+    """Let this process open as many files as it may: each node has about ten."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
