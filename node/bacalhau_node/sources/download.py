@@ -31,6 +31,9 @@ from bacalhau_node.sources.web import Broken, Web, check_encoding, check_kind, c
 BLOCK: Final = 1 << 20
 """Bytes written and hashed at once."""
 
+FEW: Final = 64
+"""Up to so many parts of a block are written one by one; more are cheaper copied together."""
+
 _RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 
 Tell = Callable[[int, int | None], None]
@@ -96,13 +99,13 @@ class _Part:
         if not self.whole:
             self._path.unlink(missing_ok=True)
 
-    async def put(self, data: bytes) -> None:
-        """Write `data`, mostly while the caller goes on; raises `ContentError` for a full disk, too."""
+    async def put(self, parts: list[bytes]) -> None:
+        """Write what comes next, mostly while the caller goes on; raises `ContentError` for a full disk, too."""
         await self.settle()
-        self.size += len(data)
+        self.size += sum(map(len, parts))
         if self.size > self._limits.file:
             raise ContentError(f"{self._name} is larger than {self._limits.file} bytes, the most that is downloaded")
-        self._writing = asyncio.get_running_loop().run_in_executor(None, self._write, data)
+        self._writing = asyncio.get_running_loop().run_in_executor(None, self._write, parts)
 
     async def settle(self) -> None:
         """Wait until all that was put is on disk."""
@@ -117,13 +120,14 @@ class _Part:
             self._writing = writing
             raise
 
-    def _write(self, data: bytes) -> None:
-        self._limits.check_room(self._path.parent, len(data))
-        if self._hashed:
-            self.digest.update(data)
-        view = memoryview(data)
-        while view:
-            view = view[self._file.write(view) :]
+    def _write(self, parts: list[bytes]) -> None:
+        self._limits.check_room(self._path.parent, sum(map(len, parts)))
+        for part in parts:
+            if self._hashed:
+                self.digest.update(part)
+            view = memoryview(part)
+            while view:
+                view = view[self._file.write(view) :]
 
     async def start_again(self) -> None:
         """Forget what was written."""
@@ -227,7 +231,7 @@ class _Download:
         parts: list[bytes] = []
         size = 0
         try:
-            async for data in response.content.iter_any():
+            async for data, _ in response.content.iter_chunks():  # as they came: nothing is copied together
                 parts.append(data)
                 size += len(data)
                 taken += len(data)
@@ -243,7 +247,7 @@ class _Download:
                 await self._put(parts)
 
     async def _put(self, parts: list[bytes]) -> None:
-        await self._part.put(b"".join(parts))
+        await self._part.put(parts if len(parts) <= FEW else [b"".join(parts)])
         self._tell(self._part.size, self._total)
 
 

