@@ -21,7 +21,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 OLDEST = (3, 11)
-PACKAGE_OF = {"chromium": "chromium", "dockerd": "docker.io", "bwrap": "bubblewrap", "node": "nodejs", "debootstrap": "debootstrap"}
+PACKAGE_OF = {
+    "chromium": "chromium",
+    "dockerd": "docker.io",
+    "bwrap": "bubblewrap",
+    "node": "nodejs",
+    "debootstrap": "debootstrap",
+}
 QUICK_APT = ("-q", "-y", "-o", "Acquire::Retries=1", "-o", "Acquire::http::Timeout=30")
 
 
