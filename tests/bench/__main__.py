@@ -24,6 +24,7 @@ CASES = (
     "containers",
     "glob",
     "results",
+    "storing",
     "buckets",
     "urls",
     "gateway",
