@@ -389,3 +389,15 @@ async def test_where_nobody_listens_is_said_and_bad_addresses_are_refused(store)
     for bad in ("ftp://host", "host:80", "http://", "/ip4/127.0.0.1/tcp/1"):
         with pytest.raises(SpecError, match="not the address of a gateway"):
             HttpProvider(bad)
+
+
+async def test_addresses_that_are_not_to_be_dialled_are_not(node, store):
+    asked = []
+
+    def refuse(info):
+        asked.append(info[4][0])
+        raise OSError(f"{info[4][0]} is not asked")
+
+    with pytest.raises(ContentError, match=r"127\.0\.0\.1 is not asked"):
+        await fetch(store, node.root, [HttpProvider(node.server.url, token="root", sockets=refuse)])
+    assert asked == ["127.0.0.1"]

@@ -8,8 +8,9 @@ session of their own (with a guard, a proxy, connections that stay open) passes 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator
-from typing import TYPE_CHECKING, Final, cast
+import socket
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from typing import TYPE_CHECKING, Any, Final, cast
 from urllib.parse import quote, urlsplit
 
 import msgspec
@@ -37,14 +38,22 @@ _REFUSED = frozenset((400, 401, 403, 404, 406, 410, 412, 451))
 class HttpProvider:
     """A trustless gateway at `url` (`http://host:port`), with a capability if need be.
 
-    `session`: used in place of an own one, and not closed.
+    `session`: used in place of an own one, and not closed. `sockets`: makes the socket for each address that an own
+    one dials, or refuses (`sources.guard.Guard.socket`): for addresses that strangers name.
     """
 
-    def __init__(self, url: str, *, token: str | None = None, session: aiohttp.ClientSession | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        token: str | None = None,
+        session: aiohttp.ClientSession | None = None,
+        sockets: Callable[[tuple[Any, ...]], socket.socket] | None = None,
+    ) -> None:
         parts = urlsplit(url)
         if parts.scheme not in {"http", "https"} or not parts.hostname:
             raise SpecError(f"{url!r:.300} is not the address of a gateway: write http://host or https://host")
-        self._url, self._token, self._session = url.rstrip("/"), token, session
+        self._url, self._token, self._session, self._sockets = url.rstrip("/"), token, session, sockets
         self.name = parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl().rstrip("/")
         self._own: aiohttp.ClientSession | None = None
         self._users = 0
@@ -90,7 +99,7 @@ class HttpProvider:
                 self._check(response, kind)
                 yield response
         except (aiohttp.ClientError, OSError) as error:
-            raise NodeUnreachable(f"it does not answer, or breaks off: {str(error) or type(error).__name__}") from error
+            raise NodeUnreachable(f"it does not answer, or breaks off: {_reason(error)}") from error
 
     def _check(self, response: aiohttp.ClientResponse, kind: str) -> None:
         said = f"it answers {response.status} {response.reason or ''}".rstrip()
@@ -110,8 +119,9 @@ class HttpProvider:
             yield self._session
             return
         if self._own is None:
+            guard: dict[str, Any] = {} if self._sockets is None else {"socket_factory": self._sockets}
             self._own = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=32), read_bufsize=512 * 1024, auto_decompress=False
+                connector=aiohttp.TCPConnector(limit=32, **guard), read_bufsize=512 * 1024, auto_decompress=False
             )
         session = self._own
         self._users += 1
@@ -122,6 +132,12 @@ class HttpProvider:
             if not self._users:
                 self._own = None
                 await session.close()
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong with a connection, without the address, which is told anyway."""
+    cause = getattr(error, "os_error", error)
+    return getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
 
 
 class StreamProvider:
