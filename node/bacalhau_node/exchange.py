@@ -36,6 +36,7 @@ from bacalhau_node.ports import ContentStore, Provider, Told, Transport
 from bacalhau_node.protocol.events import ComputeRow, OfferFailed, ResultMissing, Row, Run
 from bacalhau_node.selection import Guests
 from bacalhau_node.sharding import ContentRef, Entry
+from bacalhau_node.sources.guard import Guard
 from bacalhau_node.spec import JobSpec
 
 AT_ONCE: Final = 8
@@ -46,6 +47,8 @@ MAX_RESULT: Final = 11 * 1024**3
 
 PATIENCE: Final = 30.0
 """Seconds without a byte after which a requester, or a compute node, is given up."""
+
+_DIALLED = Guard(own=True)  # a requester may name any gateway but those that hand out this machine's credentials
 
 
 class Exchange:
@@ -150,7 +153,7 @@ class Exchange:
         if run.grant is None:
             return ()
         token = run.grant.token
-        over_http = [HttpProvider(url, token=token) for url in run.grant.gateways]
+        over_http = [HttpProvider(url, token=token, sockets=_DIALLED.socket) for url in run.grant.gateways]
         return (*over_http, StreamProvider(self._transport, run.requester, token=token))
 
     async def bring(self, root: str, providers: Sequence[Provider], told: Callable[[int], None] | None = None) -> None:
