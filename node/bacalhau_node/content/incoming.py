@@ -138,9 +138,9 @@ class Incoming:
 
     def _meet(self, wants: list[Want]) -> None:
         """Note what is missing of these, following what is here as far as it has to be read."""
-        waiting = wants[::-1]  # the first one is noted last, and wanted first
+        waiting = list(wants)  # taken from its end: the first one is noted last, and wanted first
         while waiting:
-            want = waiting.pop(0)
+            want = waiting.pop()
             if not want.steps and self.target is None:
                 self.target = want.cid
             if want.key in self._walked:
@@ -151,7 +151,7 @@ class Incoming:
                 further = expand(want, block)
                 if further.absent:
                     raise ContentError(further.absent)
-                waiting = further.below[::-1] + waiting
+                waiting += further.below
             elif not self._is_here(want.cid):
                 self._met += 1
                 same = self.missing.setdefault(want.cid.digest, [])
