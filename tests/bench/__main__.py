@@ -20,6 +20,8 @@ CASES = (
     "stream",
     "core",
     "simulation",
+    "hosts",
+    "tcp",
     "fanout",
     "containers",
     "glob",
