@@ -13,6 +13,7 @@ from typing import Final
 from bacalhau_node.cid import Cid
 from bacalhau_node.content.index import Stamp, WholeFile
 from bacalhau_node.content.session import Session
+from bacalhau_node.content.unixfs import READ_FLAGS
 
 Places = list[tuple[str, str]]
 """Finished files in the session's folder, and where they belong."""
@@ -85,12 +86,15 @@ def discard(half_made: Iterable[str]) -> None:
             os.unlink(made)
 
 
-def clone(source: int, target: int) -> bool:
-    """Make the open file `target` share all bytes of `source`; False where the file system can't."""
+def clone(path: str, target: int) -> bool:
+    """Make the open file `target` share all bytes of the one at `path`; False where the file system can't."""
+    source = os.open(path, READ_FLAGS)
     try:
         fcntl.ioctl(target, _FICLONE, source)
     except OSError:
         return False
+    finally:
+        os.close(source)
     return True
 
 

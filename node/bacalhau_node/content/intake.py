@@ -26,7 +26,6 @@ from bacalhau_node.content.dagpb import has_links, leaf_overhead
 from bacalhau_node.content.files import Files, Places, clone, discard, place
 from bacalhau_node.content.index import Block, Index, Slice, Stamp, WholeFile
 from bacalhau_node.content.unixfs import (
-    READ_FLAGS,
     Finish,
     Imported,
     Profile,
@@ -55,6 +54,7 @@ class Intake:
         self._whole: list[WholeFile] = []
         self._places: Places = []
         self._half_made: set[str] = set()
+        self._clones = how == "copy"  # until one fails: mostly all lie on one file system
         self.size = 0
         """Bytes that were stored so far, without those of linked files."""
 
@@ -102,9 +102,18 @@ class Intake:
             hashed.take(held)
             stamp = self._unchanged(path, held, status)
         else:
-            hashed.take_copy(path, held)
+            self._copy(path, held, hashed)
             stamp = self._files.stamp_of(os.lstat(held), linked=False)
         return lambda: self._note(hashed, WholeFile(b"", stamp), held)
+
+    def _copy(self, path: str, held: str, hashed: _Hashed) -> None:
+        """Hash a copy of the file at `path`; where the file system can, one that shares the bytes on disk."""
+        target = os.open(held, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            self._clones = cloned = self._clones and clone(path, target)
+            hashed.take(held if cloned else path, copy=None if cloned else target)
+        finally:
+            os.close(target)
 
     def _unchanged(self, path: str, held: str, before: os.stat_result) -> Stamp:
         """The stamp of a file that is what it was before it was hashed; raises `ContentError` for another one."""
@@ -159,19 +168,6 @@ class _Hashed:
             leaf=lambda cid, at, length: self.leaves.append((cid, at, length)),
             copy=copy,
         )
-
-    def take_copy(self, path: str, held: str) -> None:
-        """Hash a copy of the file at `path`; where the file system can, one that shares the bytes on disk."""
-        target = os.open(held, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            source = os.open(path, READ_FLAGS)
-            try:
-                cloned = clone(source, target)
-            finally:
-                os.close(source)
-            self.take(held if cloned else path, copy=None if cloned else target)
-        finally:
-            os.close(target)
 
 
 def _second_name(path: str, held: str) -> bool:

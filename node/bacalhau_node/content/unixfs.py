@@ -314,18 +314,18 @@ def _import_handle(
     before = os.fstat(handle)
     if not stat.S_ISREG(before.st_mode):
         raise ContentError(f"cannot import {shown(os.fspath(path))}: it is not a regular file")
-    buffers = _Buffers(min(profile.chunk, before.st_size))
+    buffers = _Buffers(profile.chunk) if before.st_size > profile.chunk else _Buffer(before.st_size)
+    sparse = copy is not None and before.st_blocks * 512 < before.st_size
+    if copy is not None and sparse:
+        os.ftruncate(copy, before.st_size)  # zeros become holes there
 
     def read(at: int, length: int) -> memoryview:
         data = buffers.view[:length]
         if os.preadv(handle, (data,), at) != length:
             raise changed(path)
-        if copy is not None and not _is_hole(data):
+        if copy is not None and not (sparse and _is_hole(data)):
             _write_at(copy, data, at)
         return data
-
-    if copy is not None:
-        os.ftruncate(copy, before.st_size)  # what is a hole there, or only zeros, becomes one here
 
     root = import_reader(read, before.st_size, sink, profile=profile, leaf=leaf)
     after = os.fstat(handle)
@@ -334,11 +334,15 @@ def _import_handle(
     return root
 
 
-class _Buffers(threading.local):
-    """Each thread's place for one chunk: new memory for every chunk would cost a fifth of the time."""
+class _Buffer:
+    """A place for one chunk: new memory for every chunk would cost a fifth of the time."""
 
     def __init__(self, size: int) -> None:
         self.view = memoryview(bytearray(size))
+
+
+class _Buffers(_Buffer, threading.local):
+    """One for each thread."""
 
 
 def _is_hole(data: memoryview) -> bool:
