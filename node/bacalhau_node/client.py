@@ -34,6 +34,8 @@ from bacalhau_node.protocol.events import ShardChanged as ShardChanged
 from bacalhau_node.results import file_parts
 from bacalhau_node.sharding import Entry
 from bacalhau_node.spec import JobSpec
+from bacalhau_node.topology import Graph as Graph
+from bacalhau_node.topology import graph
 
 NONE: Mapping[str, str] = MappingProxyType({})
 
@@ -104,7 +106,7 @@ class Stored(msgspec.Struct, frozen=True):
 
 
 class NodeView(msgspec.Struct, frozen=True):
-    """A node that this one knows."""
+    """A node that this one knows. `executor`: only of this one."""
 
     node: NodeId
     room: int
@@ -175,6 +177,10 @@ class Client(Protocol):
 
     async def nodes(self) -> Sequence[NodeView]:
         """The nodes known, this one first."""
+        ...
+
+    async def network(self) -> Graph:
+        """Who is connected to whom, and what each node says of itself, as far as this node knows."""
         ...
 
     async def close(self) -> None:
@@ -287,7 +293,13 @@ class LocalClient:
 
     async def nodes(self) -> Sequence[NodeView]:
         """See `Client`."""
-        return [NodeView(self._node.id, self._node.slots, self._node.facilities.capabilities)]
+        known = () if self._node.membership is None else self._node.membership.nodes()
+        mine = NodeView(self._node.id, self._node.slots, self._node.facilities.capabilities)
+        return [mine, *(NodeView(one.node, one.room, None) for one in known)]
+
+    async def network(self) -> Graph:
+        """See `Client`."""
+        return graph(self._node.entries())
 
     async def close(self) -> None:
         """See `Client`."""

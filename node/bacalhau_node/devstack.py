@@ -240,6 +240,7 @@ async def open_devstack(
     peers: Sequence[str] = (),
     bad_actors: int = 0,
     work: Work = "real",
+    network_key: str = "",
     rules: Selection = NO_RULES,
 ) -> Devstack:
     """So many nodes below `root` that know each other; `peers`: multiaddrs of others, which node 0 joins.
@@ -258,7 +259,7 @@ async def open_devstack(
         undo.push_async_callback(machine.close)
         family: set[NodeId] = set()
         settings = NetworkSettings(
-            open=_opener(transport, 0),
+            open=_opener(transport, 0, network_key),
             rules=rules,
             labels={GROUP: root.name},
             archive=new_archive(),
@@ -273,7 +274,7 @@ async def open_devstack(
             node = await open_node(
                 root / f"{index:04}",
                 executors=lent if bad is None else [bad(one) for one in lent],
-                network=replace(settings, open=_opener(transport, index), labels=labels),
+                network=replace(settings, open=_opener(transport, index, network_key), labels=labels),
             )
             undo.push_async_callback(node.close)
             family.add(node.id)
@@ -292,11 +293,11 @@ def _introduce(nodes: list[Node], peers: Sequence[str]) -> None:
         node.engine.post(ev.Join(tuple(nodes[chance.randrange(index)].addresses()[:1])))
 
 
-def _opener(transport: TransportName, index: int) -> Open:
+def _opener(transport: TransportName, index: int, network_key: str) -> Open:
     """Node 0 listens for others; the rest of a process is reached without sockets."""
     if transport == "memory":
         return over_memory(_SHARED_MEMORY)
-    return over_libp2p(listen=(LISTEN,) if index == 0 else ())
+    return over_libp2p(listen=(LISTEN,) if index == 0 else (), network_key=network_key)
 
 
 def _period(nodes: int) -> tuple[float, float]:

@@ -43,10 +43,10 @@ class Address(msgspec.Struct, frozen=True):
 
 
 class NodeFolder:
-    """The folder of one running node, held by a lock until `close`."""
+    """The folder of one running node, held by a lock until `close`. `asked`: the `HOST:PORT` of a server."""
 
-    def __init__(self, root: Path, node: NodeId, lock: int) -> None:
-        self.root, self.node = root, node
+    def __init__(self, root: Path, node: NodeId, lock: int, asked: str = "") -> None:
+        self.root, self.node, self.asked = root, node, asked
         self.path = root / "nodes" / node
         self._lock = lock
 
@@ -116,13 +116,13 @@ def take_folder(root: Path, *, serving: str = "") -> NodeFolder:
             continue
         with contextlib.suppress(SpecError):  # something else lies there
             if (lock := _try_lock(path)) is not None:
-                return NodeFolder(root, node_id(path.name), lock)
+                return NodeFolder(root, node_id(path.name), lock, serving)
     node = node_id(f"n-{secrets.token_hex(8)}")
     (nodes / node).mkdir()
     lock = _try_lock(nodes / node)
     if lock is None:
         raise ContentError(f"the new folder {nodes / node} is locked by somebody else: try again")
-    folder = NodeFolder(root, node, lock)
+    folder = NodeFolder(root, node, lock, serving)
     if serving:
         folder.announce(Address(serving))
     return folder

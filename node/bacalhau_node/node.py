@@ -40,13 +40,14 @@ from bacalhau_node.journal import SqliteJournal
 from bacalhau_node.keeping import Keeping
 from bacalhau_node.layers.store import Layers
 from bacalhau_node.masking import Secrets
+from bacalhau_node.messages import NodeRecord
 from bacalhau_node.network import Joined, NetworkSettings
 from bacalhau_node.plan import JobPlan, make_plan, read_blocks, store_plan
 from bacalhau_node.ports import Access, ContentStore, Executor, Journal, Publisher, Source, Transport
 from bacalhau_node.protocol import events as ev
 from bacalhau_node.protocol.compute import Compute
 from bacalhau_node.protocol.fitness import parse_constraint
-from bacalhau_node.protocol.membership import Membership
+from bacalhau_node.protocol.membership import Entry, Membership
 from bacalhau_node.protocol.requester import Requester
 from bacalhau_node.publishers import publisher_for
 from bacalhau_node.publishers.filecoin import FilecoinPublisher
@@ -266,6 +267,13 @@ class Node:
         return self._joined.membership if self._joined is not None else None
 
     # --- end ---
+
+    def entries(self) -> Iterator[Entry]:
+        """This node and all that it knows, for people."""
+        if self.membership is not None:
+            return self.membership.entries(asyncio.get_running_loop().time())
+        record = NodeRecord(node=self.id, version=1, slots=self.slots, room=self.slots, jobs=self.engine.running)
+        return iter((Entry(record, "self", 0.0),))
 
     def addresses(self) -> Sequence[str]:
         """Multiaddrs by which others can dial this node."""

@@ -15,11 +15,13 @@ import asyncio
 import json
 import logging
 import signal
+import socket
 import ssl
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,10 +31,11 @@ from bacalhau_node.api.auth import Caller, own_key, read_keys
 from bacalhau_node.api.server import ApiServer, bind
 from bacalhau_node.client import LocalClient
 from bacalhau_node.errors import SpecError
-from bacalhau_node.folders import Address, data_folder
+from bacalhau_node.folders import Address, NodeFolder, data_folder
 from bacalhau_node.literals import is_loopback
+from bacalhau_node.network import NetworkSettings, over_libp2p
 from bacalhau_node.node import Node, open_node
-from bacalhau_node.selection import read_selection
+from bacalhau_node.selection import Selection, read_selection
 
 log = logging.getLogger(__name__)
 
@@ -46,23 +49,30 @@ _LOOK = 0.2
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What `serve` was asked for. `api`: `HOST:PORT`."""
+    """What `serve` was asked for. `api`: `HOST:PORT`. Without `listen` and `peers`, multiaddrs, there is no network."""
 
     api: str = DEFAULT_API
     data: Path | None = None
     keys: Path | None = None
     tls_cert: Path | None = None
     tls_key: Path | None = None
+    listen: tuple[str, ...] = ()
+    peers: tuple[str, ...] = ()
+    network_key: Path | None = None
 
 
 class Ready(msgspec.Struct, frozen=True):
-    """The one line that says that the node can be asked. `token`: the file with its key, "" beyond loopback."""
+    """The one line that says that the node can be asked. `token`: the file with its key, "" beyond loopback.
+
+    `peer`: the multiaddr for `--peer` of another node, "" on no network.
+    """
 
     api: str
     node: str
     executor: str
     data: str
     token: str
+    peer: str = ""
 
 
 def address(text: str) -> tuple[str, int]:
@@ -81,24 +91,61 @@ async def serve(settings: Settings, ready: Callable[[Ready], None]) -> None:
     rules = await asyncio.to_thread(lambda: read_selection(settings.data or data_folder()))
     bound = bind(host, port)
     try:
-        node = await open_node(settings.data, serving=settings.api)
+        network = await asyncio.to_thread(network_of, settings, rules)
+        node = await open_node(settings.data, serving=settings.api, network=network)
     except BaseException:
         bound.close()
         raise
-    client = LocalClient(node)
-    server = ApiServer(client, [*others, *_own(node, loopback=is_loopback(host))], tls=tls, rules=rules)
+    server = ApiServer(LocalClient(node), [*others, *own_keys(node.folder, host)], tls=tls, rules=rules)
+    told = partial(_tell, ready, node, server, host)
+    await attend(node, node.folder, server, bound, ready=told, close=node.close)
+
+
+async def attend(
+    node: Node,
+    door: NodeFolder,
+    server: ApiServer,
+    bound: socket.socket,
+    *,
+    ready: Callable[[], None],
+    close: Callable[[], Awaitable[None]],
+) -> None:
+    """Answer at `bound` until a signal ends it; then `close` ends the node. `door`: the folder that says where."""
     stopping = _Stopping(server.drain)
     try:
         await server.start(bound)
-        node.folder.announce(Address(settings.api, server.url))
-        ready(_ready(node, server.url, loopback=is_loopback(host)))
+        door.announce(Address(door.asked, server.url))
+        ready()
         log.info("serving", extra={"url": server.url, "node": node.id})
         await stopping.wait(node)
     finally:
-        node.folder.announce(Address(settings.api))
-        await client.close()
+        door.announce(Address(door.asked))
+        await close()
         await server.close()
         log.info("stopped", extra={"node": node.id})
+
+
+def network_of(settings: Settings, rules: Selection) -> NetworkSettings | None:
+    """The network to join; raises `SpecError` for a key file that can't be read."""
+    if not settings.listen and not settings.peers:
+        if settings.network_key is not None:
+            raise SpecError("--network-key belongs to a network: give --listen or --peer, too")
+        return None
+    key = read_network_key(settings.network_key)
+    return NetworkSettings(open=over_libp2p(listen=settings.listen, network_key=key), peers=settings.peers, rules=rules)
+
+
+def read_network_key(file: Path | None) -> str:
+    """The secret of a closed network: the text of a file, so that it is in no list of processes."""
+    if file is None:
+        return ""
+    try:
+        key = file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"--network-key {file}: {error}") from error
+    if not key:
+        raise SpecError(f"--network-key {file}: it is empty; write any long secret into it")
+    return key
 
 
 def _checked(settings: Settings, *, loopback: bool) -> tuple[list[tuple[bytes, Caller]], ssl.SSLContext | None]:
@@ -122,13 +169,16 @@ def _checked(settings: Settings, *, loopback: bool) -> tuple[list[tuple[bytes, C
     return others, tls
 
 
-def _own(node: Node, *, loopback: bool) -> list[tuple[bytes, Caller]]:
-    return [own_key(node.folder.token())] if loopback else []
+def own_keys(door: NodeFolder, host: str) -> list[tuple[bytes, Caller]]:
+    """The key of this user's own programs, on loopback."""
+    return [own_key(door.token())] if is_loopback(host) else []
 
 
-def _ready(node: Node, url: str, *, loopback: bool) -> Ready:
-    token = str(node.folder.path / "token") if loopback else ""
-    return Ready(url, node.id, node.facilities.capabilities.executor, str(node.folder.root), token)
+def _tell(ready: Callable[[Ready], None], node: Node, server: ApiServer, host: str) -> None:
+    token = str(node.folder.path / "token") if is_loopback(host) else ""
+    peer = next(iter(node.addresses()), "") if node.membership is not None else ""
+    executor = node.facilities.capabilities.executor
+    ready(Ready(server.url, node.id, executor, str(node.folder.root), token, peer))
 
 
 class _Stopping:

@@ -94,6 +94,7 @@ class ApiServer:
     def _routes(self) -> list[web.RouteDef]:
         return [
             web.get("/v0/nodes", self._nodes, allow_head=False),
+            web.get("/v0/network", self._network, allow_head=False),
             web.get("/v0/version", self._version, allow_head=False),
             web.get("/metrics", self._metrics, allow_head=False),
             web.get("/health", _health),
@@ -121,6 +122,9 @@ class ApiServer:
 
     async def _nodes(self, _request: web.Request) -> web.Response:
         return answer(await self._client.nodes())
+
+    async def _network(self, _request: web.Request) -> web.Response:
+        return answer(await self._client.network())
 
     async def _version(self, _request: web.Request) -> web.Response:
         return answer(shapes.Version(__version__, shapes.API_VERSION, self._client.node.id))

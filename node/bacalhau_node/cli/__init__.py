@@ -13,6 +13,8 @@ import msgspec
 from bacalhau_node import __version__
 from bacalhau_node.cli import content, jobs
 from bacalhau_node.cli.common import FAILED, finish
+from bacalhau_node.cli.devstack import devstack
+from bacalhau_node.cli.network import network
 from bacalhau_node.cli.run import run
 from bacalhau_node.cli.serving import serve
 from bacalhau_node.doctor import Finding, examine, healthy
@@ -49,5 +51,5 @@ def _finding_text(finding: Finding) -> str:
     return f"{mark}  {finding.what}: {finding.detail}{remedy}"
 
 
-for command in (run, serve, *jobs.COMMANDS, *content.COMMANDS):
+for command in (run, serve, devstack, network, *jobs.COMMANDS, *content.COMMANDS):
     main.add_command(command)

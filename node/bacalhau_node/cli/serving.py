@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
 
 from bacalhau_node.cli.common import JSON, finish, needs_http, options
+
+if TYPE_CHECKING:
+    from bacalhau_node.serve import Settings
 
 FILE = click.Path(path_type=Path, dir_okay=False)
 
@@ -19,17 +23,25 @@ FILE = click.Path(path_type=Path, dir_okay=False)
     click.option("--keys", type=FILE, metavar="FILE", help="Who else may ask; lines: submit|admin SHA256-OF-KEY NAME."),
     click.option("--tls-cert", type=FILE, metavar="FILE", help="Certificate; needed beyond loopback, as --keys is."),
     click.option("--tls-key", type=FILE, metavar="FILE", help="Its key."),
+    click.option("--listen", multiple=True, metavar="MULTIADDR", help="Where other nodes reach this one; repeatable."),
+    click.option("--peer", "peers", multiple=True, metavar="MULTIADDR", help="A node to join; repeatable."),
+    click.option("--network-key", type=FILE, metavar="FILE", help="The secret of a closed network."),
     click.option("--log-json", is_flag=True, help="Log lines as JSON."),
     JSON,
 )
-def serve(*, log_json: bool, as_json: bool, api: str, **files: Path | None) -> None:
-    """Run a node for notebooks and shells, here or elsewhere, until it is stopped."""
-    finish(_serve(api, files, log_json=log_json, as_json=as_json))
-
-
-async def _serve(api: str, files: dict[str, Path | None], *, log_json: bool, as_json: bool) -> None:
+def serve(
+    *, log_json: bool, as_json: bool, api: str, listen: tuple[str, ...], peers: tuple[str, ...], **files: Any
+) -> None:
+    """Run a node for notebooks, shells and other nodes, here or elsewhere, until it is stopped."""
     needs_http()
-    from bacalhau_node import serve as service  # noqa: PLC0415 - aiohttp loads when it is needed
+    from bacalhau_node.serve import Settings  # noqa: PLC0415 - aiohttp loads when it is needed
+
+    settings = Settings(api=api, listen=listen, peers=peers, **files)
+    finish(_serve(settings, log_json=log_json, as_json=as_json))
+
+
+async def _serve(settings: Settings, *, log_json: bool, as_json: bool) -> None:
+    from bacalhau_node import serve as service  # noqa: PLC0415 - see above
 
     def ready(state: service.Ready) -> None:
         if as_json:
@@ -37,6 +49,8 @@ async def _serve(api: str, files: dict[str, Path | None], *, log_json: bool, as_
             return
         key = "" if state.token else ", with its key in BACALHAU_API_KEY"
         click.echo(f"node {state.node} ({state.executor}): in a notebook, %bacalhau connect {state.api}{key}")
+        if state.peer:
+            click.echo(f"another node joins by: --peer {state.peer}")
 
     service.start_logging(as_json=log_json)
-    await service.serve(service.Settings(api=api, **files), ready)
+    await service.serve(settings, ready)

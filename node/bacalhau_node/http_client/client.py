@@ -21,7 +21,7 @@ from msgspec import structs
 
 from bacalhau_node.api import shapes
 from bacalhau_node.cid import DAG_JSON, Cid
-from bacalhau_node.client import NONE, JobLine, JobPlan, JobView, NodeView, Stored, Submission, Update, in_parts
+from bacalhau_node.client import NONE, Graph, JobLine, JobPlan, JobView, NodeView, Stored, Submission, Update, in_parts
 from bacalhau_node.content.blocks import BlockStore
 from bacalhau_node.content.incoming import Shelf
 from bacalhau_node.content.reader import Reader
@@ -185,6 +185,10 @@ class HttpClient:
     async def nodes(self) -> Sequence[NodeView]:
         """See `client.Client`."""
         return await self._connection.ask("GET", "/v0/nodes", list[NodeView])
+
+    async def network(self) -> Graph:
+        """See `client.Client`."""
+        return await self._connection.ask("GET", "/v0/network", Graph)
 
     # --- content ---
 

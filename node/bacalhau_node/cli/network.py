@@ -1,0 +1,32 @@
+"""`bacalhau-node network`: who is connected to whom."""
+
+from __future__ import annotations
+
+import click
+import msgspec
+
+from bacalhau_node.cli.common import JSON, NODE, finish, options, reach
+from bacalhau_node.client import Graph
+
+
+@click.command()
+@options(NODE, JSON)
+def network(*, node: str | None, as_json: bool) -> None:
+    """Show the network as the node knows it: its nodes, their links, what each has to do."""
+
+    async def ask() -> Graph:
+        async with reach(node) as client:
+            return await client.network()
+
+    found = finish(ask())
+    if as_json:
+        click.echo(msgspec.json.encode(found))
+        return
+    near = found.degrees
+    click.echo(
+        f"{len(found.nodes)} nodes in {len(found.parts)} part{'s' * (len(found.parts) != 1)}, {len(found.links)} links:"
+        f" {near.least} to {near.most} a node, {near.median} in the middle"
+    )
+    for dot in found.nodes:
+        said = "" if dot.seconds is None else f", said {dot.seconds:.0f} s ago"
+        click.echo(f"{dot.id}  {dot.state}: {dot.jobs} at work, room for {dot.room} of {dot.slots}{said}")
