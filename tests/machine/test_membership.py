@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import msgspec
@@ -17,7 +18,7 @@ from bacalhau_node.protocol.circle import PATIENCE, UNDIALABLE
 from bacalhau_node.protocol.membership import OFFERED, STRIKES, Membership, Settings
 from bacalhau_node.protocol.neighbours import BANNED, FLOOD
 from bacalhau_node.protocol.own import GAP, RATE
-from bacalhau_node.protocol.view import BATCH, LIFE, MAX_DIGEST, MIX, PASSABLE, STALE
+from bacalhau_node.protocol.view import BATCH, LIFE, MAX_DIGEST, MIX, PASSABLE, STALE, View
 from bacalhau_node.testing.builders import matching, sent
 from bacalhau_node.testing.mesh import EPOCH, address_of, sign_as, verify
 
@@ -557,6 +558,19 @@ def test_an_impossible_change_is_a_bug_with_a_story() -> None:
     desk.befriend("n-one")
     with pytest.raises(BugError, match=r"node n-one is neighbour: 'expire' can't happen to it\n.* link"):
         desk.machine._circle.move("n-one", "expire")
+
+
+def test_an_entry_of_a_view_takes_little_memory() -> None:
+    """A thousand views of a thousand nodes have a million entries: records and ages are shared, two places are not."""
+    archive, chance = Archive(verify), Chance(1)
+    records = [archive.open(signed(a_record(f"n-{n:04d}"))) for n in range(1001)]
+    views = [View(records[0], 5000.0, bound=1024, chance=chance) for _ in range(2)]
+    for view in views:
+        for held in records[1:]:
+            view.put(held, 100.7, 5000.0 + view.bound)
+    one, other = (view.born["n-0500"] for view in views)
+    assert one is other
+    assert (sys.getsizeof(views[0].held) + sys.getsizeof(views[0].born)) / 1000 < 90
 
 
 # --- chance ---

@@ -123,6 +123,17 @@ class Circle:
         """Whether the node is of use, and must not be forgotten for want of room."""
         return node in self.others.peers or node in self.others.links
 
+    def make_room(self) -> bool:
+        """Whether there is a place for one more node in the view, perhaps because another was forgotten."""
+        if self.view.full:
+            lot = self.view.lot(self.is_spared)
+            if lot is None:
+                return False
+            self.move(lot, "evict")
+            self.view.drop(lot)
+            self.out.append(ev.NodeGone(lot))
+        return True
+
     def seen(self, held: Held) -> ev.NodeSeen:
         """A known node, for a requester."""
         return ev.NodeSeen(held.node, 0 if self.is_suspect(held.node) else held.record.room, held.record)
@@ -160,9 +171,10 @@ class Circle:
 
     def rumour(self, held: Held, age: float) -> None:
         """A dead node has a newer record, from about the time of its death: it may have been out of reach only."""
-        self.move(held.node, "rumour")
-        self.view.put(held, age, self.now)
-        self.told(held.node)
+        if self.make_room():
+            self.move(held.node, "rumour")
+            self.view.put(held, age, self.now)
+            self.told(held.node)
 
     def befriend(self, node: NodeId) -> Peer:
         """Be neighbours from now on."""
@@ -197,7 +209,8 @@ class Circle:
         if state == "dead":
             held = self.view.graves[node].held
             self.move(node, "hear")
-            self.view.put(held, 0, self.now)
+            if self.make_room():
+                self.view.put(held, 0, self.now)
         elif state == "suspect":
             self.move(node, "hear")
         else:

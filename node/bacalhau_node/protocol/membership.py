@@ -253,7 +253,7 @@ class Membership:
             self._letters(sender, self.view.wanted(letter.wanted))
         if letter.parting and self._others.is_near(sender):
             self._circle.part(sender)
-        if fresh * 10 > len(self.view.held):
+        if fresh * 10 > len(self.view.held) and not self.view.full:
             self._pause = FAST
             self._compare_at = min(self._compare_at, self._now + FAST * self._chance.between(0.5, 1.5))
 
@@ -282,8 +282,9 @@ class Membership:
         if state == "dead" and not proven:
             self._circle.rumour(held, age)
             return False
-        strange = state == "known" and node not in self.view.held
-        if strange and not (new and self._make_room()):
+        unknown = node not in self.view.held
+        strange = unknown and state == "known"
+        if (strange and not new) or (unknown and not self._circle.make_room()):
             return False
         if proven:
             self._circle.move(node, "hear")
@@ -292,18 +293,6 @@ class Membership:
         if old is None or proven or old.record.room != held.record.room or lasting(old.record) != lasting(held.record):
             self._circle.told(node)
         return strange
-
-    def _make_room(self) -> bool:
-        """Whether there is a place for one more node, perhaps because another was forgotten."""
-        if len(self.view.held) < self.view.bound:
-            return True
-        lot = self.view.lot(self._circle.is_spared)
-        if lot is None:
-            return False
-        self._circle.move(lot, "evict")
-        self.view.drop(lot)
-        self._circle.out.append(ev.NodeGone(lot))
-        return True
 
     def _bid_farewell(self, held: Held) -> None:
         node, state = held.node, self._circle.state(held.node)

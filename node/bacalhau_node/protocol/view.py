@@ -131,6 +131,11 @@ class View:
         limit = now - age
         return [node for node, born in self.born.items() if born < limit]
 
+    @property
+    def full(self) -> bool:
+        """Whether one has to go for one that comes."""
+        return len(self.held) >= self.bound
+
     def room(self) -> int:
         """How many new nodes it takes from one exchange."""
         return max(MIX, min(BATCH, self.bound - len(self.held)))
