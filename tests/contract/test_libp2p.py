@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
+import trio
 from libp2p.utils.varint import encode_varint_prefixed
 
 from bacalhau_node.errors import BugError, NodeUnreachable, ProtocolError, SpecError
@@ -492,6 +493,29 @@ async def test_the_thread_lives_as_long_as_any_node_and_nothing_is_left_after_th
     assert thread.NAME not in threads()
     assert sockets() == before
     assert dialling.HERE == {}
+
+
+@pytest.mark.parametrize("in_process", [True, False])
+async def test_connections_that_come_and_go_leave_no_task_and_no_stream_behind(node, in_process):
+    one, two = await node("one", in_process=in_process), await node("two", in_process=in_process)
+
+    async def handler(_author: str, question: bytes) -> AsyncIterator[bytes]:
+        yield question
+
+    async def tasks() -> int:
+        return (await opened(one, trio.lowlevel.current_statistics)).tasks_living
+
+    two.serve(handler)
+    before = await tasks()
+    for _ in range(5):
+        await one.dial(two.addresses()[0])
+        await one.publish(b"news")
+        assert [part async for part in one.request(two.node, b"?")] == [b"?"]
+        await one.hang_up(two.node)
+        await until(two, LinkDown(one.node))
+    async with asyncio.timeout(DEADLINE):
+        while await tasks() > before:  # noqa: ASYNC110 - they end on another thread
+            await asyncio.sleep(0.02)
 
 
 async def test_what_waits_when_a_node_leaves_is_let_go(node):

@@ -17,6 +17,7 @@ from bacalhau_node.errors import ProtocolError
 from bacalhau_node.ports import Packet
 from bacalhau_node.transports.libp2p import gossip
 from bacalhau_node.transports.libp2p.gossip import BACK_OFF, DEGREE, FEWEST, MOST, TOPIC, Neighbour, Router, rpcs
+from bacalhau_node.transports.libp2p.limits import LARGEST_PUBLISHED
 
 KEYS = [create_new_key_pair(bytes([number]) * 32) for number in range(20)]
 NAMES = [ID.from_pubkey(keys.public_key).to_base58() for keys in KEYS]
@@ -346,8 +347,8 @@ def test_ids_are_forgotten_in_time():
 
 def test_a_neighbour_that_takes_nothing_loses_messages_and_that_is_told_once(caplog):
     table = Table(1)
-    for _ in range(gossip.QUEUE // gossip.LARGEST + 3):
-        table.router.publish(bytes(gossip.LARGEST))
+    for _ in range(gossip.QUEUE // LARGEST_PUBLISHED + 3):
+        table.router.publish(bytes(LARGEST_PUBLISHED))
     assert table.router.dropped >= 2
     assert [NAMES[1] in record.message for record in caplog.records] == [True]
 

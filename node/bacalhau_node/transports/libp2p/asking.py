@@ -15,10 +15,10 @@ from libp2p.abc import IMuxedConn, IMuxedStream
 
 from bacalhau_node.errors import NodeUnreachable, ProtocolError
 from bacalhau_node.ids import NodeId
+from bacalhau_node.transports.libp2p.limits import LARGEST_QUESTION
 from bacalhau_node.transports.libp2p.streams import BROKEN, Frames, frame, propose
 
 PROTOCOL = "/bacalhau-jupyter/ask/1"
-QUESTION = 64 * 1024
 PART_BYTES = 1024 * 1024
 QUESTION_SECONDS = 30
 PART, END, FAULT = b"+", b".", b"!"
@@ -115,7 +115,7 @@ class Answer:
 async def question(stream: IMuxedStream) -> bytes:
     """The question on a stream that another node opened."""
     with trio.fail_after(QUESTION_SECONDS):
-        data = await Frames(stream, limit=QUESTION).next()
+        data = await Frames(stream, limit=LARGEST_QUESTION).next()
     if data is None:
         raise ProtocolError("a request without a question")
     return data

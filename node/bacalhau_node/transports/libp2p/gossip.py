@@ -38,6 +38,7 @@ from libp2p.utils.varint import encode_varint_prefixed
 from bacalhau_node.errors import ProtocolError
 from bacalhau_node.ids import NodeId
 from bacalhau_node.ports import Packet
+from bacalhau_node.transports.libp2p.limits import LARGEST_RPC
 from bacalhau_node.transports.libp2p.waiting import Waiting
 
 log = logging.getLogger(__name__)
@@ -64,10 +65,6 @@ ASKED = 500
 REMEMBERED, SEEN = 240.0, 100_000
 """Seconds for which an id counts as seen (twice what others keep), and how many are kept at most."""
 
-LARGEST_RPC = 1024 * 1024
-LARGEST = LARGEST_RPC - 4096
-"""Bytes of an RPC, and of what is published: other implementations refuse more."""
-
 QUEUE = 4 * 1024 * 1024
 """Bytes that wait for one neighbour; it loses more, is counted, and may ask for it later."""
 
@@ -79,23 +76,30 @@ class Neighbour:
         self.node = node
         self.subscribed = False
         self.pruned_until = 0.0
-        self.slow = False
+        self.slow = self.gone = False
         self._queue: deque[bytes] = deque()
         self._queued = 0
         self._writer = Waiting()
 
     def send(self, rpc: bytes) -> bool:
-        """Queue an encoded RPC; False when there is no room for it."""
-        if self._queued + len(rpc) > QUEUE:
-            return False
+        """Queue an encoded RPC; False when there is no room for it. One that is gone misses nothing."""
+        if self.gone or self._queued + len(rpc) > QUEUE:
+            return self.gone
         self._queue.append(rpc)
         self._queued += len(rpc)
         self._writer.wake()
         return True
 
+    def leave(self) -> None:
+        """Let go of whoever carries what waits for it."""
+        self.gone = True
+        self._queue.clear()
+        self._queued = 0
+        self._writer.wake()
+
     async def take(self) -> bytes:
-        """Everything that waits, as soon as something does."""
-        while not self._queue:
+        """Everything that waits, as soon as something does; `b""` once it is gone."""
+        while not self._queue and not self.gone:
             await self._writer.wait()
         data = b"".join(self._queue)
         self._queue.clear()
@@ -126,6 +130,7 @@ class Router:
 
     def remove(self, neighbour: Neighbour) -> None:
         """Its stream is closed."""
+        neighbour.leave()
         if self.neighbours.get(neighbour.node) is neighbour:
             del self.neighbours[neighbour.node]
             if self.mesh.pop(neighbour.node, None):

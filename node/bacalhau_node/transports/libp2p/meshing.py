@@ -65,8 +65,9 @@ class Mesh:
             stream = await conn.open_stream()
             if not await propose(stream, gossip.PROTOCOL):
                 return
-            while self.router.neighbours.get(neighbour.node) is neighbour:
-                await stream.write(await neighbour.take())
+            while data := await neighbour.take():
+                await stream.write(data)
+            await stream.close()
         except (*BROKEN, ProtocolError) as error:
             log.debug("no more gossip to %s: %s", neighbour.node, error)
         finally:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, cast
 from bacalhau_node.errors import BacalhauError, BugError, NodeUnreachable, SpecError
 from bacalhau_node.ids import NodeId
 from bacalhau_node.ports import Answering, Arrival
+from bacalhau_node.transports.libp2p.limits import LARGEST_PUBLISHED, LARGEST_QUESTION
 from bacalhau_node.wire import MAX_MESSAGE
 
 if TYPE_CHECKING:
@@ -22,10 +23,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MISSING = "a network of nodes needs libp2p, which is not installed: pip install 'bacalhau-jupyter[network]'"
-LARGEST_PUBLISHED = 1024 * 1024 - 4096
-"""Gossip of other implementations takes an RPC of 1 MiB, with what is around the data."""
-
-LARGEST_QUESTION = 64 * 1024
 
 
 class LibP2PTransport:

@@ -1,4 +1,4 @@
-"""Yamux of our own: streams over one connection, flow control, half-closing, cancelling, and hostile ends."""
+"""Streams over one connection, by yamux and in process: flow control, half-closing, cancelling, and hostile ends."""
 
 import struct
 from collections.abc import Awaitable, Callable
@@ -14,6 +14,7 @@ from libp2p.stream_muxer.yamux.yamux import Yamux
 from trio.testing import memory_stream_pair
 
 from bacalhau_node.errors import ProtocolError
+from bacalhau_node.transports.libp2p import inprocess
 from bacalhau_node.transports.libp2p.yamux import (
     ACK,
     BACKLOG,
@@ -31,6 +32,8 @@ from bacalhau_node.transports.libp2p.yamux import (
 )
 
 DEADLINE = 10
+PIECE = 16 * 1024
+AnyConn = Conn | inprocess.Conn
 LEFT, RIGHT = ID(b"left"), ID(b"right")
 
 
@@ -53,13 +56,19 @@ class Secured:
         await self.stream.aclose()
 
 
-def connected(body: Callable[[Conn, Conn], Awaitable[None]]) -> None:
+def ends(kind: str) -> tuple[AnyConn, AnyConn]:
+    """Both ends of a connection, the dialler's first."""
+    if kind == "in-process":
+        return inprocess.connect(LEFT, RIGHT)
+    here, there = memory_stream_pair()
+    return Conn(Secured(here, initiator=True), RIGHT), Conn(Secured(there, initiator=False), LEFT)
+
+
+def connected(kind: str, body: Callable[[AnyConn, AnyConn], Awaitable[None]]) -> None:
     """Run `body` with both ends of a connection, and see that both end cleanly."""
 
     async def run() -> None:
-        here, there = memory_stream_pair()
-        left = Conn(Secured(here, initiator=True), RIGHT)
-        right = Conn(Secured(there, initiator=False), LEFT)
+        left, right = ends(kind)
         with trio.fail_after(DEADLINE):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(left.start)
@@ -70,14 +79,21 @@ def connected(body: Callable[[Conn, Conn], Awaitable[None]]) -> None:
     trio.run(run)
 
 
-def over_a_connection(body: Callable[[Conn, Conn], Awaitable[None]]) -> Callable[[], None]:
+def over_a_connection(body: Callable[[AnyConn, AnyConn], Awaitable[None]]) -> Callable[[str], None]:
     """Make a test of an async function of both ends."""
 
-    def test() -> None:
-        connected(body)
+    @pytest.mark.parametrize("kind", ["yamux", "in-process"])
+    def test(kind: str) -> None:
+        connected(kind, body)
 
-    test.__doc__, test.__name__ = body.__doc__, body.__name__
+    test.__name__ = body.__name__
     return test
+
+
+async def flood(stream) -> None:
+    """Write more than anything holds."""
+    for _ in range(2 * WINDOW // PIECE):
+        await stream.write(bytes(PIECE))
 
 
 async def everything(stream) -> bytes:
@@ -90,7 +106,7 @@ async def everything(stream) -> bytes:
             return found
 
 
-async def pair(left: Conn, right: Conn):
+async def pair(left: AnyConn, right: AnyConn):
     """Both ends of a new stream."""
     return await left.open_stream(), await right.accept_stream()
 
@@ -144,7 +160,7 @@ async def test_more_than_a_window_arrives_both_ways_at_once(left, right):
 async def test_a_writer_waits_for_a_reader_and_holds_up_no_other_stream(left, right):
     slow, _slow_end = await pair(left, right)
     with trio.move_on_after(0.2) as scope:
-        await slow.write(bytes(2 * WINDOW))
+        await flood(slow)
     assert scope.cancelled_caught
     quick, quick_end = await pair(left, right)
     await quick.write(b"hello")
@@ -152,10 +168,10 @@ async def test_a_writer_waits_for_a_reader_and_holds_up_no_other_stream(left, ri
 
 
 @over_a_connection
-async def test_an_unread_stream_holds_exactly_one_window(left, right):
+async def test_an_unread_stream_holds_one_window(left, right):
     one, other = await pair(left, right)
     with trio.move_on_after(0.2):
-        await one.write(bytes(2 * WINDOW))
+        await flood(one)
     await one.close()
     assert len(await everything(other)) == WINDOW
 
@@ -185,8 +201,9 @@ async def test_a_stream_that_both_closed_is_forgotten(left, right):
 
 
 @pytest.mark.parametrize("by_opener", [True, False])
-def test_a_reset_ends_both_directions_on_both_ends(by_opener):
-    async def body(left: Conn, right: Conn) -> None:
+@pytest.mark.parametrize("kind", ["yamux", "in-process"])
+def test_a_reset_ends_both_directions_on_both_ends(kind, by_opener):
+    async def body(left: AnyConn, right: AnyConn) -> None:
         one, other = await pair(left, right)
         await one.write(b"x")
         await other.read(1)
@@ -197,7 +214,7 @@ def test_a_reset_ends_both_directions_on_both_ends(by_opener):
             with pytest.raises(MuxedStreamReset):
                 await end.write(b"x")
 
-    connected(body)
+    connected(kind, body)
 
 
 @over_a_connection
@@ -206,7 +223,7 @@ async def test_a_reset_lets_a_writer_go_that_waits_for_credit(left, right):
 
     async def write() -> None:
         with pytest.raises(MuxedStreamReset):
-            await one.write(bytes(2 * WINDOW))
+            await flood(one)
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(write)
@@ -227,7 +244,7 @@ async def test_a_reader_that_is_cancelled_loses_nothing(left, right):
 async def test_a_writer_that_is_cancelled_leaves_the_connection_whole(left, right):
     one, other = await pair(left, right)
     with trio.move_on_after(0.05):
-        await one.write(bytes(2 * WINDOW))
+        await flood(one)
     with trio.move_on_after(0.05):
         await one.write(b"never")
     await one.reset()
