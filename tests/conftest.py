@@ -87,7 +87,8 @@ def _own_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
             folder = home / name.lower()
             folder.mkdir()
             patch.setenv(name, str(folder))
-        patch.delenv("BACALHAU_JUPYTER_NODE", raising=False)
+        for name in ("BACALHAU_JUPYTER_NODE", "BACALHAU_IPFS_CONNECT", "BACALHAU_IPFS_GATEWAYS"):
+            patch.delenv(name, raising=False)
         yield
 
 

@@ -7,10 +7,10 @@ authenticated links only. The compute node keeps it with each result in its jour
 result away.
 
 **Out.** An offer is packed (`packing`), its roots are opened, and the values of the job's secrets are put in.
-**In.** Before a shard runs its node fetches block, cell and inputs: only those of its own shards, each file once.
-What does not come from the requester is the node's fault, so another one is tried. **Back.** A result up to
-`INLINE_LIMIT` is in its proposal; its blocks are made again here and must have the CIDs that it names. Larger ones are
-fetched, whole, and read: a record that says anything else than the proposal is a lie.
+**In.** Before a shard runs its node fetches block and cell here, and inputs by their sources, which ask the requester
+first: only those of its own shards, each file once. What does not come is the node's fault, so another one is tried.
+**Back.** A result up to `INLINE_LIMIT` is in its proposal; its blocks are made again here and must have the CIDs
+that it names. Larger ones are fetched, whole, and read: a record that says anything else than the proposal is a lie.
 """
 
 from __future__ import annotations
@@ -32,15 +32,11 @@ from bacalhau_node.errors import ContentError, NodeUnreachable, ProtocolError, S
 from bacalhau_node.ids import Execution, JobId, NodeId
 from bacalhau_node.messages import ErrorKind, Grant, Offer, Outcome, Propose, ShardError, ShardOffer
 from bacalhau_node.packing import Packed, Packing, bundle_of, packed_spec
-from bacalhau_node.ports import ContentStore, Provider, Told, Transport
+from bacalhau_node.ports import ContentStore, Provider, Transport
 from bacalhau_node.protocol.events import ComputeRow, OfferFailed, ResultMissing, Row, Run
 from bacalhau_node.selection import Guests
-from bacalhau_node.sharding import ContentRef, Entry
 from bacalhau_node.sources.guard import Guard
 from bacalhau_node.spec import JobSpec
-
-AT_ONCE: Final = 8
-"""Files that one shard fetches at a time."""
 
 MAX_RESULT: Final = 11 * 1024**3
 """Bytes of a result that are fetched where the job sets no `--disk`: its default, and text."""
@@ -156,35 +152,17 @@ class Exchange:
         over_http = [HttpProvider(url, token=token, sockets=_DIALLED.socket) for url in run.grant.gateways]
         return (*over_http, StreamProvider(self._transport, run.requester, token=token))
 
-    async def bring(self, root: str, providers: Sequence[Provider], told: Callable[[int], None] | None = None) -> None:
+    async def bring(self, root: str, providers: Sequence[Provider]) -> None:
         """Have all of `root` here; raises `NodeUnreachable` when those who should have it don't give it."""
         lock = self._coming.setdefault(root, asyncio.Lock())
         try:
             async with lock:
-                await fetch(self._content, Cid.parse(root), providers, told=told, patience=PATIENCE)
+                await fetch(self._content, Cid.parse(root), providers, patience=PATIENCE)
         except ContentError as error:
             raise NodeUnreachable(f"what the shard needs did not come: {error}") from error
         finally:
             if not lock.locked():
                 self._coming.pop(root, None)
-
-    async def bring_entries(self, entries: Iterable[Entry], providers: Sequence[Provider], told: Told) -> None:
-        """Have the content of these entries here, several at once, as far as it is named by CID."""
-        turns = asyncio.Semaphore(AT_ONCE)
-
-        async def one(entry: Entry, cid: str) -> None:
-            async with turns:
-                await self.bring(cid, providers, lambda done: told(entry.path, done, entry.size, ""))
-                told(entry.path, entry.size, entry.size, cid)
-
-        wanted = ((entry, entry.reference.cid) for entry in entries if isinstance(entry.reference, ContentRef))
-        tasks = [asyncio.create_task(one(entry, cid)) for entry, cid in wanted if not self._content.has(cid)]
-        try:
-            await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
 
     def owe(self, execution: Execution, outcome: Outcome, grant: Grant | None) -> None:
         """Let the requester fetch this result."""

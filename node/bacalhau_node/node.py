@@ -22,9 +22,13 @@ import msgspec
 
 from bacalhau_node.cid import Cid
 from bacalhau_node.content.blocks import BlockStore
+from bacalhau_node.content.elsewhere import Elsewhere
+from bacalhau_node.content.folders import store_folder
 from bacalhau_node.content.gateway import Gateway
 from bacalhau_node.content.grants import Grants
+from bacalhau_node.content.kubo import connected
 from bacalhau_node.content.piece import commit
+from bacalhau_node.content.unixfs import PROFILES
 from bacalhau_node.content.walk import Want
 from bacalhau_node.engine import Engine
 from bacalhau_node.errors import ContentError, SpecError
@@ -51,9 +55,10 @@ from bacalhau_node.protocol.membership import Entry, Membership
 from bacalhau_node.protocol.requester import Requester
 from bacalhau_node.publishers import publisher_for
 from bacalhau_node.publishers.filecoin import FilecoinPublisher
+from bacalhau_node.publishers.ipfs import IpfsPublisher
 from bacalhau_node.publishers.s3 import S3Publisher
 from bacalhau_node.publishers.store import StorePublisher
-from bacalhau_node.results import ResultSource, shards
+from bacalhau_node.results import ResultSource, combined, shards
 from bacalhau_node.retention import Retention
 from bacalhau_node.reuse import equal_job, obstacle
 from bacalhau_node.runner import Runner
@@ -101,7 +106,7 @@ class Node:
         transport.serve(self.gateway.answering())
         self.facilities = facilities
         self._journal, self._transport, self._joined = journal, transport, joined
-        files = ContentSource(content)
+        files = ContentSource(content, Elsewhere(content))
         self._fetched = Fetched(folder.store)
         buckets = BucketSource(content, fetched=self._fetched, folder=folder.path / "work")
         url = partial(UrlSource, content, fetched=self._fetched, folder=folder.path / "work")
@@ -116,7 +121,13 @@ class Node:
             commit=commit,
             profile=PROFILE,
         )
-        self._publishers: tuple[Publisher, ...] = (StorePublisher(), to_s3, filecoin)
+        to_ipfs = IpfsPublisher(
+            content,
+            folder=lambda root: store_folder(content, combined(content, root), profile=PROFILES[PROFILE]),
+            archive=lambda root: self.gateway.archive(Want(Cid.parse(root))),
+            daemon=connected,
+        )
+        self._publishers: tuple[Publisher, ...] = (StorePublisher(), to_s3, to_ipfs, filecoin)
         self._keeping = Keeping(folder.node, content)
         self._exchange = joined.exchange(self, buckets) if joined is not None else None
         self._runner = Runner(
@@ -278,6 +289,10 @@ class Node:
     def addresses(self) -> Sequence[str]:
         """Multiaddrs by which others can dial this node."""
         return self._transport.addresses()
+
+    async def join(self, address: str) -> NodeId:
+        """Meet the network of the node at this multiaddr; raises `NodeUnreachable`, `SpecError` for no multiaddr."""
+        return await self._transport.dial(address)
 
     async def close(self, *, farewell: bool = True) -> None:
         """End everything this node started, in an order that loses nothing; with `farewell` others are told first."""

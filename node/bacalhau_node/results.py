@@ -149,14 +149,24 @@ def shards(store: ContentStore, root: str) -> Listing:
     found: Listing = []
     for shard, record in read_root(store, root):
         outcome = read_record(store, record)
-        code = f"{outcome.exit_code}\n".encode()
-        blobs = {"exit_code": Blob(len(code), code), "stdout": outcome.stdout, "stderr": outcome.stderr}
+        files = _texts(outcome, store.add_bytes)
         if outcome.value.kind != "none":
-            blobs[f"value{SUFFIXES[outcome.value.kind]}"] = outcome.value.blob
-        files = [(name, _named(blob, store.add_bytes), blob.size) for name, blob in blobs.items()]
+            blob = outcome.value.blob
+            files.append((f"value{SUFFIXES[outcome.value.kind]}", _named(blob, store.add_bytes), blob.size))
         wrote = _under("outputs", list(store.list(outcome.outputs))) if outcome.outputs else []
         found += _under(f"shards/{shard}", [*files, *wrote])
     return found
+
+
+def combined(store: ContentStore, root: str) -> Listing:
+    """A sealed result as one folder without anything twice: `outputs`, `values`, and the text of each shard."""
+    outcomes = [(shard, read_record(store, record)) for shard, record in read_root(store, root)]
+    texts = [_under(f"shards/{shard}", _texts(outcome, store.add_bytes)) for shard, outcome in outcomes]
+    return [
+        *_under("outputs", outputs(outcomes, store.list)),
+        *_under("values", values(outcomes, store.add_bytes)),
+        *(one for text in texts for one in text),
+    ]
 
 
 def outputs(outcomes: Sequence[tuple[int, Outcome]], listing: Callable[[str], Sequence[Listed]]) -> Listing:
@@ -178,6 +188,12 @@ def values(outcomes: Sequence[tuple[int, Outcome]], add: Callable[[bytes], str])
         for shard, outcome in outcomes
         if outcome.value.kind != "none"
     ]
+
+
+def _texts(outcome: Outcome, add: Callable[[bytes], str]) -> Listing:
+    code = f"{outcome.exit_code}\n".encode()
+    blobs = {"exit_code": Blob(len(code), code), "stdout": outcome.stdout, "stderr": outcome.stderr}
+    return [(name, _named(blob, add), blob.size) for name, blob in blobs.items()]
 
 
 def _named(blob: Blob, add: Callable[[bytes], str]) -> str:

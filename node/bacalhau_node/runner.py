@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import msgspec
 
@@ -24,25 +24,23 @@ from bacalhau_node.facilities import Facilities
 from bacalhau_node.ids import Execution, JobId, NodeId
 from bacalhau_node.keeping import Keeping
 from bacalhau_node.layers.store import Layer
-from bacalhau_node.masking import NO_SECRETS, MaskedStream, Secrets
+from bacalhau_node.masking import NO_SECRETS, Secrets
 from bacalhau_node.messages import INLINE_LIMIT, Blob, ErrorKind, Lines, Outcome, ShardError, Transfer, Value
-from bacalhau_node.outcomes import masked, printable
+from bacalhau_node.outcomes import Telling, masked, printable
 from bacalhau_node.plan import read_shard
 from bacalhau_node.ports import (
     Access,
     ContentStore,
     Executor,
-    ExecutorEvent,
     Provider,
     Publisher,
     RawOutcome,
-    ShardLines,
     ShardTask,
     Source,
     StagedFile,
     Told,
 )
-from bacalhau_node.protocol.events import Event, ExecutionStarted, JobSealed, Keep, Run, Seal
+from bacalhau_node.protocol.events import Event, JobSealed, Keep, Run, Seal
 from bacalhau_node.publishers import publish
 from bacalhau_node.sharding import ContentRef, Entry, LocalStamp, container_path, mounts, shown
 from bacalhau_node.spec import OWNER_LABEL, InputSource, JobSpec, PythonCell
@@ -51,10 +49,11 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-Stream = Literal["stdout", "stderr"]
-
 GONE = "its secrets ({}) are gone with the node's memory: submit it again"
 """Why a job that a restarted node goes on with can't run its shards."""
+
+LINGER = 2.0
+"""Seconds that a job of another node is held when nothing of it is here: its next shard may be on the way (a guess)."""
 
 INLINE_FILES = 64
 """So many files are opened and checked on the loop (a few microseconds each); more go to a thread."""
@@ -67,6 +66,9 @@ class _Job:
     executor: Executor
     name: str
     folder: Path
+    foreign: bool
+    uses: int = 0
+    """How many executions it has had."""
     bundle: Path | None = None
     layer: Layer | None = None
     problem: SpecError | None = None
@@ -93,6 +95,7 @@ class Runner:
         self._folder, self._content, self._sources, self._facilities = folder, content, sources, facilities
         self._node, self._publishers, self._keeping, self._exchange = node, publishers, keeping, exchange
         self._jobs: dict[JobId, _Job] = {}
+        self._made = 0
         self._secrets: dict[JobId, Secrets] = {}
 
     def entrust(self, job: JobId, secrets: Secrets) -> None:
@@ -157,8 +160,15 @@ class Runner:
             await _remove(scratch)
 
     async def release(self, job: JobId) -> None:
-        """No more executions of `job` will come: free its executor's slots and its folder."""
-        if held := self._jobs.pop(job, None):
+        """Nothing of `job` is held now: free its executor's slots and its folder, if nothing more comes."""
+        held = self._jobs.get(job)
+        if held is not None and held.foreign:
+            uses = held.uses
+            await asyncio.sleep(LINGER)
+            if held.uses != uses:
+                return
+        if held is not None and self._jobs.get(job) is held:
+            del self._jobs[job]
             await held.executor.release(job)
             if held.layer is not None:
                 held.layer.close()
@@ -181,8 +191,11 @@ class Runner:
     def _job(self, run: Run) -> _Job:
         job = self._jobs.get(run.execution.job)
         if job is None:
-            job = _Job(*self._facilities.choose(run.spec), self._folder / run.execution.job)
+            self._made += 1  # the folder of an earlier one may be on its way out
+            folder = self._folder / f"{run.execution.job}.{self._made}"
+            job = _Job(*self._facilities.choose(run.spec), folder, foreign=run.requester != self._node)
             self._jobs[run.execution.job] = job
+        job.uses += 1
         return job
 
     async def _execute(
@@ -232,7 +245,7 @@ class Runner:
             layer=job.layer.path if job.layer is not None else None,
             secrets=secrets,
         )
-        telling = _Telling(run.execution, progress, secrets)
+        telling = Telling(run.execution, progress, secrets)
         try:
             raw = await job.executor.run(task, telling)
         finally:
@@ -273,9 +286,7 @@ class Runner:
     async def _fetch(
         self, entries: Sequence[Entry], sources: Sequence[InputSource], access: Access, told: Told
     ) -> None:
-        """Have the entries brought to this machine: from the requester what it has, the others each by its source."""
-        if self._exchange is not None and access.providers:
-            await self._exchange.bring_entries(entries, access.providers, told)
+        """Have the entries brought to this machine, each by its source."""
         found: dict[Source, list[Entry]] = {}
         for entry in entries:
             found.setdefault(self._source(sources[entry.source], entry), []).append(entry)
@@ -366,31 +377,6 @@ def _named(path: Path, entry: Entry, folder: Path, mount: str) -> Path:
     except OSError:  # another disk, or one without hard links
         named.symlink_to(path)
     return named
-
-
-class _Telling:
-    """What an executor emits, told to the engine, without secrets."""
-
-    def __init__(
-        self, execution: Execution, progress: Callable[[Event | Lines | Transfer], None], secrets: Secrets
-    ) -> None:
-        self._execution, self._progress = execution, progress
-        self._streams: dict[Stream, MaskedStream] = {name: MaskedStream(secrets) for name in ("stdout", "stderr")}
-
-    def __call__(self, event: ExecutorEvent) -> None:
-        if isinstance(event, ShardLines):
-            self._tell(event.stream, self._streams[event.stream].feed(event.text))
-        else:
-            self._progress(ExecutionStarted(self._execution))
-
-    def end(self) -> None:
-        """Nothing more comes: tell what was held back."""
-        for name, stream in self._streams.items():
-            self._tell(name, stream.end())
-
-    def _tell(self, stream: Stream, text: str) -> None:
-        if text:
-            self._progress(Lines(self._execution, stream, text))
 
 
 async def _in_thread_if(heavy: bool, work: Callable[[], T]) -> T:  # noqa: FBT001 - reads as a sentence

@@ -16,6 +16,7 @@ import pytest
 
 from bacalhau_node import sharding
 from bacalhau_node.content.blocks import BlockStore
+from bacalhau_node.content.elsewhere import Elsewhere
 from bacalhau_node.errors import BugError, ContentError, SpecError
 from bacalhau_node.fetched import Fetched
 from bacalhau_node.ports import Access, Source
@@ -70,7 +71,7 @@ def case(request, tmp_path) -> Iterator[Case]:
             with _url_case(tmp_path, store) as case:
                 yield case
             return
-        yield Case(ContentSource(store), lambda path: f"ipfs://{store.add_path(path)}", "/data")
+        yield Case(ContentSource(store, Elsewhere(store)), lambda path: f"ipfs://{store.add_path(path)}", "/data")
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bacalhau_node.content.blocks import BlockStore
+from bacalhau_node.content.elsewhere import Elsewhere
 from bacalhau_node.content.records import encode_outcome, seal
 from bacalhau_node.errors import ContentError
 from bacalhau_node.messages import Blob, Outcome, Value
@@ -66,7 +67,7 @@ def _outcome(store: BlockStore, folder: Path, files: dict[str, str], value: byte
 
 
 def _listed(store: BlockStore, root: str, path: str = "") -> dict[str, bytes]:
-    source = ResultSource(store, ContentSource(store))
+    source = ResultSource(store, ContentSource(store, Elsewhere(store)))
     assert source.claims(f"ipfs://{root}{path}")
     entries = source.list(InputSource(source=f"ipfs://{root}{path}"), index=0)
     return {
@@ -107,6 +108,6 @@ def test_a_result_that_is_elsewhere_says_where_to_go(store: BlockStore, tmp_path
 
 
 def test_files_are_left_to_other_sources(store: BlockStore) -> None:
-    source = ResultSource(store, ContentSource(store))
+    source = ResultSource(store, ContentSource(store, Elsewhere(store)))
     for text in (store.add_bytes(b"a"), "ipfs://hello", "/data", "s3://b/p", "https://h/x"):
         assert not source.claims(text)
