@@ -4,9 +4,13 @@ import asyncio
 import contextlib
 import functools
 import hashlib
+import itertools
 import logging
+import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -327,6 +331,43 @@ async def test_who_answers_nothing_says_so(node):
             pass
 
 
+# --- published messages ---
+
+
+async def hears(transport: LibP2PTransport, wanted: Packet) -> LibP2PTransport:
+    await until(transport, wanted)
+    return transport
+
+
+async def test_a_leaf_of_a_star_reaches_every_other_leaf(node):
+    """More leaves than a hub takes into its mesh."""
+    hub, *leaves = [await node(f"node {number}", listen=[], in_process=True) for number in range(31)]
+    for leaf in leaves:
+        await leaf.dial(hub.addresses()[0])
+    await leaves[7].publish(b"from a leaf")
+    others = [one for one in (hub, *leaves) if one is not leaves[7]]
+    heard = await asyncio.gather(*(hears(one, Packet(leaves[7].node, b"from a leaf")) for one in others))
+    assert len(heard) == 30
+
+
+async def test_a_message_crosses_a_line_of_nodes_and_is_its_authors(node):
+    line = [await node(f"node {number}", listen=[], in_process=True) for number in range(6)]
+    for one, other in itertools.pairwise(line):
+        await one.dial(other.addresses()[0])
+    await line[0].publish(b"pass it on")
+    await asyncio.gather(*(hears(one, Packet(line[0].node, b"pass it on")) for one in line[1:]))
+
+
+async def test_a_node_that_starts_again_is_heard_again(node):
+    one, again = await node("one"), await node("two")
+    for life in range(3):
+        await again.dial(one.addresses()[0])
+        await again.publish(b"life %d" % life)
+        await until(one, Packet(again.node, b"life %d" % life))
+        await again.close()
+        again = await node("two")
+
+
 # --- another network ---
 
 
@@ -466,7 +507,29 @@ async def test_a_stranger_may_send_only_so_much_before_it_says_who_it_is(node):
     writer.close()
 
 
-# --- what is left behind ---
+# --- what is left behind, and what need not be there ---
+
+
+def test_the_network_needs_libp2p_only_when_it_is_used_and_says_so():
+    code = """if True:
+        import asyncio, sys
+        from bacalhau_node.errors import SpecError
+        from bacalhau_node.transports.libp2p import LibP2PTransport
+        assert "trio" not in sys.modules and "libp2p" not in sys.modules
+        sys.modules["libp2p"] = None
+        try:
+            asyncio.run(LibP2PTransport.open(bytes(32)))
+        except SpecError as error:
+            print(error)
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": "node"},
+    )
+    assert "pip install 'bacalhau-jupyter[network]'" in run.stdout
 
 
 def threads() -> set[str]:

@@ -3,7 +3,7 @@
 Theory of operation. Neighbours that are subscribed to the topic open a stream each towards the other and write RPCs
 (protobuf, length first) on it. About `DEGREE` of them form this node's part of the **mesh**: whoever gets a message for
 the first time passes it on to its mesh at once. A publisher gives its own messages to all its neighbours. Every
-`BEAT` seconds the mesh is repaired (graft, prune) and some neighbours outside of it are told which messages were seen
+`BEAT` seconds the mesh is repaired (graft, prune) and the neighbours outside of it are told which messages were seen
 lately (IHAVE), so that they can ask for what they lack (IWANT).
 
 A message is signed by its author, whose key is in its id or beside it, and is checked at every hop before it is passed
@@ -53,11 +53,9 @@ BEAT = 2.0
 BACK_OFF = 10.0
 """Seconds for which whoever was pruned is not grafted again; short, so that a healed link is used soon."""
 
-LATELY, TOLD_BEATS = 8, 3
-"""Beats for which a message can be asked for, and for which others are told of it."""
-
-TOLD, SHARE = 6, 0.25
-"""How many neighbours outside of the mesh are told at each beat: at least so many, and this share of them."""
+LATELY, TOLD_BEATS = 8, 2
+"""Beats for which a message can be asked for, and for which neighbours outside of the mesh are told of it: all of them,
+or the leaves of a star, of which a hub takes only some into its mesh, would miss it."""
 
 ASKED = 500
 """Ids that one IHAVE may make this node ask for."""
@@ -201,8 +199,7 @@ class Router:
         self._mend()
         while len(self.mesh) > MOST:
             self._prune(self._chance.choice(list(self.mesh.values())))
-        others = self._outside()
-        self._tell(self._chance.sample(others, min(len(others), max(TOLD, int(SHARE * len(others))))))
+        self._tell(self._outside())
         self._lately.appendleft({})
         while self._seen and self._oldest() < now - REMEMBERED:
             del self._seen[next(iter(self._seen))]
