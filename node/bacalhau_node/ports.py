@@ -346,7 +346,8 @@ class Source(Protocol):
         """Bring the bytes of these entries (all of this source) to this machine, several at once; then `open` has them.
 
         What is here already is not fetched again. Raises `ContentError` that names the entry, where it was looked
-        for and why it did not come; `NodeUnreachable` where another node may have more luck. Cancelling leaves nothing half-written that anybody would take for whole.
+        for and why it did not come; `NodeUnreachable` where another node may have more luck. Cancelling leaves nothing
+        half-written that anybody would take for whole.
         """
         ...
 
