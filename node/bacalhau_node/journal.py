@@ -134,6 +134,7 @@ class SqliteJournal:
         self._db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
         with self._transaction():
             pass  # takes the lock, or says now that somebody else has it
+        self._db.execute("PRAGMA shrink_memory")  # half of what opening took: a devstack has a thousand journals
 
     def _one(self, query: str) -> object:
         """The first column of the first row."""

@@ -1,14 +1,19 @@
-"""Changes to the outcome of an execution before anybody sees it."""
+"""What comes out of an execution, made fit to be seen: no secrets in it, and nothing that no format can carry."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import msgspec
 
-from bacalhau_node.masking import Secrets
-from bacalhau_node.messages import Outcome, ShardError
-from bacalhau_node.ports import RawOutcome
+from bacalhau_node.ids import Execution
+from bacalhau_node.masking import MaskedStream, Secrets
+from bacalhau_node.messages import Lines, Outcome, ShardError, Transfer
+from bacalhau_node.ports import ExecutorEvent, RawOutcome, ShardLines
+from bacalhau_node.protocol.events import Event, ExecutionStarted
+
+Stream = Literal["stdout", "stderr"]
 
 
 def masked(raw: RawOutcome, secrets: Secrets) -> RawOutcome:
@@ -51,3 +56,29 @@ def _rewritten(error: ShardError, change: Callable[[str], str]) -> ShardError:
 
 def _escaped(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+class Telling:
+    """What an executor emits, told to the engine, without secrets."""
+
+    def __init__(
+        self, execution: Execution, progress: Callable[[Event | Lines | Transfer], None], secrets: Secrets
+    ) -> None:
+        self._execution, self._progress = execution, progress
+        self._streams: dict[Stream, MaskedStream] = {name: MaskedStream(secrets) for name in ("stdout", "stderr")}
+
+    def __call__(self, event: ExecutorEvent) -> None:
+        """It started, or printed something."""
+        if isinstance(event, ShardLines):
+            self._tell(event.stream, self._streams[event.stream].feed(event.text))
+        else:
+            self._progress(ExecutionStarted(self._execution))
+
+    def end(self) -> None:
+        """Nothing more comes: tell what was held back."""
+        for name, stream in self._streams.items():
+            self._tell(name, stream.end())
+
+    def _tell(self, stream: Stream, text: str) -> None:
+        if text:
+            self._progress(Lines(self._execution, stream, text))

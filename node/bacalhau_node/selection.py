@@ -40,6 +40,7 @@ from typing import Annotated, Final
 import msgspec
 
 from bacalhau_node import literals
+from bacalhau_node.bounds import check_bounds
 from bacalhau_node.errors import NoCapacity, SpecError
 from bacalhau_node.ids import JobId, NodeId
 from bacalhau_node.messages import Offer
@@ -230,6 +231,10 @@ class Guests:
 
     def admit(self, requester: NodeId, spec: JobSpec) -> JobSpec:
         """The job as it runs here; raises `SpecError` for what it may not ask for."""
+        check_bounds(spec)
+        for source in (*spec.inputs, *spec.shared):
+            if not source.source.startswith(("ipfs://", "https://", "http://")):
+                raise SpecError(f"--input {source.source[:200]} names a place of another machine")
         rules = self._of_family if requester in self._family else self._rules
         return rules.limited(spec, requester, usual_memory=self._usual_memory())
 

@@ -8,8 +8,6 @@ rules (`selection`) say otherwise.
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,18 +15,15 @@ import msgspec
 
 from bacalhau_node.api.auth import Caller
 from bacalhau_node.api.shapes import MAX_BUNDLE
+from bacalhau_node.bounds import check_bounds
 from bacalhau_node.cid import Cid
 from bacalhau_node.errors import ContentError, NoCapacity, SpecError
 from bacalhau_node.literals import BUCKETS
 from bacalhau_node.ports import ContentStore
 from bacalhau_node.selection import Selection
-from bacalhau_node.sharding import mounts
-from bacalhau_node.spec import MAX_GPU_SHARE, OWNER_LABEL, InputSource, JobSpec, PythonCell
+from bacalhau_node.spec import OWNER_LABEL, InputSource, JobSpec, PythonCell
 
 BUNDLE_FILES = 10_000
-
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
-_LONGEST = 366 * 86_400.0
 
 
 def owner(spec: JobSpec) -> str:
@@ -41,11 +36,11 @@ def admitted(spec: JobSpec, caller: Caller, rules: Selection, *, usual_memory: i
 
     `usual_memory`: what a shard gets on this node that doesn't say.
     """
-    _check_numbers(spec)
-    _check_names(spec)
+    check_bounds(spec)
+    if OWNER_LABEL in spec.labels:
+        raise SpecError(f"the label {OWNER_LABEL} is set by the node: leave it out")
     for source in (*spec.inputs, *spec.shared):
         _check_source(source, own=caller.role == "admin")
-    mounts(spec)
     return spec if caller.role == "admin" else rules.limited(spec, caller.name, usual_memory=usual_memory)
 
 
@@ -86,36 +81,6 @@ def check_selected(spec: JobSpec, caller: Caller, rules: Selection, content: Con
     """Raise `NoCapacity` for a job of somebody else that the owner's rules refuse."""
     if caller.role != "admin" and (why := rules.refusal(spec, caller.name, content)) is not None:
         raise NoCapacity(f"this node {why}")
-
-
-def _check_numbers(spec: JobSpec) -> None:
-    take = spec.resources
-    bounds: tuple[tuple[str, float | None, float, float], ...] = (
-        ("parallel", spec.parallel, 1, 1_000_000),
-        ("retries", spec.retries, 0, 100),
-        ("timeout", spec.timeout, 0.001, _LONGEST),
-        ("job_timeout", spec.job_timeout, 0.001, _LONGEST),
-        ("resources.cpu", take.cpu, 0.01, 4096),
-        ("resources.memory", take.memory, 1, 10**18),
-        ("resources.disk", take.disk, 1, 10**18),
-        ("resources.gpus", take.gpus, 0, 1024),
-        ("resources.gpu_share", take.gpu_share, 1, MAX_GPU_SHARE),
-    )
-    for name, value, low, high in bounds:
-        if value is not None and not (math.isfinite(value) and low <= value <= high):
-            raise SpecError(f"{name} is {value}: from {low:g} to {high:g} is possible")
-
-
-def _check_names(spec: JobSpec) -> None:
-    for what, pairs in (("env", spec.env), ("labels", spec.labels)):
-        for name, value in pairs.items():
-            if not _NAME.fullmatch(name) or "\0" in value:
-                raise SpecError(f"{what} {name!r}: names are of letters, digits and '_', and no value holds a null")
-    for name in spec.secrets:
-        if not _NAME.fullmatch(name):
-            raise SpecError(f"secret {name!r}: names are of letters, digits and '_'")
-    if OWNER_LABEL in spec.labels:
-        raise SpecError(f"the label {OWNER_LABEL} is set by the node: leave it out")
 
 
 def _check_source(source: InputSource, *, own: bool) -> None:
