@@ -10,26 +10,31 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bacalhau_jupyter.asking import attach, connect, jobs, submit
+    from bacalhau_jupyter.devstacks import Devstack, devstack
     from bacalhau_jupyter.failures import JobInterrupted
     from bacalhau_jupyter.job import Job
     from bacalhau_jupyter.result import Result
 
 _HOME = {
+    "Devstack": "devstacks",
     "Job": "job",
     "JobInterrupted": "failures",
     "Result": "result",
     "attach": "asking",
     "connect": "asking",
+    "devstack": "devstacks",
     "jobs": "asking",
     "submit": "asking",
 }
 
 __all__ = [
+    "Devstack",
     "Job",
     "JobInterrupted",
     "Result",
     "attach",
     "connect",
+    "devstack",
     "jobs",
     "load_ipython_extension",
     "submit",

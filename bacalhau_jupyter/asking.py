@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+OPENING_SECONDS = 60.0
+"""How long the kernel's own node may take to get onto a network: it probes its executors and loads libp2p first."""
+
 TOLD_SECONDS = 0.5
 """How often a cell says how much of its inputs was sent."""
 
@@ -117,11 +120,12 @@ def jobs() -> list[JobLine]:
 
 
 def connect(address: str) -> None:
-    """Let jobs go to the node at this URL from now on; `"local"`: to the one in this kernel.
+    """Let jobs go to the node at this URL from now on, to the network of a multiaddr, or (`"local"`) to the kernel's.
 
-    Raises `SpecError` for what is no URL, and `NodeUnreachable` when no node answers there: then nothing changes.
+    Raises `SpecError` for what is neither, and `NodeUnreachable` when no node answers there: then nothing changes.
     """
-    session(address).call(lambda client: client.nodes(), timeout=ANSWER_SECONDS)
+    wait = OPENING_SECONDS if address.startswith("/") else ANSWER_SECONDS
+    session(address).call(lambda client: client.nodes(), timeout=wait)
     sessions.connect(address)
 
 

@@ -23,15 +23,12 @@ if TYPE_CHECKING:
 
     from bacalhau_node.client import JobLine, NodeView
 
-LATER = ("network",)
 JOBS_SHOWN = 20
 
 
 def run(shell: Any, line: str) -> object:
     """Do what the line asks for; raises `SpecError` for what it can't."""
     name, *arguments = [word.text for word in words.split(line)] or ["status"]
-    if name in LATER:
-        raise SpecError(f"%bacalhau {name}: not in this version ({__version__})")
     if name not in COMMANDS:
         hint = nearest(name, COMMANDS) or f"; it knows {', '.join(COMMANDS)}"
         raise SpecError(f"%bacalhau {name}: no such command{hint}")
@@ -49,7 +46,7 @@ def _counted(name: str, least: int, most: int) -> str:
     if most == 0:
         return "nothing more"
     if name == "connect":
-        return "the URL of a node"
+        return "the URL of a node, or the multiaddr of one on a network"
     return "a job's id" if most == 1 else "a job's id, and the number of a shard" if least else "at most one word"
 
 
@@ -104,6 +101,13 @@ def _connect(_shell: Any, address: str) -> str:
     return f"jobs go to {session().node or 'the node in this kernel'} now: {_node(_nodes()[0])}"
 
 
+def _network(_shell: Any) -> None:
+    """Show the network that the node knows, in this cell's output, from now on."""
+    from bacalhau_jupyter import network  # noqa: PLC0415  it brings numpy
+
+    network.show(session())
+
+
 def _nodes() -> Sequence[NodeView]:
     return session().call(lambda client: client.nodes(), timeout=ANSWER_SECONDS)
 
@@ -131,6 +135,7 @@ COMMANDS: dict[str, tuple[int, int, Callable[..., object]]] = {
     "cancel": (1, 1, _cancel),
     "connect": (1, 1, _connect),
     "nodes": (0, 0, _show_nodes),
+    "network": (0, 0, _network),
     "config": (0, 0, _config),
     "--help": (0, 0, _help),
 }

@@ -14,13 +14,17 @@ import base64
 import threading
 from html import escape
 from typing import TYPE_CHECKING, Final
+from uuid import uuid4
 
+from bacalhau_jupyter.job import ANSWER_SECONDS
 from bacalhau_jupyter.layout import arrange
+from bacalhau_jupyter.painters import put
 from bacalhau_node.errors import BacalhauError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from bacalhau_jupyter.session import Session
     from bacalhau_node.topology import Dot, Graph
 
 SIDE: Final = 640
@@ -41,7 +45,7 @@ FOLLOWED: Final = 3600.0
 
 
 class Picture:
-    """One output that shows the network. `look` gives the graph of now; `show` and `change` put MIME bundles there."""
+    """One output that shows the network. `look` gives the graph of now, `change` puts a MIME bundle there."""
 
     def __init__(self, look: Callable[[], Graph], change: Callable[[dict[str, str]], None]) -> None:
         self._look, self._change = look, change
@@ -79,6 +83,25 @@ class Picture:
                     self._change(self.bundle())
             except BacalhauError:  # the node is gone: its last picture stays
                 return
+
+
+_shown: list[Picture] = []
+"""The picture that is followed now."""
+
+
+def show(asked: Session) -> None:
+    """Put the network that this session's node knows into the output of the cell, and follow it."""
+
+    def look() -> Graph:
+        return asked.call(lambda client: client.network(), timeout=ANSWER_SECONDS)
+
+    name = uuid4().hex
+    picture = Picture(look, lambda made: put(made, display_id=name, update=True))
+    put(picture.bundle(), display_id=name)
+    while _shown:
+        _shown.pop().stop()
+    _shown.append(picture)
+    picture.follow()
 
 
 def _figures(graph: Graph | None) -> object:

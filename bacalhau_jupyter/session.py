@@ -7,7 +7,8 @@ when the extension is loaded and everything that needs it waits for that. It is 
 the interpreter takes its thread pools down, so that no container outlives the kernel.
 
 Jobs go to the node that their line names (`--node URL`), else to the one that `%bacalhau connect` named,
-else to `BACALHAU_JUPYTER_NODE`, else to the one in this kernel.
+else to `BACALHAU_JUPYTER_NODE`, else to the one in this kernel. A node elsewhere has a URL; a multiaddr
+(`/ip4/…/p2p/…`) names a network instead, to which a second node in this kernel then brings the jobs.
 """
 
 from __future__ import annotations
@@ -208,7 +209,8 @@ _lock = threading.Lock()
 def session(node: str | None = None) -> Session:
     """The session with a node, made when it is first asked for and again after it was closed.
 
-    `node` is a URL or `LOCAL`; without it: the node that jobs go to now. Raises `SpecError` for what is no URL.
+    `node` is a URL, the multiaddr of a node whose network the kernel's own joins, or `LOCAL`; without it: the node
+    that jobs go to now. Raises `SpecError` for anything else.
     """
     where = default_node() if node is None else _address(node)
     with _lock:
@@ -248,6 +250,8 @@ def close() -> None:
 def _address(node: str) -> str:
     if node == LOCAL:
         return ""
+    if node.startswith("/"):
+        return node
     from bacalhau_node.literals import node_url  # noqa: PLC0415  loading the extension stays quick
 
     return node_url(node)
@@ -256,6 +260,8 @@ def _address(node: str) -> str:
 def _made(node: str) -> Session:
     if not node:
         return Session(_open_local)
+    if node.startswith("/"):
+        return Session(lambda: _open_member(node), node=node)
 
     async def open_remote() -> Client:
         try:
@@ -272,6 +278,16 @@ async def _open_local() -> Client:
     from bacalhau_node.client import open_local  # noqa: PLC0415  the node's modules load in this thread
 
     return await open_local()
+
+
+async def _open_member(peer: str) -> Client:
+    try:
+        import libp2p  # noqa: F401, PLC0415  a network is joined when it is asked for
+    except ImportError as error:
+        raise SpecError("a network of nodes needs libp2p: pip install 'bacalhau-jupyter[network]'") from error
+    from bacalhau_node.client import open_member  # noqa: PLC0415  the node's modules load in this thread
+
+    return await open_member(peer)
 
 
 def _at_exit(close: Callable[[], None]) -> None:

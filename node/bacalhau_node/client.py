@@ -23,15 +23,17 @@ from bacalhau_node.feed import ShardText as ShardText
 from bacalhau_node.feed import Update as Update
 from bacalhau_node.ids import JobId, NodeId, short
 from bacalhau_node.messages import Outcome
+from bacalhau_node.network import NetworkSettings, over_libp2p
 from bacalhau_node.node import PROFILE, Node, open_node
 from bacalhau_node.plan import JobPlan as JobPlan
 from bacalhau_node.plan import PlannedShard as PlannedShard
 from bacalhau_node.plan import read_blocks, read_shard
 from bacalhau_node.ports import Capabilities, ContentStore
-from bacalhau_node.protocol.events import CancelRequested, JobRow, JobState, ShardState
+from bacalhau_node.protocol.events import CancelRequested, JobRow, JobState, NodeSeen, ShardState
 from bacalhau_node.protocol.events import JobChanged as JobChanged
 from bacalhau_node.protocol.events import ShardChanged as ShardChanged
 from bacalhau_node.results import file_parts
+from bacalhau_node.selection import Selection
 from bacalhau_node.sharding import Entry
 from bacalhau_node.spec import JobSpec
 from bacalhau_node.topology import Graph as Graph
@@ -295,7 +297,7 @@ class LocalClient:
         """See `Client`."""
         known = () if self._node.membership is None else self._node.membership.nodes()
         mine = NodeView(self._node.id, self._node.slots, self._node.facilities.capabilities)
-        return [mine, *(NodeView(one.node, one.room, None) for one in known)]
+        return [mine, *map(_other, known)]
 
     async def network(self) -> Graph:
         """See `Client`."""
@@ -333,6 +335,37 @@ def the_one(prefix: str, jobs: Iterable[JobId]) -> JobId:
 async def open_local(*, folder: Path | None = None) -> LocalClient:
     """A client of a new node in this process, on the running loop; `close` ends both."""
     return LocalClient(await open_node(folder))
+
+
+async def open_member(peer: str) -> LocalClient:
+    """A client of a new node in this process that brings its jobs to the network of the node at `peer`, a multiaddr.
+
+    It takes no jobs of others, and nobody can dial it. Raises `SpecError` for no multiaddr, `NodeUnreachable`.
+    """
+    settings = NetworkSettings(open=over_libp2p(), peers=(peer,), rules=Selection(requesters=()), resume=False)
+    node = await open_node(network=settings)
+    try:
+        await node.join(peer)
+    except BaseException:
+        await node.close()
+        raise
+    return LocalClient(node)
+
+
+def _other(seen: NodeSeen) -> NodeView:
+    """A node as its own record describes it."""
+    record = seen.record
+    if record is None or not record.engines:
+        return NodeView(seen.node, seen.room, None)
+    best = record.engines[0]
+    can = Capabilities(
+        executor=best.name,
+        isolation=best.isolation,
+        slots=record.slots,
+        memory_per_slot=best.memory,
+        python=best.python,
+    )
+    return NodeView(seen.node, seen.room, can)
 
 
 def _planned_inputs(content: ContentStore, plan: str) -> tuple[tuple[str, ...], ...]:

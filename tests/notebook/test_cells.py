@@ -124,10 +124,6 @@ def test_a_secret_of_the_notebook_is_masked_in_the_cell(kernel):
     )
 
 
-def test_what_comes_later_is_answered_by_name(kernel):
-    assert "not in this version" in kernel.run("%bacalhau network").text("stderr")
-
-
 def test_commands_about_jobs(kernel):
     kernel.run("%%bacalhau -o k\nprint('words')\n1")
     name = kernel.run("k.id[:10]").value.strip("'")
