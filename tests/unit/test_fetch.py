@@ -523,11 +523,10 @@ async def test_a_fetch_that_was_cancelled_goes_on_where_it_was():
 
     async def stops(data: bytes) -> AsyncIterator[bytes]:
         yield data[:1_200_000]
-        reached.set()
         await asyncio.Event().wait()
 
     shelf = Shelf()
-    task = asyncio.create_task(fetch(shelf, root, [Peer("peer", blocks, spoil=stops)]))
+    task = asyncio.create_task(fetch(shelf, root, [Peer("peer", blocks, spoil=stops)], told=lambda _: reached.set()))
     await asyncio.wait_for(reached.wait(), 5)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):

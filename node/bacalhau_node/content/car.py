@@ -12,6 +12,7 @@ feeds it (`incoming`).
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -29,6 +30,7 @@ MAX_WAITING: Final = 16 * 1024 * 1024
 
 _LONGEST_CID: Final = 37
 _LONGEST_VARINT: Final = 5
+_SMALL: Final = 16 * 1024
 _TAG_CID = 42
 
 
@@ -75,54 +77,95 @@ class CarReader:
 
     def __init__(self) -> None:
         self.roots: tuple[Cid, ...] | None = None
-        self._buffer = bytearray()
+        self._parts: deque[bytes | bytearray] = deque()
+        self._at = 0  # so much of the first part is used up
+        self._size = 0
+        self._length: int | None = None  # of the next section, once that is known
 
     def feed(self, data: bytes) -> list[tuple[Cid, bytes]]:
         """The blocks that are whole with `data`, each checked; raises `ContentError` for what is no archive."""
-        self._buffer += data
-        found, at = [], 0
-        while (span := self._span(at)) is not None:
-            start, at = span
-            with memoryview(self._buffer) as view, view[start:at] as body:
-                if self.roots is None:
-                    self.roots = _read_header(bytes(body))
-                else:
-                    found.append(_read_section(body))
-        del self._buffer[:at]
+        self._append(data)
+        found = []
+        while self._is_next_whole():
+            if self.roots is None:
+                self.roots = _read_header(self._take(self._length or 0))
+            else:
+                found.append(self._block(self._length or 0))
+            self._length = None
         return found
 
     def end(self) -> None:
         """No more will come: raises `ContentError` when something is unfinished."""
-        if self.roots is None or self._buffer:
+        if self.roots is None or self._size or self._length is not None:
             raise ContentError("the archive is cut off: send it again")
 
-    def _span(self, at: int) -> tuple[int, int] | None:
-        """Where the body of the next section begins and ends; None while it is not all there."""
+    def _append(self, data: bytes) -> None:
+        """Large parts are kept as they came; small ones are joined, or each would take many times its size."""
+        self._size += len(data)
+        last = self._parts[-1] if self._parts else b""
+        if len(data) >= _SMALL:
+            self._parts.append(data)
+        elif isinstance(last, bytearray) and len(last) < _SMALL:
+            last += data
+        elif data:
+            self._parts.append(bytearray(data))
+
+    def _is_next_whole(self) -> bool:
+        if self._length is None and not self._read_length():
+            return False
+        return self._size >= (self._length or 0)
+
+    def _read_length(self) -> bool:
+        """Read how long the next section is; False while that is not all there."""
         limit = MAX_HEADER if self.roots is None else MAX_BLOCK + _LONGEST_CID
-        head = bytes(self._buffer[at : at + _LONGEST_VARINT])
         length = shift = 0
-        for count, byte in enumerate(head, 1):
+        for count, byte in enumerate(self._peek(_LONGEST_VARINT), 1):
             length |= (byte & 0x7F) << shift
             shift += 7
             if length > limit or (count == _LONGEST_VARINT and byte >= 0x80):
                 raise ContentError(f"not a CAR archive, or one with a part of over {limit} bytes")
             if byte < 0x80:
-                start = at + count
-                return (start, start + length) if start + length <= len(self._buffer) else None
-        return None
+                self._take(count)
+                self._length = length
+                return True
+        return False
 
+    def _block(self, length: int) -> tuple[Cid, bytes]:
+        head = self._peek(min(length, _LONGEST_CID))
+        own = 34 if head[:2] == b"\x12\x20" else 37 if head[:3] == b"\x01\xa9\x02" else 36
+        try:
+            cid = Cid.decode(head[:own])
+        except SpecError as error:
+            raise ContentError(f"a block of the archive has no usable name: {error}") from error
+        self._take(own)
+        block = self._take(length - own)
+        if not cid.matches(block):
+            raise ContentError(f"the block that was sent as {cid} is another one: it is damaged, or its sender lies")
+        return cid, block
 
-def _read_section(body: memoryview) -> tuple[Cid, bytes]:
-    head = bytes(body[:_LONGEST_CID])
-    length = 34 if head[:2] == b"\x12\x20" else 37 if head[:3] == b"\x01\xa9\x02" else 36
-    try:
-        cid = Cid.decode(head[:length])
-    except SpecError as error:
-        raise ContentError(f"a block of the archive has no usable name: {error}") from error
-    block = bytes(body[length:])
-    if not cid.matches(block):
-        raise ContentError(f"the block that was sent as {cid} is another one: it is damaged, or its sender lies")
-    return cid, block
+    def _peek(self, count: int) -> bytes:
+        """The next bytes, at most so many."""
+        found = b""
+        for number, part in enumerate(self._parts):
+            at = 0 if number else self._at
+            found += part[at : at + count - len(found)]
+            if len(found) == count:
+                break
+        return found
+
+    def _take(self, count: int) -> bytes:
+        """The next bytes, exactly so many, copied once."""
+        found = []
+        self._size -= count
+        while count:
+            part = memoryview(self._parts[0])[self._at : self._at + count]
+            found.append(part)
+            count -= len(part)
+            self._at += len(part)
+            if self._at == len(self._parts[0]):
+                self._parts.popleft()
+                self._at = 0
+        return b"".join(found)
 
 
 # --- the header's DAG-CBOR: a map of two keys, nothing else is read ---

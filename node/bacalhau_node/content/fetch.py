@@ -15,13 +15,12 @@ its seconds if in the end something is missing.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Final, cast
+from typing import Final, Self, cast
 
 import msgspec
 
@@ -31,7 +30,7 @@ from bacalhau_node.content.dagpb import decode_node
 from bacalhau_node.content.incoming import Incoming, Shelf
 from bacalhau_node.content.reader import MAX_BLOCK, Reader
 from bacalhau_node.content.walk import Want, steps_of
-from bacalhau_node.errors import BacalhauError, ContentError, NodeUnreachable, ProtocolError
+from bacalhau_node.errors import ContentError, NodeUnreachable, ProtocolError
 from bacalhau_node.ports import Provider, Scope
 from bacalhau_node.sharding import shown
 
@@ -47,6 +46,10 @@ MAX_LACKING: Final = 64
 SLOWEST: Final = 4
 """Patiences within which a whole block must come: a byte now and then is not enough."""
 
+AHEAD: Final = 4 * 1024 * 1024
+"""Bytes of an archive that are read while those before them are checked and stored."""
+
+_MANY = 1024  # parts of an archive that are read ahead: each takes memory, however small it is
 _PAUSE = 0.1
 
 
@@ -210,38 +213,43 @@ class _Fetch:
             if not asked.out:
                 asked.drop(asked.answer)
 
-    async def _take_archive(self, asked: _Asked, parts: object) -> None:
+    async def _take_archive(self, asked: _Asked, parts: AsyncIterator[bytes]) -> None:
         reader = CarReader()
-        async with aclosing(cast("AsyncGenerator[bytes, None]", parts)) as stream:
+        async with _Ahead(parts) as ahead:
             last = time.monotonic()
             while self._incoming.missing and not self._incoming.much_is_here:
                 try:
                     async with asyncio.timeout(self._patience):
-                        data = await anext(stream)
-                except StopAsyncIteration:
-                    return
+                        data = await ahead.some()
                 except ContentError as error:
                     asked.drop(error)
                     return
-                asked.received += len(data)
+                if not data:
+                    return
+                asked.received += sum(map(len, data))
                 if await asyncio.to_thread(self._read_archive, reader, data):
                     last = time.monotonic()
                 elif time.monotonic() - last > SLOWEST * self._patience:
                     raise TimeoutError
                 self._tell()
             if not self._incoming.missing:
-                await _finish(stream)
+                await ahead.finish()
 
-    def _read_archive(self, reader: CarReader, data: bytes) -> int:
-        """Take the blocks that are whole with `data`; how many they are."""
-        try:
-            found = reader.feed(data)
-        except ContentError as error:
-            raise ProtocolError(str(error)) from error
-        for cid, block in found:
-            if self._incoming.missing:  # what comes behind the last block that was wanted is not looked at
-                self._incoming.take(cid, block)
-        return len(found)
+    def _read_archive(self, reader: CarReader, parts: list[bytes]) -> int:
+        """Take the blocks that are whole with these parts, as far as an archive is of use; how many they are."""
+        count = 0
+        for part in parts:
+            if self._incoming.much_is_here:
+                break
+            try:
+                found = reader.feed(part)
+            except ContentError as error:
+                raise ProtocolError(str(error)) from error
+            for cid, block in found:
+                if self._incoming.missing:  # what comes behind the last block that was wanted is not looked at
+                    self._incoming.take(cid, block)
+            count += len(found)
+        return count
 
     # --- single blocks ---
 
@@ -330,11 +338,53 @@ class _Fetch:
         return f"nothing came for {self._patience:g} s"
 
 
-async def _finish(stream: AsyncGenerator[bytes, None]) -> None:
-    """Read the end of an answer that has brought everything, so that its connection is left in order."""
-    with contextlib.suppress(StopAsyncIteration, BacalhauError, TimeoutError):
-        async with asyncio.timeout(1):
-            await anext(stream)
+class _Ahead:
+    """Reads a stream while what came before is worked at; one that is too fast has to wait."""
+
+    def __init__(self, stream: AsyncIterator[bytes]) -> None:
+        self._stream = cast("AsyncGenerator[bytes, None]", stream)
+        self._parts: list[bytes] = []
+        self._size, self._ended = 0, False
+        self._came, self._taken = asyncio.Event(), asyncio.Event()
+
+    async def __aenter__(self) -> Self:
+        self._task = asyncio.create_task(self._read())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._task.cancel()
+        await asyncio.wait([self._task])
+        if not self._task.cancelled():
+            self._task.exception()  # whoever wanted to know it has asked
+
+    async def some(self) -> list[bytes]:
+        """All that came, as soon as there is something; [] at the end. Raises what reading raises."""
+        await self._came.wait()
+        parts, self._parts, self._size = self._parts, [], 0
+        self._taken.set()
+        if not parts:
+            await self._task
+        elif not self._ended:
+            self._came.clear()
+        return parts
+
+    async def finish(self) -> None:
+        """Read the end of an answer that has brought everything, so that its connection is left in order."""
+        await asyncio.wait([self._task], timeout=1)
+
+    async def _read(self) -> None:
+        try:
+            async with aclosing(self._stream) as stream:
+                async for part in stream:
+                    self._parts.append(part)
+                    self._size += len(part)
+                    self._came.set()
+                    while self._size >= AHEAD or len(self._parts) >= _MANY:
+                        self._taken.clear()
+                        await self._taken.wait()
+        finally:
+            self._ended = True
+            self._came.set()
 
 
 def _untrusted(error: ProtocolError) -> str:
