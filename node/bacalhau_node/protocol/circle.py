@@ -5,8 +5,10 @@ to compare views. The state of a node changes in one place (`move`), by the tabl
 
 *Seeking.* With fewer than `low` neighbours a node dials as many of its view, by lot, as it lacks; once a minute one
 more up to `target`, one more when its view has grown by half, and one whose record should have been renewed: where a
-mesh has fallen into two parts without any link that broke, this joins them. With nobody to dial it tries neighbours of
-its last life; the doors that a person named are knocked at until they have opened, and whenever a node is alone.
+mesh has fallen into two parts without any link that broke, this joins them. Two neighbours that both have more than
+`target` part, one pair a minute, else a network whose nodes are all full would let nobody in. With nobody to dial a
+node tries neighbours of its last life; the doors that a person named are knocked at until they have opened, and
+whenever a node is alone.
 
 *Suspicion.* A neighbour whose link breaks, and a node to which nothing can be sent, is a suspect, which has no room for
 work. It is dialled a few times, and dead when nobody has opened for `PATIENCE` seconds. It is alive as soon as it has
@@ -21,6 +23,7 @@ import msgspec
 
 from bacalhau_node.errors import BugError
 from bacalhau_node.ids import NodeId
+from bacalhau_node.messages import Records
 from bacalhau_node.protocol import events as ev
 from bacalhau_node.protocol.archive import Held
 from bacalhau_node.protocol.chance import Chance
@@ -294,6 +297,16 @@ class Circle:
                 self._sought[held.node] = self.now
                 self.dial(held.record.addresses, held.node)
 
+    def _trim(self) -> None:
+        """Part with a neighbour that has more than it aims at as well, so that whoever comes finds room."""
+        most = self.settings.target
+        held = [self.view.held.get(peer.id) for peer in self.others.near]
+        rich = [one.node for one in held if one is not None and len(one.record.neighbours) > most]
+        if rich:
+            node = self._chance.pick(rich)
+            self.out.append(ev.Send(node, Records((), parting=True)))
+            self.part(node)
+
     def _is_no_stranger(self, node: NodeId) -> bool:
         return node in self.others.peers or self.now - self._sought.get(node, float("-inf")) < SOUGHT
 
@@ -355,7 +368,9 @@ class Circle:
         near, known = len(self.others.near), len(self.view.held)
         if near < self.settings.target:
             self._dial_strangers(near + 1)
-        elif not self.full and 2 * known >= 3 * self._meshed:
+        elif near > self.settings.target:
+            self._trim()
+        elif 2 * known >= 3 * self._meshed:
             self._meshed = known
             self._dial_strangers(near + 1)
 
