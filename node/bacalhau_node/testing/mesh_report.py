@@ -74,12 +74,14 @@ class Trial:
         """One node has no room any more; over when every view that holds the node knows."""
         node = self.names[len(self.names) // 2]
         record = NodeRecord(node=node, version=0, addresses=(address_of(node),), agent="mesh", slots=4, room=0)
-        made = self.mesh.machine(node).view.made
+        before = self.mesh.machine(node).view.own.record.version
         self.mesh.feed(node, ev.LoadChanged(record))
+        version: list[int] = []
 
         def spread() -> bool:
-            machine = self.mesh.machine(node)
-            return machine.view.made > made and self._knowing(node, machine.view.own.record.version) >= SHARE
+            now = self.mesh.machine(node).view.own.record.version
+            version.extend([now] if now > before and not version else [])
+            return bool(version) and self._knowing(node, version[0]) >= SHARE
 
         return self._phase("one says something new", 0, spread)
 
