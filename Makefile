@@ -7,12 +7,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 STATIC := $(wildcard bacalhau_jupyter/static/*.js)
 
-.PHONY: help demo test lab lint bench clean
+.PHONY: help demo test kubo lab lint bench clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make demo    run the first notebook on real data and print its table'
 	@echo 'make test    every test; make test ARGS="tests/unit -k glob" for some'
+	@echo 'make kubo    build a kubo (needs Go), against which later tests run, too'
 	@echo 'make lab     JupyterLab on notebooks/'
 	@echo 'make lint    style, types, imports, spelling'
 	@echo 'make bench   figures beside other tools; make bench CASES="glob fanout" for some'
@@ -27,6 +28,9 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	@$(PYTHON) tests/prepare.py debian chromium dockerd bwrap debootstrap
 	@$(BIN)/python tests/services.py $(BIN)/python -m pytest $(ARGS)
+
+kubo:
+	@$(PYTHON) tests/prepare.py kubo
 
 lab: $(VENV)/.lab
 	@$(BIN)/python -m jupyterlab --notebook-dir=notebooks $(ARGS)

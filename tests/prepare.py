@@ -7,6 +7,7 @@ costs nothing.
 
     python3 tests/prepare.py install EXTRA    # .venv with `-e .[EXTRA]`, at the versions of constraints.txt
     python3 tests/prepare.py debian NAME...   # programs by name: chromium, dockerd, bwrap
+    python3 tests/prepare.py kubo             # an IPFS daemon for tests, built from its source: needs Go 1.26
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,6 +30,7 @@ PACKAGE_OF = {
     "node": "nodejs",
     "debootstrap": "debootstrap",
 }
+KUBO = "0.42.0"
 QUICK_APT = ("-q", "-y", "-o", "Acquire::Retries=1", "-o", "Acquire::http::Timeout=30")
 
 
@@ -169,11 +172,40 @@ def debian(*programs: str) -> None:
             print(f"Without {', '.join(missing)}: {problem}", flush=True)
 
 
+def kubo_path() -> Path:
+    """Where the kubo of tests is, if there is one: outside of this folder, since building it takes minutes."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "bacalhau-jupyter-tests" / f"kubo-{KUBO}" / "ipfs"
+
+
+def kubo() -> None:
+    """Build kubo as the tool of a module of its own: `go install` builds no module that excludes versions of others."""
+    target = kubo_path()
+    if target.exists():
+        return
+    if not shutil.which("go"):
+        raise SystemExit("building kubo needs Go 1.26 or newer; or name a kubo by BACALHAU_TEST_KUBO")
+    print(f"Building kubo {KUBO}: some minutes …", flush=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    module = "github.com/ipfs/kubo/cmd/ipfs"
+    environment = {**os.environ, "CGO_ENABLED": "0"}
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        for words in (
+            ("mod", "init", "kubo"),
+            ("get", "-tool", f"{module}@v{KUBO}"),
+            ("build", "-o", str(target.with_name("ipfs.new")), module),
+        ):
+            subprocess.run(["go", *words], check=True, cwd=folder, env=environment)
+    target.with_name("ipfs.new").replace(target)
+
+
 def main() -> None:
     """Do what the command line says."""
     command, words = "".join(sys.argv[1:2]), sys.argv[2:]
     if command == "install" and len(words) == 1:
         install(*words)
+    elif command == "kubo" and not words:
+        kubo()
     elif command == "debian":
         debian(*words)
     else:

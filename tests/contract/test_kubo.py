@@ -76,7 +76,7 @@ async def test_what_goes_in_keeps_its_cid_is_pinned_and_comes_out_again(daemon, 
     for _ in range(2):
         await client.take(root, archive(store, root))
         await client.pin(root, name="bacalhau j-1")
-    assert daemon.pins() == {str(root): "bacalhau j-1"}
+    assert daemon.pins()[str(root)] == "bacalhau j-1"
     fetched = await fetch(other, root, [client])
     assert fetched.sources == {client.name: fetched.sources[client.name]}
     assert {path: other.read(cid) for path, cid, _ in other.list(str(root))} == FILES
