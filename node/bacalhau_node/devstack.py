@@ -4,7 +4,8 @@ Theory of operation. Every node is a whole one, with an identity, a store, a jou
 share is the process, its event loop, and the machine's executors. The **slots** of the machine are dealt out: with more
 nodes than slots each has one, and the executors queue what is too much. Node 0 is the one to talk to.
 
-The nodes are opened first and introduced then, each to an earlier one by lot; the rest is membership's. What a job of
+The nodes are opened first and introduced then: each is told of an earlier one by lot, to be linked with, and tells node
+0 of itself, so that node 0 can place shards on all of them at once. The rest is membership's. What a job of
 one of them runs in need not be isolated from the others, as they all belong to the same person; jobs from outside of
 the devstack get what the rules for other people's jobs say.
 
@@ -30,6 +31,7 @@ from bacalhau_node.errors import SpecError
 from bacalhau_node.executors.fake import FakeExecutor
 from bacalhau_node.folders import take_folder
 from bacalhau_node.ids import JobId, NodeId
+from bacalhau_node.messages import Copy, Records
 from bacalhau_node.network import NetworkSettings, Open, new_archive, over_libp2p, over_memory
 from bacalhau_node.node import Node, machine_executors, open_node
 from bacalhau_node.ports import Capabilities, Executor, ExecutorEvent, RawOutcome, RawValue, ShardTask, Target
@@ -291,6 +293,9 @@ def _introduce(nodes: list[Node], peers: Sequence[str]) -> None:
     nodes[0].engine.post(ev.Join(tuple(peers)))
     for index, node in enumerate(nodes[1:], 1):
         node.engine.post(ev.Join(tuple(nodes[chance.randrange(index)].addresses()[:1])))
+        if node.membership is not None:
+            about_itself = Records((Copy(node.membership.view.own.signed, 0),))
+            nodes[0].engine.post(ev.Received(node.id, about_itself))
 
 
 def _opener(transport: TransportName, index: int, network_key: str) -> Open:
@@ -301,8 +306,8 @@ def _opener(transport: TransportName, index: int, network_key: str) -> Open:
 
 
 def _period(nodes: int) -> tuple[float, float]:
-    """Seconds between two comparisons of views: about a hundred of them a second in the whole process, at most."""
-    shortest = min(20.0, max(1.0, nodes / 100))
+    """Seconds between two comparisons of views: about fifty of them a second in the whole process, at most."""
+    shortest = min(20.0, max(1.0, nodes / 50))
     return shortest, 1.5 * shortest
 
 
