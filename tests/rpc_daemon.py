@@ -45,6 +45,8 @@ class Daemon:
 
     kind: str
     address: str
+    gateway: str = ""
+    """The URL of its gateway, if it has one."""
 
     def ask(self, command: str) -> bytes:
         """What it answers to a call, such as `cat?arg=CID`, asked by nothing of ours."""
@@ -80,7 +82,7 @@ def kubo(folder: Path) -> Iterator[Daemon]:
     ipfs("init", "--empty-repo")
     config = folder / "repo/config"
     settings = json.loads(config.read_text())
-    settings["Addresses"] |= {"API": "/ip4/127.0.0.1/tcp/0", "Gateway": [], "Swarm": []}
+    settings["Addresses"] |= {"API": "/ip4/127.0.0.1/tcp/0", "Gateway": "/ip4/127.0.0.1/tcp/0", "Swarm": []}
     settings["Bootstrap"] = []
     settings["Discovery"]["MDNS"]["Enabled"] = False
     settings["AutoConf"] = {"Enabled": False}
@@ -95,7 +97,7 @@ def kubo(folder: Path) -> Iterator[Daemon]:
             start_new_session=True,
         )
     try:
-        yield Daemon("kubo", _answering(process, folder))
+        yield Daemon("kubo", _answering(process, folder), (folder / "repo/gateway").read_text().strip())
     finally:
         process.send_signal(signal.SIGTERM)
         try:

@@ -14,8 +14,12 @@ from pathlib import Path
 
 import pytest
 
+from bacalhau_node.api.auth import own_key
+from bacalhau_node.api.server import ApiServer, bind
 from bacalhau_node.cid import Cid
 from bacalhau_node.client import JobView, LocalClient, ShardBytes, Update
+from bacalhau_node.content.fetch import fetch
+from bacalhau_node.content.kubo import Kubo
 from bacalhau_node.content.unixfs import PROFILES, hash_path, import_folder
 from bacalhau_node.errors import ContentError, SpecError
 from bacalhau_node.executors.process import ProcessExecutor
@@ -34,7 +38,7 @@ ABSENT = "bafkreigh2akiscaildcqabsyg3dfr6chu3fgpregiymsck7e7aqa4s52zy"
 TOTAL = "import time\ntime.sleep(0.3)\nsum(len(path.read_bytes()) for path in inputs)"
 WRITES = "print('shard', shard.index)\n(outputs / 'part.csv').write_text(f'{shard.index}\\n' * 50_000)\nshard.index"
 
-Join = Callable[[str], Awaitable[Node]]
+Join = Callable[..., Awaitable[Node]]
 
 
 @pytest.fixture
@@ -47,23 +51,26 @@ def daemon(monkeypatch) -> Iterator[Simulated]:
 
 @pytest.fixture
 async def join(tmp_path: Path) -> AsyncIterator[Join]:
-    """Opens nodes of one network, each with a store of its own."""
+    """Opens nodes of one network, or alone, each with a store of its own."""
     hub, archive, nodes = MemoryHub(), new_archive(), list[Node]()
     async with AsyncExitStack() as stack:
 
-        async def opened(name: str) -> Node:
+        async def opened(name: str, *, alone: bool = False) -> Node:
             peers = tuple(address for node in nodes for address in node.addresses())
             network = NetworkSettings(
                 open=over_memory(hub), peers=peers, archive=archive, rules=Selection(isolation="none")
             )
             folder = tmp_path / name
             executors = [ProcessExecutor(folder / "process", slots=2)]
-            nodes.append(await open_node(folder, executors=executors, network=network))
-            stack.push_async_callback(nodes[-1].close)
+            node = await open_node(folder, executors=executors, network=None if alone else network)
+            stack.push_async_callback(node.close)
+            if alone:
+                return node
+            nodes.append(node)
             async with asyncio.timeout(60):
                 while any(len(node.membership or ()) < len(nodes) - 1 for node in nodes):  # noqa: ASYNC110 - a machine
                     await asyncio.sleep(0.01)
-            return nodes[-1]
+            return node
 
         yield opened
 
@@ -119,6 +126,47 @@ async def test_a_file_that_the_daemon_has_lost_fails_its_shard_alone(daemon, joi
     error = view.shards[4].outcome.error
     assert (error.kind, error.message.partition(":")[0]) == ("input", "042.bin")
     assert f"kubo at {daemon.address}" in error.message
+
+
+# --- gateways ---
+
+
+async def over_gateway(node: Node, cid: str) -> None:
+    view, updates = await run(node, TOTAL, f"ipfs://{cid}", globs=("00?.bin",), sharding=Sharding(n=2))
+    assert [shard.outcome and shard.outcome.value.blob.inline for shard in view.shards] == [b"%d" % (5 * SIZE)] * 2
+    assert len([update for update in updates if isinstance(update, ShardBytes) and update.cid]) == 10
+
+
+async def test_a_gateway_that_the_environment_names_gives_what_is_public(daemon, join, tmp_path, monkeypatch):
+    cid = hundred(daemon, tmp_path / "in")
+    other, node = await join("a"), await join("b", alone=True)
+    await fetch(other.content, Cid.parse(cid), [Kubo(daemon.address)])
+    monkeypatch.delenv("BACALHAU_IPFS_CONNECT")
+    api = ApiServer(LocalClient(other), [own_key("secret")])
+    await api.start(bind("127.0.0.1", 0))
+    monkeypatch.setenv("BACALHAU_IPFS_GATEWAYS", f"http://127.0.0.1:1, {api.url}")
+    try:
+        with pytest.raises(ContentError, match=rf"http://127\.0\.0\.1:1 \(.*{api.url} \(.*: it answers 4"):
+            await run(node, TOTAL, f"ipfs://{cid}")
+        other.grants.publish(cid)
+        await over_gateway(node, cid)
+    finally:
+        await api.close()
+
+
+if rpc_daemon.KUBO:
+
+    async def test_kubos_own_gateway_serves_as_well(daemon, join, tmp_path, monkeypatch):
+        cid = hundred(daemon, tmp_path / "in")
+
+        async def archive() -> AsyncIterator[bytes]:
+            yield daemon.archive(Cid.parse(cid))
+
+        monkeypatch.delenv("BACALHAU_IPFS_CONNECT")
+        with rpc_daemon.daemon("kubo", tmp_path / "daemon") as kubo:
+            await Kubo(kubo.address).take(Cid.parse(cid), archive())
+            monkeypatch.setenv("BACALHAU_IPFS_GATEWAYS", kubo.gateway)
+            await over_gateway(await join("a"), cid)
 
 
 # --- published ---

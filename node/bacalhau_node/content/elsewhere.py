@@ -30,7 +30,7 @@ PATIENCE: Final = 30.0
 
 
 def named() -> tuple[Provider, ...]:
-    """Whom the environment names; raises `SpecError` for settings that can't be."""
+    """Whom the environment names, for one loop; raises `SpecError` for settings that can't be."""
     urls = [url.strip() for url in os.environ.get(GATEWAYS, "").split(",") if url.strip()]
     if urls and importlib.util.find_spec("aiohttp") is None:
         raise SpecError(f"asking the gateways of {GATEWAYS} needs aiohttp: pip install 'bacalhau-jupyter[http]'")
@@ -43,6 +43,8 @@ class Elsewhere:
 
     def __init__(self, store: ContentStore) -> None:
         self._store = store
+        self._settings: tuple[str | None, ...] = ()
+        self._named: tuple[Provider, ...] = ()
         self._coming: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     def listing(self, cid: str, path: str) -> list[tuple[str, str, int]]:
@@ -60,13 +62,20 @@ class Elsewhere:
 
         Who asks for what is on its way already waits for it. Raises `ContentError` that says who was asked.
         """
-        providers = (*first, *named())
+        providers = (*first, *self._again())
         if not providers:
             raise _nobody(cid)
         lock = self._coming.setdefault(cid, asyncio.Lock())
         async with lock:
             root, limit = Cid.parse(cid), size + MAX_BLOCK  # a folder may tell the size of a small file wrongly
             await fetch(self._store, root, providers, limit=limit, told=told, patience=PATIENCE)
+
+    def _again(self) -> tuple[Provider, ...]:
+        """Whom the environment names, the same ones as long as it does: files that come together share connections."""
+        settings = (os.environ.get(CONNECT), os.environ.get(GATEWAYS))
+        if settings != self._settings:
+            self._named, self._settings = named(), settings
+        return self._named
 
 
 def _nobody(cid: str) -> ContentError:
