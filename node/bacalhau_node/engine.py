@@ -36,18 +36,11 @@ from msgspec import structs
 from bacalhau_node.errors import BacalhauError, ContentError
 from bacalhau_node.feed import Feed, ShardBytes, ShardText
 from bacalhau_node.ids import Execution, JobId, NodeId
+from bacalhau_node.machines import Machines, for_membership
 from bacalhau_node.mail import Mail
 from bacalhau_node.messages import (
-    Accept,
-    Announce,
-    Cancel,
-    Kept,
     Lines,
-    MembershipMessage,
     NodeRecord,
-    Offer,
-    Recall,
-    Reject,
     Transfer,
 )
 from bacalhau_node.ports import ContentStore, Journal, Transport
@@ -69,11 +62,6 @@ FAREWELL = 1.0
 """Seconds that the last words of a node may take."""
 
 LONGEST_WAIT = 16 * STORE_AGAIN
-
-_TO_COMPUTE = (Offer, Accept, Reject, Kept, Cancel, Recall, Announce)
-_COMPUTE_EVENTS = (ev.ExecutionStarted, ev.ExecutionEnded)
-_COMPUTE_TIMERS = (ev.HeartbeatTimer, ev.ProposeTimer, ev.BidTimer)
-_MEMBERSHIP_EVENTS = (ev.LinkUp, ev.LinkDown, ev.Dialled, ev.DialFailed, ev.Join, ev.Leave, ev.LoadChanged)
 
 
 @dataclass(frozen=True)
@@ -111,6 +99,7 @@ class Engine:
     ) -> None:
         self._requester, self._compute = requester, compute
         self._membership = network.membership if network is not None else None
+        self._machines = Machines(requester, compute, self._membership)
         self._describe = network.describe if network is not None else None
         self._load = (-1, -1)
         self._transport, self._journal, self._content = transport, journal, content
@@ -210,7 +199,7 @@ class Engine:
         now = self._loop.time()
         while self._inbox or self._load_has_changed():
             event = self._inbox.popleft()
-            effects += self._routed(self._machine(event).step(event, now))
+            effects += self._routed(self._machines.of(event).step(event, now))
         try:
             self._commit(effects)
         except ContentError as error:
@@ -227,13 +216,6 @@ class Engine:
                 self._inbox.append(effect)
             else:
                 yield effect
-
-    def _machine(self, event: ev.Event) -> Requester | Compute | Membership:
-        if self._membership is not None:
-            if _for_membership(event):
-                return self._membership
-            self._compute.network = self._requester.book.network = 1 + len(self._membership)
-        return self._compute if _for_compute(event) else self._requester
 
     def _load_has_changed(self) -> bool:
         """Whether this node's record must say something new: then that is the next event."""
@@ -325,7 +307,7 @@ class Engine:
 
     def _hear(self, event: ev.Event) -> None:
         """An event of the network; without membership nobody cares for links."""
-        if self._membership is not None or not _for_membership(event):
+        if self._membership is not None or not for_membership(event):
             self.post(event)
 
     def _passing(self, sender: NodeId, news: Lines | Transfer) -> None:
@@ -409,23 +391,3 @@ class Engine:
             await self._work.release(job)
         except BacalhauError:
             log.exception("job %s was not released cleanly", job)
-
-
-def _for_membership(event: ev.Event) -> bool:
-    match event:
-        case ev.Received(message=message):
-            return isinstance(message, MembershipMessage)
-        case ev.TimerFired(timer):
-            return isinstance(timer, ev.ExchangeTimer)
-        case _:
-            return isinstance(event, _MEMBERSHIP_EVENTS)
-
-
-def _for_compute(event: ev.Event) -> bool:
-    match event:
-        case ev.Received(message=message):
-            return isinstance(message, _TO_COMPUTE)
-        case ev.TimerFired(timer):
-            return isinstance(timer, _COMPUTE_TIMERS)
-        case _:
-            return isinstance(event, _COMPUTE_EVENTS)

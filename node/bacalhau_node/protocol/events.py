@@ -2,6 +2,8 @@
 
 Events are named for what happened, effects for what to do. Time comes in as `now` (seconds of
 a monotonic clock, never stored on disk); a timer comes back as the very value that was asked for.
+
+Longer than 400 lines because all that goes in and out of the machines is in one place.
 """
 
 from __future__ import annotations
