@@ -15,6 +15,7 @@ from typing import Literal
 import msgspec
 
 from bacalhau_node import __version__
+from bacalhau_node.content.kubo import CONNECT, connected
 from bacalhau_node.errors import BacalhauError, SpecError
 from bacalhau_node.executors.gpus import NO_DRIVER, detect, listed
 from bacalhau_node.folders import data_folder
@@ -47,7 +48,7 @@ async def examine() -> list[Finding]:
             findings += map(_executor, node.facilities.executors())
         finally:
             await node.close()
-    findings += [_uv(), await asyncio.to_thread(_gpu)]
+    findings += [_uv(), await asyncio.to_thread(_gpu), await _ipfs()]
     return findings
 
 
@@ -109,3 +110,13 @@ def _gpu() -> Finding:
     if problem == NO_DRIVER:
         return Finding("GPU", "ok", f"none ({NO_DRIVER}): jobs with --gpu are refused")
     return Finding("GPU", "warning", problem, "jobs with --gpu are refused until it is")
+
+
+async def _ipfs() -> Finding:
+    try:
+        daemon = connected()
+        if daemon is None:
+            return Finding("IPFS daemon", "ok", f"none named by {CONNECT}: --publish ipfs is refused")
+        return Finding("IPFS daemon", "ok", f"{daemon.name}, version {await daemon.version()}")
+    except BacalhauError as error:
+        return Finding("IPFS daemon", "warning", str(error), f"start it, or correct {CONNECT}")
