@@ -115,8 +115,11 @@ def _gpu() -> Finding:
 async def _ipfs() -> Finding:
     try:
         daemon = connected()
-        if daemon is None:
-            return Finding("IPFS daemon", "ok", f"none named by {CONNECT}: --publish ipfs is refused")
+    except BacalhauError as error:
+        return Finding("IPFS daemon", "warning", str(error), "see the text")
+    if daemon is None:
+        return Finding("IPFS daemon", "ok", f"none named by {CONNECT}: --publish ipfs is refused")
+    try:
         return Finding("IPFS daemon", "ok", f"{daemon.name}, version {await daemon.version()}")
     except BacalhauError as error:
-        return Finding("IPFS daemon", "warning", str(error), f"start it, or correct {CONNECT}")
+        return Finding("IPFS daemon", "warning", f"{daemon.name}: {error}", f"start it, or correct {CONNECT}")
