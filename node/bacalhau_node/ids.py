@@ -30,8 +30,8 @@ class Execution(msgspec.Struct, frozen=True, order=True, gc=False):
     """One shard of one job on one node: `attempt` counts the offers of that shard, from 1."""
 
     job: JobId
-    shard: int
-    attempt: int
+    shard: Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
+    attempt: Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 
     def __str__(self) -> str:
         return f"{short(self.job)}/{self.shard}#{self.attempt}"

@@ -17,10 +17,17 @@ from typing import Annotated, Literal
 import msgspec
 
 from bacalhau_node.ids import Execution, JobId, NodeId
-from bacalhau_node.spec import Isolation, JobSpec
+from bacalhau_node.spec import MAX_SHARDS, Isolation, JobSpec
 
 INLINE_LIMIT = 64 * 1024
 """Values and texts up to this size travel inside the message (DESIGN section 3)."""
+
+MAX_ROUND = 16
+"""Rounds in which one job is announced, as far as a node follows them: each takes twice as long as the one before."""
+
+Room = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
+Short = Annotated[str, msgspec.Meta(max_length=512)]
+"""A text that others keep in memory, or in a journal."""
 
 ErrorKind = Literal[
     "exception",  # the cell raised: `name`, `message` and `frames` say what and where
@@ -108,9 +115,9 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
 class ShardOffer(msgspec.Struct, frozen=True, gc=False):
     """One shard of an offer; `block` is the CID of its entry list (its part of the plan)."""
 
-    shard: int
-    attempt: int
-    block: str
+    shard: Annotated[int, msgspec.Meta(ge=0, lt=MAX_SHARDS)]
+    attempt: Annotated[int, msgspec.Meta(ge=1, lt=2**31)]
+    block: Short
 
 
 class Grant(msgspec.Struct, frozen=True, gc=False):
@@ -119,8 +126,8 @@ class Grant(msgspec.Struct, frozen=True, gc=False):
     `gateways`: base URLs where it is good besides streams to the requester.
     """
 
-    token: str
-    gateways: tuple[str, ...] = ()
+    token: Short
+    gateways: Annotated[tuple[Short, ...], msgspec.Meta(max_length=4)] = ()
 
 
 class Offer(msgspec.Struct, frozen=True, tag="offer"):
@@ -129,7 +136,7 @@ class Offer(msgspec.Struct, frozen=True, tag="offer"):
     job: JobId
     spec: JobSpec
     shards: tuple[ShardOffer, ...]
-    count: int
+    count: Annotated[int, msgspec.Meta(ge=1, le=MAX_SHARDS)]
     """How many shards the job has in all."""
     grant: Grant | None = None
     """How to fetch what the shards need; None within one node."""
@@ -175,7 +182,7 @@ class Take(msgspec.Struct, frozen=True, tag="take"):
     """These executions start now. `room`: how many more this node would take at this moment."""
 
     executions: tuple[Execution, ...]
-    room: int
+    room: Room
 
 
 class Refuse(msgspec.Struct, frozen=True, tag="refuse"):
@@ -184,7 +191,7 @@ class Refuse(msgspec.Struct, frozen=True, tag="refuse"):
     executions: tuple[Execution, ...]
     kind: Literal["busy", "never"]
     reason: str
-    room: int = 0
+    room: Room = 0
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):
@@ -192,7 +199,7 @@ class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):
 
     executions: tuple[Execution, ...]
     running: tuple[Execution, ...]
-    room: int
+    room: Room
 
 
 class Started(msgspec.Struct, frozen=True, tag="started", gc=False):
@@ -206,7 +213,7 @@ class Propose(msgspec.Struct, frozen=True, tag="propose"):
 
     execution: Execution
     outcome: Outcome
-    room: int
+    room: Room
 
 
 class Lines(msgspec.Struct, frozen=True, tag="lines", gc=False):
@@ -239,17 +246,17 @@ class Announce(msgspec.Struct, frozen=True, tag="announce"):
 
     job: JobId
     requester: NodeId
-    addresses: tuple[str, ...]
+    addresses: Annotated[tuple[Short, ...], msgspec.Meta(max_length=64)]
     spec: JobSpec
-    wanted: int
-    round: int
+    wanted: Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
+    round: Annotated[int, msgspec.Meta(ge=0, le=MAX_ROUND)]
 
 
 class Bid(msgspec.Struct, frozen=True, tag="bid", gc=False):
     """To a requester that announced: I can run this job and have so much room."""
 
     job: JobId
-    room: int
+    room: Room
 
 
 # --- messages among neighbours: who is there ---

@@ -12,7 +12,7 @@ up in front of everybody else's.
 
 **The same answer to the same question.** The transport may repeat and reorder. A repeated offer of what is
 held is answered alike; one of what was refused or is over is refused as busy, never run again:
-for each shard the highest attempt seen is remembered (of the last `REMEMBERED` jobs; a node
+for each shard the highest attempt seen is remembered (of the last jobs, see `here`; a node
 that was restarted remembers only results that it still owes).
 
 **Owing a result.** When an execution ends its outcome is journaled, then proposed, again and again (ever more
@@ -31,7 +31,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from bacalhau_node.errors import BugError
-from bacalhau_node.ids import Execution, JobId, NodeId
+from bacalhau_node.ids import Execution, NodeId
 from bacalhau_node.messages import (
     Accept,
     Announce,
@@ -71,12 +71,15 @@ from bacalhau_node.protocol.events import (
     TimerFired,
     Write,
 )
+from bacalhau_node.protocol.here import JobsHere
 from bacalhau_node.protocol.placement import LEASE
 from bacalhau_node.protocol.tables import EXECUTION, Story, illegal, remember
 from bacalhau_node.spec import JobSpec
 
 HEARTBEAT: Final = LEASE / 3
 """Seconds between heartbeats: two may be lost without harm."""
+
+ANOTHERS: Final = "a job of another node has this id, and is not over here"
 
 PROPOSE_AGAIN: Final = 5.0
 PROPOSE_SELDOM: Final = 60.0
@@ -90,8 +93,8 @@ SHORT_SHARD: Final = 0.02
 LONG_SHARD: Final = 0.1
 """Prefetch beyond the free slots, and the seconds of a shard that double or halve it (DESIGN section 5)."""
 
-REMEMBERED: Final = 256
-"""Jobs without held executions whose attempts are remembered (a guess)."""
+MAX_HELD: Final = 10_000
+"""Executions that are held for one requester: one that never keeps results must not fill the disk (a guess)."""
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -117,14 +120,6 @@ class Owner:
     beating: bool = False
 
 
-@dataclass(slots=True, eq=False, repr=False)
-class JobHere:
-    """A job of which this node has seen offers: how many executions are held, and each shard's highest attempt."""
-
-    held: int = 0
-    seen: dict[int, int] = field(default_factory=dict)
-
-
 class Compute:
     """The machine of the work that one node does for requesters.
 
@@ -143,7 +138,7 @@ class Compute:
         self._refuse = refuse
         self._bidder = Bidder(node)
         self._owners: dict[NodeId, Owner] = {}
-        self._jobs: dict[JobId, JobHere] = {}
+        self._jobs = JobsHere()
         self._now = 0.0
         self._rows: list[Effect] = []
         self._out: list[Effect] = []
@@ -199,7 +194,7 @@ class Compute:
     def check(self) -> None:
         """Raise `BugError` if the records contradict each other or break a rule of the protocol."""
         owned = sum(len(owner.held) for owner in self._owners.values())
-        counted = sum(job.held for job in self._jobs.values())
+        counted = self._jobs.held
         if owned != len(self.held) or counted != owned:
             raise BugError(f"node {self.node}: {len(self.held)} executions held, {owned} owned, {counted} counted")
         invariants.check_held(self.held.values(), active=self.active, most=self.slots + MAX_PREFETCH)
@@ -233,6 +228,9 @@ class Compute:
         if (reason := self._refuse(sender, offer.spec)) is not None:
             self._out.append(Send(sender, Refuse(tuple(executions), "never", reason, self.room)))
             return
+        if self._jobs.is_anothers(offer.job, sender, self._now):
+            self._out.append(Send(sender, Refuse(tuple(executions), "busy", ANOTHERS, self.room)))
+            return
         taken: list[Execution] = []
         busy: list[Execution] = []
         runs: list[Effect] = []
@@ -241,12 +239,12 @@ class Compute:
             if (held := self._of(sender, execution)) is not None:
                 taken.append(execution)
                 again += [held] if held.state == "proposed" else []
-            elif self.room and self._unseen(execution):
+            elif self._has_room(sender) and self._jobs.is_new(execution, sender):
                 taken.append(execution)
                 self._hold(Held(execution, sender, grant=offer.grant))
                 runs.append(Run(execution, offer.spec, one.block, offer.count, sender, offer.grant, offer.secrets))
             else:
-                self._see(execution)
+                self._jobs.see(execution, sender)
                 busy.append(execution)
         if taken:
             self._out.append(Send(sender, Take(tuple(taken), self.room)))
@@ -306,11 +304,14 @@ class Compute:
 
     # --- records ---
 
+    def _has_room(self, requester: NodeId) -> bool:
+        owner = self._owners.get(requester)
+        return self.room > 0 and (owner is None or len(owner.held) < MAX_HELD)
+
     def _hold(self, held: Held) -> None:
         execution = held.execution
-        self._see(execution)
+        self._jobs.hold(execution, held.requester)
         self.held[execution] = held
-        self._jobs[execution.job].held += 1
         if held.state == "taken":
             self.active += 1
         owner = self._owners.setdefault(held.requester, Owner(self._now))
@@ -318,23 +319,6 @@ class Compute:
         if not owner.beating:
             owner.beating = True
             self._out.append(SetTimer(HeartbeatTimer(held.requester), self._now + HEARTBEAT))
-
-    def _unseen(self, execution: Execution) -> bool:
-        job = self._jobs.get(execution.job)
-        return job is None or job.seen.get(execution.shard, 0) < execution.attempt
-
-    def _see(self, execution: Execution) -> None:
-        job = self._jobs.get(execution.job)
-        if job is None:
-            job = self._jobs[execution.job] = JobHere()
-            if len(self._jobs) > REMEMBERED:
-                self._forget_oldest()
-        job.seen[execution.shard] = max(execution.attempt, job.seen.get(execution.shard, 0))
-
-    def _forget_oldest(self) -> None:
-        oldest = next((job for job, here in self._jobs.items() if not here.held), None)
-        if oldest is not None:
-            del self._jobs[oldest]
 
     def _move(self, held: Held, verb: str) -> None:
         after = EXECUTION[held.state].get(verb)
@@ -360,9 +344,7 @@ class Compute:
             self._out.append(Forget(execution, held.outcome))
         del self.held[execution]
         del self._owners[held.requester].held[execution]
-        job = self._jobs[execution.job]
-        job.held -= 1
-        if job.held == 0:
+        if self._jobs.let_go(execution.job, self._now):
             self._out.append(ReleaseJob(execution.job))
 
     # --- time ---
