@@ -14,7 +14,7 @@ import msgspec
 
 from bacalhau_node.cid import Cid
 from bacalhau_node.content.blocks import BlockStore
-from bacalhau_node.content.gateway import gathered
+from bacalhau_node.content.gateway import in_threads
 from bacalhau_node.content.reader import Reader
 from bacalhau_node.errors import SpecError
 from bacalhau_node.feed import Feed
@@ -387,8 +387,7 @@ def _shard_view(feed: Feed, index: int, inputs: tuple[str, ...]) -> ShardView:
 async def in_parts(store: ContentStore, cid: str, path: str) -> AsyncIterator[bytes]:
     """`results.file_parts`, read in threads."""
     with store.hold():
-        parts = gathered(file_parts(store, cid, path))
-        while part := await asyncio.to_thread(next, parts, b""):
+        async for part in in_threads(file_parts(store, cid, path)):
             yield part
 
 

@@ -206,6 +206,10 @@ class ContentStore(Protocol):
         """Store a block that was checked against its CID, and all of whose links are here. Mostly quick."""
         ...
 
+    def to_send(self, cid: Cid) -> bytes:
+        """`block` for those who send it on to somebody who checks it: what is surely unchanged isn't hashed. Quick."""
+        ...
+
     def file_size(self, cid: Cid) -> int | None:
         """The size of the file with this root, if it is known without reading it. Quick."""
         ...

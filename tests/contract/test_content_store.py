@@ -442,6 +442,23 @@ def test_a_whole_file_that_somebody_wrote_to_is_not_handed_out(store):
     assert store.file(store.add_bytes(BIG)).read_bytes() == BIG
 
 
+@pytest.mark.parametrize("profile", PROFILES)
+def test_a_block_that_is_sent_is_hashed_unless_its_file_is_the_one_that_was_hashed(folder, profile):
+    with contextlib.closing(BlockStore(folder, profile=profile)) as store:
+        root = Cid.parse(store.add_bytes(BIG))
+        leaf = next(Cid.raw(block.digest) for block in store._index.blocks() if block.slice is not None)
+        assert store.to_send(root) == store.block(root)
+        assert store.to_send(leaf) == store.block(leaf)
+        assert store.to_send(Cid.parse(store.put(b"pending"))) == b"pending"
+        path = store.file(str(root))
+        path.chmod(0o644)
+        path.write_bytes(BIG[::-1])
+        with pytest.raises(ContentError, match="damaged"):
+            store.to_send(leaf)
+        with pytest.raises(ContentError, match="is not in the content store"):
+            store.to_send(Cid.parse(ABSENT))
+
+
 def test_a_stamp_of_an_earlier_boot_proves_nothing(folder, reopen, monkeypatch):
     """After a power failure a file may have its size and time but not its bytes."""
     monkeypatch.setattr("bacalhau_node.content.files._boot", lambda: "before")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
@@ -303,6 +304,19 @@ async def test_single_blocks_complete_what_was_here_before(node, store):
     fetched = await fetch(store, node.root, [HttpProvider(node.server.url, token="grant")])
     assert 0 < fetched.bytes < 10_000
     assert store.holds(node.root)
+
+
+async def test_a_bit_that_no_time_tells_of_is_found_by_who_gets_it(node, store):
+    data = FILES["large.bin"]
+    root = Cid.parse(node.store.add_bytes(data))
+    path = node.store.file(str(root))
+    times = path.stat()
+    path.chmod(0o644)
+    path.write_bytes(data[:-1] + bytes((data[-1] ^ 1,)))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(ContentError, match=r"damaged, or its sender lies.*not to be trusted"):
+        await fetch(store, root, [HttpProvider(node.server.url, token="root")])
+    assert not store.holds(root)
 
 
 async def test_an_answer_that_a_missing_block_cuts_off_is_no_whole_one(node, store, tmp_path):

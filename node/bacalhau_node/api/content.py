@@ -14,7 +14,7 @@ from bacalhau_node.api.jobs import CALLER
 from bacalhau_node.cid import Cid
 from bacalhau_node.client import PUT, LocalClient
 from bacalhau_node.content import car
-from bacalhau_node.content.gateway import gathered
+from bacalhau_node.content.gateway import in_threads
 from bacalhau_node.content.reader import Reader
 from bacalhau_node.errors import ContentError
 
@@ -158,9 +158,8 @@ async def _gathered(request: web.Request) -> AsyncIterator[bytes]:
 
 
 async def _send(parts: Iterator[bytes], stream: Stream) -> None:
-    """Read in threads, some parts at once; send them when they are there."""
-    parts = gathered(parts)
-    while data := await asyncio.to_thread(next, parts, b""):
+    """Read in threads; send what is there."""
+    async for data in in_threads(parts):
         await stream.send(data)
 
 

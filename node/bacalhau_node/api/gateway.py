@@ -20,7 +20,7 @@ from multidict import CIMultiDict
 from bacalhau_node.api.answers import TRAFFIC, Refused, Stream
 from bacalhau_node.api.auth import Keys, bearer
 from bacalhau_node.cid import Cid
-from bacalhau_node.content.gateway import Gateway
+from bacalhau_node.content.gateway import Gateway, in_threads
 from bacalhau_node.content.walk import Span, Want, resolved, steps_of
 from bacalhau_node.errors import ContentError, NodeUnreachable, SpecError
 from bacalhau_node.ports import ContentStore, Scope
@@ -105,8 +105,9 @@ class GatewayRoutes:
         headers["Accept-Ranges"] = "none"
         parts = self._gateway.archive(asked.want)
         async with Stream(request, headers=headers) as stream:
-            while request.method != "HEAD" and (part := await asyncio.to_thread(next, parts, b"")):
-                await stream.send(part)
+            if request.method != "HEAD":
+                async for part in in_threads(parts):
+                    await stream.send(part)
         return stream.response
 
     def _roots(self, want: Want) -> list[Cid]:

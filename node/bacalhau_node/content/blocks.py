@@ -7,10 +7,11 @@ tells the world about a CID flushes first. What the index claims is on disk (see
 process may die at any moment; blocks that were put and not flushed die with it, nothing else. Importing
 something again always replaces what is there, so it also mends what was damaged.
 
-**Verified reads.** Every block that is read is hashed and compared with its name. The one exception is
-`file`: a whole file whose stamp (size, modification time, inode, boot) is the one that it had when the store
-itself hashed it is handed out without hashing it again. A file with another stamp is hashed first; a linked one
-whose stamp is another has changed, and is forgotten with all that contains it.
+**Verified reads.** Every block that is read is hashed and compared with its name. The exceptions are
+`file` and `to_send`: a whole file whose stamp (size, modification time, inode, boot) is the one that it had when the
+store itself hashed it is handed out without hashing it again, and so are its blocks to those who hash them anyway. A
+file with another stamp is hashed first; a linked one whose stamp is another has changed, and is forgotten with all that
+contains it.
 
 **What stays.** What is pinned stays, and what was used within the hour or within a hold (see `session`); the rest is
 collected when the store has grown over its limit, least recently used first (see `collect`).
@@ -246,6 +247,11 @@ class BlockStore:
         if pending is not None:
             return pending[1]
         return self._disk.block(cid)
+
+    def to_send(self, cid: Cid) -> bytes:
+        """`block` for those who send it on to somebody who checks it; not hashed again where `file` would not."""
+        pending = self._pending.get(cid.digest)
+        return self._disk.to_send(cid) if pending is None else pending[1]
 
     def holds(self, cid: Cid) -> bool:
         """`has` for those that hold the CID in bytes."""

@@ -41,10 +41,13 @@ class PbLink(msgspec.Struct, frozen=True, gc=False):
 
 
 class Node(msgspec.Struct, frozen=True, gc=False):
-    """A decoded UnixFS node. `filesize`: the file's bytes below it; `blocksizes`: of each link's part."""
+    """A decoded UnixFS node. `filesize`: the file's bytes below it; `blocksizes`: of each link's part.
+
+    `data` may be a part of the block that it was decoded from.
+    """
 
     type: int
-    data: bytes
+    data: bytes | memoryview
     links: tuple[PbLink, ...] = ()
     filesize: int = 0
     blocksizes: tuple[int, ...] = ()
@@ -134,7 +137,7 @@ def has_links(block: bytes) -> bool:
 def decode_node(block: bytes) -> Node:
     """The UnixFS node in a dag-pb block; raises `ContentError` for anything malformed."""
     data, links = None, []
-    for field, value in _fields(memoryview(block)):  # a leaf's data is copied once, in the end
+    for field, value in _fields(memoryview(block)):  # a leaf's data is not copied
         if field == 1 and isinstance(value, memoryview) and data is None:
             data = value
         elif field == 2 and isinstance(value, memoryview):
@@ -165,13 +168,14 @@ def _decode_link(data: bytes) -> PbLink:
 
 def _decode_unixfs(data: memoryview, links: tuple[PbLink, ...]) -> Node:
     numbers = {1: -1, 3: 0, 5: 0, 6: 0}  # type, filesize, hashType, fanout
-    body, sizes = b"", []
+    sizes: list[int] = []
+    body = data[:0]
     for field, value in _fields(data):
         match field, value:
             case ((1 | 3 | 5 | 6), int()):
                 numbers[field] = value
             case 2, memoryview():
-                body = bytes(value)
+                body = value
             case 4, int():
                 sizes.append(value)
             case (7, int()) | (8, memoryview()):

@@ -33,6 +33,17 @@ class Disk:
             raise ContentError(f"the block {cid} is not in the content store {folder}: import its data here first")
         return self._checked(block, cid)
 
+    def to_send(self, cid: Cid) -> bytes:
+        """`block`, not hashed where it lies in a file of the store that has not changed since the store hashed it."""
+        block = self._index.find(cid.digest)
+        if block is None or block.slice is None or block.slice.linked:
+            return self.block(cid)
+        whole = self._index.file(block.slice.root)
+        data, status = _read(self._files.file_path(block.slice.root), block, cid)
+        if whole is not None and self._files.stamp_of(status, linked=False) == whole.stamp:
+            return data
+        return self._checked(block, cid)
+
     def file_size(self, cid: Cid) -> int | None:
         """The size of a file that the index knows without reading it."""
         whole = self._index.file(cid.v1().binary)
@@ -68,17 +79,16 @@ class Disk:
             return self._linked(block, cid)
         data, place = block.data, f"the index of {self._files.folder}"
         if data is None:
-            path = self._path(block)
-            place = str(path)
-            data = _read(path, block, cid)
+            place = self._path(block)
+            data, _ = _read(place, block, cid)
         if not cid.matches(data):
             raise ContentError(f"the block {cid} in {place} is damaged: import its data again to replace it")
         return data
 
-    def _path(self, block: Block) -> Path:
+    def _path(self, block: Block) -> str:
         if block.slice is None:
-            return Path(self._files.block_path(block.digest))
-        return Path(self._files.file_path(block.slice.root))
+            return self._files.block_path(block.digest)
+        return self._files.file_path(block.slice.root)
 
     def _linked(self, block: Block, cid: Cid) -> bytes:
         """A block that lies in a file of a user, which may have changed at any time."""
@@ -87,10 +97,11 @@ class Disk:
         if whole is None or whole.path is None:  # lost, or replaced by the store's own, since the block was found
             return self.block(cid)
         stamp = self._files.stamp(whole)
-        data = _read(whole.path, block, cid) if stamp is not None and _same(stamp, whole) else None
-        if data is None or not cid.matches(data):
-            self._lose(whole)
-        return data
+        if stamp is not None and _same(stamp, whole):
+            data, _ = _read(str(whole.path), block, cid)
+            if cid.matches(data):
+                return data
+        return self._lose(whole)
 
     def _lose(self, whole: WholeFile) -> NoReturn:
         lose(self._index, self._files, whole.root)
@@ -120,17 +131,17 @@ def _not_whole(root: Cid, path: Path) -> ContentError:
     return ContentError(f"{path}, which holds the file {root}, was changed or removed: import its data again")
 
 
-def _read(path: Path, block: Block, cid: Cid) -> bytes:
+def _read(path: str, block: Block, cid: Cid) -> tuple[bytes, os.stat_result]:
+    """The bytes of a block that lies in a file, unchecked, and what the file looked like when they had been read."""
     try:
-        if block.slice is None:
-            return path.read_bytes()
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            data = os.pread(handle, block.slice.length, block.slice.at)
+            length, at = (block.size, 0) if block.slice is None else (block.slice.length, block.slice.at)
+            data, status = os.pread(handle, length, at), os.fstat(handle)
         finally:
             os.close(handle)
     except OSError as error:
         raise ContentError(
             f"the block {cid} cannot be read from {path} ({error.strerror}): import its data again to replace it"
         ) from error
-    return leaf_block(data, raw=block.size == block.slice.length)
+    return leaf_block(data, raw=block.size == length), status

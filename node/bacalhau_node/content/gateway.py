@@ -26,6 +26,7 @@ import msgspec
 from bacalhau_node.cid import RAW, Cid
 from bacalhau_node.content import car
 from bacalhau_node.content.grants import Grants
+from bacalhau_node.content.heap import keep_memory
 from bacalhau_node.content.walk import Want, selected, steps_of
 from bacalhau_node.errors import ContentError, SpecError
 from bacalhau_node.ids import NodeId
@@ -33,6 +34,9 @@ from bacalhau_node.ports import Answering, ContentStore, Scope
 
 PART: Final = 1024 * 1024
 """Bytes that are read at once, and that a part of an answer over a stream has at most."""
+
+JOINED: Final = 128 * 1024
+"""Small parts are joined up to so many bytes."""
 
 MAX_KNOWN: Final = 1_000_000
 """Blocks that are remembered to lie below a root: some 100 MB, and 250 GB of content."""
@@ -69,9 +73,11 @@ class Gateway:
         return any(self._lies_below(public, cid) for public in self._grants.public())
 
     def archive(self, want: Want) -> Iterator[bytes]:
-        """A CAR in parts of about `PART` bytes; raises `ContentError` where a block is missing."""
-        sections = (car.section(cid, block) for cid, block in selected(self._store.block, want))
-        return gathered(chain((car.header([want.cid]),), sections))
+        """A CAR; raises `ContentError` where a block is missing. Its blocks are not hashed more often than need be."""
+        keep_memory()
+        blocks = selected(self._store.to_send, want)
+        sections = ((car.section_head(cid, len(block)), block) for cid, block in blocks)
+        return gathered(chain((car.header([want.cid]),), chain.from_iterable(sections)))
 
     def answering(self) -> Answering:
         """The handler for `ports.Transport.serve`."""
@@ -87,7 +93,7 @@ class Gateway:
             yield bytes((NOT_HERE,)) + str(error).encode()
             return
         yield bytes((GOOD,))
-        while part := await asyncio.to_thread(next, parts, b""):
+        async for part in in_threads(parts):
             for at in range(0, len(part), PART):
                 yield part[at : at + PART]
 
@@ -146,14 +152,32 @@ class _Below:
 
 
 def gathered(parts: Iterable[bytes]) -> Iterator[bytes]:
-    """The same bytes in larger parts: small ones are joined up to `PART`, larger ones stay as they are."""
+    """The same bytes in larger parts: small ones are joined up to `JOINED`, larger ones stay as they are."""
     found: list[bytes] = []
     size = 0
     for part in parts:
-        if size and size + len(part) > PART:
+        if size and size + len(part) > JOINED:
             yield b"".join(found)
             found, size = [], 0
         found.append(part)
         size += len(part)
     if size:
         yield b"".join(found)
+
+
+async def in_threads(parts: Iterable[bytes]) -> AsyncIterator[bytes]:
+    """The same bytes, `gathered`, read in threads and about `PART` of them at once."""
+    waiting = gathered(parts)
+    while batch := await asyncio.to_thread(_some, waiting):
+        for part in batch:
+            yield part
+
+
+def _some(parts: Iterator[bytes]) -> list[bytes]:
+    found, size = [], 0
+    for part in parts:
+        found.append(part)
+        size += len(part)
+        if size >= PART:
+            break
+    return found

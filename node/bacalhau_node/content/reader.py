@@ -90,7 +90,7 @@ class Reader:
             for name, child in self._entries(node, path):
                 yield from self._walk(child, f"{path}/{name}" if path else name, depth + 1)
         elif node.type == dagpb.SYMLINK:
-            yield Item(path, "symlink", cid, target=_text(node.data))
+            yield Item(path, "symlink", cid, target=_text(bytes(node.data)))
         elif node.type in {dagpb.FILE, dagpb.RAW_FILE}:
             yield Item(path, "file", cid, node.filesize)
         else:
@@ -169,7 +169,7 @@ class Reader:
             raise ContentError(f"{cid} is not a file but a folder or a link: name a file in it")
         if len(node.links) != len(node.blocksizes) or node.filesize != len(node.data) + sum(node.blocksizes):
             raise ContentError(f"the file {cid} contradicts itself about its size: its data is not to be trusted")
-        return node.data, list(zip(node.links, node.blocksizes, strict=True))
+        return bytes(node.data), list(zip(node.links, node.blocksizes, strict=True))
 
     def _node(self, cid: Cid) -> dagpb.Node:
         if cid.codec != DAG_PB:
