@@ -8,13 +8,24 @@ import pytest
 
 from bacalhau_node.errors import SpecError
 from bacalhau_node.ids import Execution
-from bacalhau_node.messages import Announce, Bid, Engine, Grant, NodeRecord, Offer, Reject, ShardError, ShardOffer
+from bacalhau_node.messages import (
+    Announce,
+    Bid,
+    Engine,
+    Grant,
+    NodeRecord,
+    Offer,
+    Refuse,
+    Reject,
+    ShardError,
+    ShardOffer,
+)
 from bacalhau_node.protocol import announcing
 from bacalhau_node.protocol import events as ev
 from bacalhau_node.protocol.compute import Compute
 from bacalhau_node.protocol.fitness import parse_constraint, requirements_only, unfit
 from bacalhau_node.protocol.placement import FIRST_REST, LEASE
-from bacalhau_node.protocol.watch import OVERTIME
+from bacalhau_node.protocol.watch import LATE_START, OVERTIME
 from bacalhau_node.spec import InputSource, PythonCell, Resources
 from bacalhau_node.testing.builders import a_failure, a_job, a_job_id, a_result, a_spec, an_execution, matching, sent
 from tests.machine.test_rules import Desk, job_end, offers, states
@@ -366,3 +377,17 @@ def test_a_result_is_journaled_with_what_its_requester_fetches_it_by() -> None:
     assert run.grant == grant
     (row,) = (one.row for one in matching(compute.step(ev.ExecutionEnded(an_execution(), a_result()), 1.0), ev.Write))
     assert row == ev.ComputeRow(an_execution(), "req", a_result(), grant)
+
+
+def test_what_is_not_begun_is_tried_elsewhere_though_somebody_refused_to_before() -> None:
+    """A second try that was refused was none."""
+    desk = Desk("n-1", room=1)
+    desk(a_job())
+    desk.take("n-1", an_execution())
+    desk(ev.NodeSeen("n-2", 1))
+    late = desk.later(LATE_START + 1, ev.WatchTimer(a_job_id()))
+    assert offers(late, to="n-2") == [an_execution(attempt=2)]
+    desk.hear("n-2", Refuse((an_execution(attempt=2),), "never", "has no hands"))
+    desk(ev.NodeSeen("n-3", 1))
+    late = desk.later(1, ev.WatchTimer(a_job_id()))
+    assert offers(late, to="n-3") == [an_execution(attempt=3)]

@@ -171,8 +171,8 @@ class Book:
 
     def unsent(self, attempt: Attempt, reason: str) -> None:
         """The attempt's node could not be reached: it is tried again when there is no other, and nothing is spent."""
-        attempt.node.suspect = True
-        attempt.node.room = 0
+        attempt.node.suspect, attempt.node.room = True, 0
+        attempt.shard.extra = False  # see `Requester._refused`
         attempt.job.busy = f"{attempt.node.id} can't be reached: {reason}"
         self.give_back(attempt, attempt.job.busy, forget=False)
 

@@ -294,6 +294,7 @@ class Requester:
                 attempt.job.never[sender] = message.reason
             elif not recalled:
                 attempt.job.busy = f"{sender}: {message.reason}"
+            attempt.shard.extra = False  # if this was its second try, that was none
             self.book.give_back(attempt, f"refused by {sender}: {message.reason}", forget=not recalled)
 
     def _proposed(self, sender: NodeId, message: Propose) -> None:
