@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from bacalhau_node import doctor
 from bacalhau_node.cid import Cid
 from bacalhau_node.content import elsewhere, kubo
 from bacalhau_node.content.blocks import BlockStore
@@ -194,3 +195,12 @@ def test_without_the_library_it_is_said_what_to_install(monkeypatch, store):
     monkeypatch.setitem(__import__("sys").modules, "aioipfs", None)
     with pytest.raises(SpecError, match=r"pip install 'bacalhau-jupyter\[ipfs\]'"):
         Elsewhere(store).listing(NOWHERE, "")
+
+
+async def test_the_doctor_asks_the_daemon(simulated, monkeypatch):
+    assert (await doctor._ipfs()).detail.startswith("none named by BACALHAU_IPFS_CONNECT")
+    monkeypatch.setenv("BACALHAU_IPFS_CONNECT", simulated.address)
+    assert (await doctor._ipfs()).detail == f"kubo at {simulated.address}, version 0.42.0"
+    monkeypatch.setenv("BACALHAU_IPFS_CONNECT", "127.0.0.1:1")
+    found = await doctor._ipfs()
+    assert (found.state, found.detail) == ("warning", "kubo at 127.0.0.1:1: nobody answers there")

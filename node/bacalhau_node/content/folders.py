@@ -27,10 +27,10 @@ def store_folder(store: ContentStore, files: Iterable[tuple[str, str, int]], *, 
         for folder in folders:
             below = here.setdefault(folder, {})
             if isinstance(below, Cid):
-                raise ContentError(f"{shown(path)} can't lie below a file: give one of the two another name")
+                raise _both(path)
             here = below
-        if name:
-            here[name] = Cid.parse(cid)
+        if name and here.setdefault(name, parsed := Cid.parse(cid)) != parsed:
+            raise _both(path)
     return str(Cid(_link(store, root, profile).cid))
 
 
@@ -49,3 +49,7 @@ def _size(cid: Cid, block: bytes) -> int:
     """Bytes of all blocks below a file's root, it included."""
     below = decode_node(block).links if cid.codec == DAG_PB else ()
     return len(block) + sum(link.tsize for link in below)
+
+
+def _both(path: str) -> ContentError:
+    return ContentError(f"what lies at {shown(path)} is two things: give one of the two another name")
