@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from bacalhau_node.api.auth import Caller
 from bacalhau_node.api.policy import admitted, check_selected
 from bacalhau_node.content.blocks import BlockStore
 from bacalhau_node.errors import NoCapacity, SpecError
-from bacalhau_node.selection import NO_RULES, Selection, read_selection
+from bacalhau_node.selection import NO_RULES, Guests, Probe, Selection, read_selection
 from bacalhau_node.spec import Command, InputSource, JobSpec, Resources
 
 ANN = Caller("ann", "submit")
@@ -118,3 +120,70 @@ def test_limits_are_set_where_a_job_does_not_say_or_asks_for_less(store):
 def test_others_get_a_sandbox_and_an_hour_without_any_rule():
     spec = admitted(a_job(isolation="none"), ANN, NO_RULES, usual_memory=GIB)
     assert (spec.isolation, spec.timeout, spec.labels) == ("sandbox", 3600.0, {"bacalhau.owner": "ann"})
+
+
+# --- a probe that is asked over HTTP, and jobs of other nodes ---
+
+
+async def _asked(status: int, body: bytes, *, seconds: float = 5.0, hangs: bool = False) -> tuple[str, bytes]:
+    """(why a job is not taken, what was posted) by a probe that answers like this."""
+    posted = b""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal posted
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = next(line.split(b":")[1] for line in head.split(b"\r\n") if line.lower().startswith(b"content-length"))
+        posted = await reader.readexactly(int(length))
+        if hangs:
+            await reader.read()
+        writer.write(b"HTTP/1.1 %d X\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s" % (status, len(body), body))
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    async with server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/take"
+        try:
+            await Probe(Selection(probe=url, probe_seconds=seconds)).ask("j-1", a_job(), "12D3KooWAnn")
+        except NoCapacity as error:
+            return str(error), posted
+        return "", posted
+
+
+async def test_a_probe_over_http_takes_a_job_by_200_and_refuses_it_by_anything_else_with_its_first_line() -> None:
+    why, posted = await _asked(200, b"welcome")
+    assert why == ""
+    question = json.loads(posted)
+    assert (question["job"], question["requester"], set(question)) == (
+        "j-1",
+        "12D3KooWAnn",
+        {"job", "requester", "spec"},
+    )
+    why, _ = await _asked(403, b"not on a Thursday\nmore")
+    assert why == "this node does not take the job: not on a Thursday"
+    why, _ = await _asked(200, b"", seconds=0.2, hangs=True)
+    assert "does not answer" in why
+
+
+@pytest.mark.parametrize(
+    ("job", "says"),
+    [
+        ({"inputs": (InputSource(source="/etc"),)}, "names a place of another machine"),
+        ({"inputs": (InputSource(source="s3://theirs/data"),)}, "names a place of another machine"),
+        ({"env": {"a b": "c"}}, "names are of letters"),
+        ({"retries": 10**6}, "from 0 to 100"),
+        ({"network": "full"}, "gives jobs of others no network"),
+        ({"publish": "local:/etc"}, "publishes no results of others"),
+    ],
+)
+def test_what_another_node_may_not_ask_for_is_refused_in_a_sentence(
+    store: BlockStore, job: dict[str, object], says: str
+) -> None:
+    guests = Guests(NO_RULES, store, refuse=lambda _: None, usual_memory=lambda: GIB)
+    assert says in (guests.refuse("12D3KooWAnn", a_job(**job)) or "")
+    assert guests.refuse("12D3KooWAnn", a_job()) is None
+
+
+def test_a_job_of_the_same_owners_node_needs_no_isolation(store: BlockStore) -> None:
+    guests = Guests(NO_RULES, store, refuse=lambda _: None, usual_memory=lambda: GIB, family={"n-mine"})
+    assert guests.admit("n-mine", a_job()).isolation == "none"
+    assert guests.admit("n-other", a_job()).isolation == "sandbox"
