@@ -4,7 +4,7 @@ Theory of operation. Every node is a whole one, with an identity, a store, a jou
 share is the process, its event loop, and the machine's executors. The **slots** of the machine are dealt out: with more
 nodes than slots each has one, and the executors queue what is too much. Node 0 is the one to talk to.
 
-The nodes are opened first and introduced then: each is told of an earlier one by lot, to be linked with, and tells node
+Some are opened at a time, and then introduced: each is told of an earlier one by lot, to be linked with, and tells node
 0 of itself, so that node 0 can place shards on all of them at once. The rest is membership's. What a job of
 one of them runs in need not be isolated from the others, as they all belong to the same person; jobs from outside of
 the devstack get what the rules for other people's jobs say.
@@ -20,7 +20,7 @@ import contextlib
 import random
 import resource
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Final, Literal
@@ -29,7 +29,7 @@ from msgspec import structs
 
 from bacalhau_node.errors import SpecError
 from bacalhau_node.executors.fake import FakeExecutor
-from bacalhau_node.folders import take_folder
+from bacalhau_node.folders import NodeFolder, take_folder
 from bacalhau_node.ids import JobId, NodeId
 from bacalhau_node.messages import Copy, Records
 from bacalhau_node.network import NetworkSettings, Open, new_archive, over_libp2p, over_memory
@@ -45,12 +45,15 @@ from bacalhau_node.transports.memory import MemoryHub
 ALL_MET: Final = 60.0
 """Seconds that the nodes may take to know each other; then the devstack is given out as it is."""
 
+AT_ONCE: Final = 16
+"""Nodes that are opened at the same time: they wait for the disk and for threads (a guess)."""
+
 LISTEN: Final = "/ip4/127.0.0.1/tcp/0"
 BAD: Final = "bad-actor"
 """The label of a node that is hostile on purpose, and says how."""
 
 TransportName = Literal["libp2p", "memory"]
-Work = Literal["real", "fake"]
+Work = Literal["real", "fake"] | Executor
 
 _SHARED_MEMORY = MemoryHub()
 
@@ -247,8 +250,8 @@ async def open_devstack(
 ) -> Devstack:
     """So many nodes below `root` that know each other; `peers`: multiaddrs of others, which node 0 joins.
 
-    The last `bad_actors` nodes are hostile. `work`: on the executors of this machine, or only as if. Raises
-    `SpecError`.
+    The last `bad_actors` nodes are hostile. `work`: on the executors of this machine, or only as if, or on this one.
+    Raises `SpecError`.
     """
     if not 1 <= nodes <= 10_000 or not 0 <= bad_actors < nodes:
         raise SpecError(f"{nodes} nodes, {bad_actors} bad ones: from 1 to 10000 are possible, and node 0 is a good one")
@@ -256,8 +259,7 @@ async def open_devstack(
     async with contextlib.AsyncExitStack() as undo:
         folder = await asyncio.to_thread(take_folder, root / "machine")
         undo.callback(folder.close)
-        executors = machine_executors(folder) if work == "real" else [FakeExecutor(slots=nodes, isolation="sandbox")]
-        machine = _Machine(executors, nodes)
+        machine = _Machine(_executors(work, folder, nodes), nodes)
         undo.push_async_callback(machine.close)
         family: set[NodeId] = set()
         settings = NetworkSettings(
@@ -268,8 +270,8 @@ async def open_devstack(
             family=family,
             neighbours=Settings(period=_period(nodes)),
         )
-        opened: list[Node] = []
-        for index in range(nodes):
+
+        async def opened(index: int) -> Node:
             bad = BAD_ACTORS[index % len(BAD_ACTORS)] if index >= nodes - bad_actors else None
             labels = settings.labels if bad is None else {**settings.labels, BAD: bad.how}
             lent = machine.lend(index)
@@ -280,22 +282,41 @@ async def open_devstack(
             )
             undo.push_async_callback(node.close)
             family.add(node.id)
-            opened.append(node)
-        _introduce(opened, peers)
-        stack = Devstack(opened, machine, contextlib.closing(folder))
+            return node
+
+        stack = Devstack(await _introduced(opened, nodes, peers), machine, contextlib.closing(folder))
         await stack.meet(seconds=ALL_MET)
         undo.pop_all()
     return stack
 
 
-def _introduce(nodes: list[Node], peers: Sequence[str]) -> None:
-    chance = random.Random(len(nodes))  # noqa: S311 - a network that can be had again, no secret
-    nodes[0].engine.post(ev.Join(tuple(peers)))
-    for index, node in enumerate(nodes[1:], 1):
-        node.engine.post(ev.Join(tuple(nodes[chance.randrange(index)].addresses()[:1])))
-        if node.membership is not None:
+async def _introduced(opened: Callable[[int], Awaitable[Node]], count: int, peers: Sequence[str]) -> list[Node]:
+    """Open so many nodes, some at a time, and introduce each to an earlier one."""
+    chance = random.Random(count)  # noqa: S311 - a network that can be had again, no secret
+    room = asyncio.Semaphore(AT_ONCE)
+    loop = asyncio.get_running_loop()
+    known: list[asyncio.Future[Node]] = [loop.create_future() for _ in range(count)]
+
+    async def introduce(index: int, earlier: int) -> Node:
+        async with room:
+            node = await opened(index)
+        known[index].set_result(node)
+        names = (await known[earlier]).addresses()[:1] if index else peers
+        node.engine.post(ev.Join(tuple(names)))
+        if index and node.membership is not None:
             about_itself = Records((Copy(node.membership.view.own.signed, 0),))
-            nodes[0].engine.post(ev.Received(node.id, about_itself))
+            (await known[0]).engine.post(ev.Received(node.id, about_itself))
+        return node
+
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(introduce(index, chance.randrange(max(1, index)))) for index in range(count)]
+    return [task.result() for task in tasks]
+
+
+def _executors(work: Work, folder: NodeFolder, nodes: int) -> Sequence[Executor]:
+    if work == "real":
+        return machine_executors(folder)
+    return [FakeExecutor(slots=nodes, isolation="sandbox") if work == "fake" else work]
 
 
 def _opener(transport: TransportName, index: int, network_key: str) -> Open:

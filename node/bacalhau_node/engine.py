@@ -199,7 +199,7 @@ class Engine:
         now = self._loop.time()
         while self._inbox or self._load_has_changed():
             event = self._inbox.popleft()
-            effects += self._routed(self._machines.of(event).step(event, now))
+            effects += self._routed(self._machines.step(event, now))
         try:
             self._commit(effects)
         except ContentError as error:
@@ -213,7 +213,8 @@ class Engine:
             if isinstance(effect, ev.Send) and effect.to == self._transport.node:
                 self._inbox.append(ev.Received(effect.to, effect.message))
             elif isinstance(effect, ev.NodeSeen | ev.NodeGone):
-                self._inbox.append(effect)
+                if self._machines.placing:
+                    self._inbox.append(effect)
             else:
                 yield effect
 

@@ -16,7 +16,8 @@ older program is read as it stands and written anew when it changes next. What c
 
 A journal that can't be read is an error and stays as it is: an empty one in its place would
 say that the node owes nobody anything. So a new file is made beside its place and renamed
-into it, and an empty file there is known to be damage.
+into it, and an empty file there is known to be damage. It is made with the first row: most nodes of a large network
+never have one.
 """
 
 from __future__ import annotations
@@ -81,64 +82,80 @@ def is_forgotten(row: Row) -> bool:
 
 
 class SqliteJournal:
-    """The journal of one node in the file `path`, which is made if it isn't there. One call at a time, any thread."""
+    """The journal of one node in the file `path`, made with the first commit. One call at a time, any thread."""
 
     def __init__(self, path: Path, *, durable: bool = False) -> None:
-        self._path = path
+        self._path, self._durable = path, durable
+        self._opened: sqlite3.Connection | None = None
         with self._told():
-            if not path.exists():
-                _create(path)
-                if durable:
-                    _flush_folder(path.parent)
-            self._db = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
+            if path.exists():
+                self._open()
+            else:
+                _check_place(path)
+
+    def _open(self) -> sqlite3.Connection:
+        db = sqlite3.connect(self._path, timeout=0, isolation_level=None, check_same_thread=False)
         try:
-            with self._told():
-                self._prepare(durable=durable)
-        except ContentError:
-            self._db.close()
+            self._prepare(db)
+        except BaseException:
+            db.close()
             raise
+        self._opened = db
+        return db
+
+    @property
+    def _db(self) -> sqlite3.Connection:
+        """The open journal, made if there is none."""
+        if self._opened is not None:
+            return self._opened
+        if not self._path.exists():
+            _create(self._path)
+            if self._durable:
+                _flush_folder(self._path.parent)
+        return self._open()
 
     def commit(self, rows: Iterable[Row]) -> None:
         """Write all rows in one transaction, or none and raise `ContentError` when the disk won't take them."""
         latest = {row_key(row): row for row in rows}
         gone = [key for key, row in latest.items() if is_forgotten(row)]
         kept = [(*key, *_packed(row)) for key, row in latest.items() if not is_forgotten(row)]
-        with self._told(), self._transaction():
+        with self._told(), _transaction(self._db):
             self._db.executemany(_PUT, kept)
             self._db.executemany(_DELETE, gone)
 
     def forget(self, jobs: Iterable[JobId]) -> None:
         """Take away jobs and their shards in one transaction, or none and raise `ContentError`."""
-        with self._told(), self._transaction():
+        if self._opened is None:
+            return
+        with self._told(), _transaction(self._db):
             self._db.executemany(_FORGET, [(job,) for job in jobs])
 
     def load(self) -> list[Row]:
         """Every row: jobs, then shards, then results that are owed; raises `ContentError` for a damaged journal."""
+        if self._opened is None:
+            return []
         with self._told():
-            if (finding := self._one("PRAGMA quick_check(1)")) != "ok":
+            if (finding := _one(self._db, "PRAGMA quick_check(1)")) != "ok":
                 raise ContentError(self._damage(str(finding)))
             return [self._unpacked(data, crc) for data, crc in self._db.execute(_LOAD)]
 
     def close(self) -> None:
         """Write what is in the WAL into the file, and let go of it."""
-        self._db.close()
+        if self._opened is not None:
+            self._opened.close()
 
-    def _prepare(self, *, durable: bool) -> None:
+    def _prepare(self, db: sqlite3.Connection) -> None:
         if self._path.stat().st_size == 0:
             raise ContentError(self._damage("it is empty"))
-        self._db.execute("PRAGMA locking_mode = EXCLUSIVE")  # before the first access: WAL then needs no shared memory
-        version = self._one("PRAGMA user_version")
+        db.execute("PRAGMA locking_mode = EXCLUSIVE")  # before the first access: WAL then needs no shared memory
+        version = _one(db, "PRAGMA user_version")
         if version != VERSION:
             raise ContentError(self._other_version(version))
-        self._db.execute(f"PRAGMA journal_mode = {'DELETE' if on_network(self._path.parent) else 'WAL'}")
-        self._db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
-        with self._transaction():
+        db.execute(f"PRAGMA journal_mode = {'DELETE' if on_network(self._path.parent) else 'WAL'}")
+        db.execute(f"PRAGMA synchronous = {'FULL' if self._durable else 'NORMAL'}")
+        with _transaction(db):
             pass  # takes the lock, or says now that somebody else has it
         self._db.execute("PRAGMA shrink_memory")  # half of what opening took: a devstack has a thousand journals
-
-    def _one(self, query: str) -> object:
-        """The first column of the first row."""
-        return self._db.execute(query).fetchone()[0]
 
     def _unpacked(self, data: bytes, crc: int) -> Row:
         if zlib.crc32(data) != crc:
@@ -147,16 +164,6 @@ class SqliteJournal:
             return _decoder.decode(data)
         except msgspec.DecodeError as error:
             raise ContentError(self._damage(f"a row is not what this version writes: {error}")) from error
-
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-            self._db.execute("COMMIT")
-        finally:
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
 
     # --- what went wrong ---
 
@@ -196,13 +203,34 @@ def _packed(row: Row) -> tuple[bytes, int]:
     return data, zlib.crc32(data)
 
 
-def _create(path: Path) -> None:
-    """Make an empty journal, whole from the moment that it has its name."""
+@contextmanager
+def _transaction(db: sqlite3.Connection) -> Iterator[None]:
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        db.execute("COMMIT")
+    finally:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+
+
+def _one(db: sqlite3.Connection, query: str) -> object:
+    """The first column of the first row."""
+    return db.execute(query).fetchone()[0]
+
+
+def _check_place(path: Path) -> None:
+    """Raise `ContentError` when a journal was here, `OSError` when there can't be one."""
+    path.parent.stat()
     for suffix in ("-wal", "-journal"):
         if (rest := path.with_name(path.name + suffix)).exists():
             raise ContentError(
                 f"{rest} belongs to {path.name}, which is not there: put that back, or move both away for a new journal"
             )
+
+
+def _create(path: Path) -> None:
+    """Make an empty journal, whole from the moment that it has its name."""
     fresh = path.with_name(path.name + ".new")
     fresh.unlink(missing_ok=True)
     with sqlite3.connect(fresh) as db:

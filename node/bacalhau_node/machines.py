@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from bacalhau_node.messages import Accept, Announce, Cancel, Kept, MembershipMessage, Offer, Recall, Reject
 from bacalhau_node.protocol import events as ev
 from bacalhau_node.protocol.compute import Compute
@@ -16,21 +14,31 @@ _COMPUTE_TIMERS = (ev.HeartbeatTimer, ev.ProposeTimer, ev.BidTimer)
 _MEMBERSHIP_EVENTS = (ev.LinkUp, ev.LinkDown, ev.Dialled, ev.DialFailed, ev.Join, ev.Leave, ev.LoadChanged)
 
 
-@dataclass(frozen=True)
 class Machines:
-    """Both halves of a node, and who else is there, for a node on a network."""
+    """Both halves of a node, and who else is there, for a node on a network.
 
-    requester: Requester
-    compute: Compute
-    membership: Membership | None
+    `placing`: the requester is told who is there. It need not know before it has a job, and most nodes of a large
+    network never have one: a thousand nodes that know each other in this way are a million records.
+    """
 
-    def of(self, event: ev.Event) -> Requester | Compute | Membership:
-        """Whose the event is; it knows how large the network is."""
-        if self.membership is not None:
+    def __init__(self, requester: Requester, compute: Compute, membership: Membership | None) -> None:
+        self._requester, self._compute, self._membership = requester, compute, membership
+        self.placing = bool(requester.book.jobs)
+
+    def step(self, event: ev.Event, now: float) -> list[ev.Effect]:
+        """What the machine says that the event is for; it knows how large the network is."""
+        if self._membership is not None:
             if for_membership(event):
-                return self.membership
-            self.compute.network = self.requester.book.network = 1 + len(self.membership)
-        return self.compute if _for_compute(event) else self.requester
+                return self._membership.step(event, now)
+            self._compute.network = self._requester.book.network = 1 + len(self._membership)
+            if isinstance(event, ev.Submitted) and not self.placing:
+                self._look_around(self._membership, now)
+        return (self._compute if _for_compute(event) else self._requester).step(event, now)
+
+    def _look_around(self, membership: Membership, now: float) -> None:
+        self.placing = True
+        for seen in membership.nodes():
+            self._requester.step(seen, now)  # it has no job yet, and so nothing to say
 
 
 def for_membership(event: ev.Event) -> bool:

@@ -505,6 +505,7 @@ def test_a_newer_format_and_an_unknown_profile_are_refused_by_name(folder):
 
 def test_another_writer_that_never_ends_is_an_error_saying_so(store, folder, monkeypatch):
     store.put(b"x")
+    store.flush()
     with contextlib.closing(sqlite3.connect(folder / "index.sqlite", isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         monkeypatch.setattr(index_module, "BUSY_SECONDS", 0)

@@ -216,7 +216,18 @@ def test_a_copy_taken_between_two_commits_holds_all_of_the_first(path, tmp_path)
     journal.close()
 
 
+def test_a_journal_without_rows_has_no_file(path):
+    journal = SqliteJournal(path)
+    journal.forget([job().job])
+    assert journal.load() == []
+    assert list(path.parent.iterdir()) == []
+    journal.commit([job()])
+    assert path.stat().st_size > 0
+    journal.close()
+
+
 def test_a_second_process_is_kept_out(path):
+    filled(path)
     journal = SqliteJournal(path)
     with pytest.raises(ContentError, match="in use by another process"):
         SqliteJournal(path)
@@ -299,7 +310,7 @@ FIRST_ROWS = (
 
 
 def test_rows_of_the_first_version_are_read_and_missing_fields_have_their_defaults(path):
-    SqliteJournal(path).close()
+    journal_module._create(path)
     name = job(0).job
     with sqlite3.connect(path) as db:
         for kind, row in enumerate(map(base64.b64decode, FIRST_ROWS)):
@@ -406,9 +417,9 @@ def test_without_a_mount_table_a_file_system_is_taken_as_local(tmp_path):
 def test_a_network_file_system_gets_a_rollback_journal(path, monkeypatch):
     filled(path)
     journal = SqliteJournal(path)
-    assert journal._one("PRAGMA journal_mode") == "wal"
+    assert journal._db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
     journal.close()
     monkeypatch.setattr(journal_module, "on_network", lambda folder: True)
     journal = SqliteJournal(path)
-    assert journal._one("PRAGMA journal_mode") == "delete"
+    assert journal._db.execute("PRAGMA journal_mode").fetchone() == ("delete",)
     journal.close()

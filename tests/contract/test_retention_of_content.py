@@ -61,6 +61,8 @@ def write(folder: Path, files: dict[str, bytes]) -> Path:
 def age(store: BlockStore, *, seconds: int = HOURS, only: str | None = None) -> None:
     """As if everything here, or one block, had been used last so many seconds ago."""
     store.flush()
+    if not (store.folder / "index.sqlite").exists():
+        return  # nothing was ever stored
     where, values = ("", ()) if only is None else (" WHERE digest = ?", (Cid.parse(only).digest,))
     with contextlib.closing(sqlite3.connect(store.folder / "index.sqlite", timeout=20)) as database, database:
         database.execute(f"UPDATE block SET used = used - ?{where}", (seconds, *values))

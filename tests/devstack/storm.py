@@ -101,7 +101,7 @@ class Ledger:
     """What the journals of one node said so far."""
 
     def __init__(self, report: Report) -> None:
-        self._report = report
+        self.report = report
         self.outcomes: dict[tuple[JobId, int], tuple[int, str]] = {}
         self.attempts: dict[tuple[JobId, int], int] = {}
         self.states: dict[JobId, str] = {}
@@ -114,7 +114,7 @@ class Ledger:
             journal = SqliteJournal(Path(name) / "journal.sqlite")
             rows = journal.load()
             journal.close()
-        self._report.readings += 1
+        self.report.readings += 1
         found = {}
         for row in rows:
             if isinstance(row, JobRow):
@@ -125,9 +125,9 @@ class Ledger:
                     found[row.job, row.shard] = (row.attempt, row.outcome.record)
         for key, before in self.outcomes.items():
             if key not in found:
-                self._report.lost.append(f"{key} had the outcome {before}, and has none")
+                self.report.lost.append(f"{key} had the outcome {before}, and has none")
             elif found[key] != before:
-                self._report.doubled.append(f"{key} had the outcome {before}, and has {found[key]}")
+                self.report.doubled.append(f"{key} had the outcome {before}, and has {found[key]}")
         self.outcomes |= found
 
 

@@ -16,6 +16,8 @@ writers, so no lock file is needed beside it. Within a process one connection se
 under a lock; transactions are kept to a few thousand rows, some milliseconds. WAL needs shared memory,
 which network file systems lack: there the index uses a rollback journal. A commit survives the death of the
 process; a power failure may undo the last ones, or take bytes from the files that they name: reading finds that.
+
+The file is made with the first thing that is written: most nodes of a large network never store anything.
 """
 
 from __future__ import annotations
@@ -135,17 +137,38 @@ class Index:
     """
 
     def __init__(self, folder: Path, *, read: Callable[[bytes], bytes]) -> None:
-        self._path = folder / "index.sqlite"
+        self._folder, self._path, self._read = folder, folder / "index.sqlite", read
         self._lock = threading.RLock()
-        with self._guarded():
-            self._db = sqlite3.connect(self._path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
-            try:
-                self._db.execute(f"PRAGMA journal_mode = {'DELETE' if on_network(folder) else 'WAL'}")
-                self._db.execute("PRAGMA synchronous = NORMAL")
-                self._prepare(folder, read)
-            except BaseException:
-                self._db.close()
-                raise
+        self._opened: sqlite3.Connection | None = None
+        self._closed = False
+        if self._path.exists():
+            with self._guarded():
+                self._open()
+        else:
+            self._refuse_orphans()
+
+    def _open(self) -> sqlite3.Connection:
+        if self._closed:
+            raise sqlite3.ProgrammingError("it is closed")
+        db = sqlite3.connect(self._path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+        try:
+            db.execute(f"PRAGMA journal_mode = {'DELETE' if on_network(self._folder) else 'WAL'}")
+            db.execute("PRAGMA synchronous = NORMAL")
+            self._prepare(db)
+        except BaseException:
+            db.close()
+            raise
+        self._opened = db
+        return db
+
+    @property
+    def _db(self) -> sqlite3.Connection:
+        """The open index, made if there is none; under the lock."""
+        return self._opened or self._open()
+
+    def _is_empty(self) -> bool:
+        """Whether nothing was ever written, here or by another process."""
+        return self._opened is None and not self._closed and not self._path.exists()
 
     # --- reading ---
 
@@ -200,6 +223,8 @@ class Index:
 
     def room(self) -> int:
         """How many bytes the store takes: its files, and the index so far as it is in use."""
+        if self._is_empty():
+            return 0
         own = "SELECT ifnull(sum(size), 0) FROM block WHERE data IS NULL AND file IS NULL"
         whole = "SELECT ifnull(sum(size), 0) FROM file WHERE path IS NULL"
         pages = "SELECT (page_count - freelist_count) * page_size FROM"
@@ -243,47 +268,41 @@ class Index:
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """One transaction; no other thread or process writes meanwhile."""
-        with self._lock, self._guarded():
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._db
-                self._db.execute("COMMIT")
-            except BaseException:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                raise
+        with self._lock, self._guarded(), _transaction(self._db) as db:
+            yield db
 
     def rows(self, query: str, *values: object) -> list[tuple[Any, ...]]:
-        """The rows of a query."""
+        """The rows of a query about what is stored."""
         with self._lock, self._guarded():
+            if self._is_empty():
+                return []
             return self._db.execute(query, values).fetchall()
 
     def close(self) -> None:
         """Close the connection."""
         with self._lock:
-            self._db.close()
+            self._closed = True
+            if self._opened is not None:
+                self._opened.close()
 
-    def _prepare(self, folder: Path, read: Callable[[bytes], bytes]) -> None:
-        schema.define(self._db, read=read)
-        version = self._version()
+    def _prepare(self, db: sqlite3.Connection) -> None:
+        schema.define(db, read=self._read)
+        version = _version(db)
         if version < schema.VERSION:
-            with self.transaction() as db:  # another process may have been quicker
-                version = self._version()
+            with _transaction(db):  # another process may have been quicker
+                version = _version(db)
                 if version == 0:
-                    self._refuse_orphans(folder)
+                    self._refuse_orphans()
                     schema.create(db)
                 elif version < schema.VERSION:
                     schema.upgrade(db, version)
         elif version > schema.VERSION:
-            raise schema.refuse(folder, version)
+            raise schema.refuse(self._folder, version)
 
-    def _version(self) -> int:
-        return int(self._db.execute("PRAGMA user_version").fetchone()[0])
-
-    def _refuse_orphans(self, folder: Path) -> None:
-        if any(True for name in ("blocks", "files") for _ in (folder / name).glob("*/*")):
+    def _refuse_orphans(self) -> None:
+        if any(True for name in ("blocks", "files") for _ in (self._folder / name).glob("*/*")):
             raise ContentError(
-                f"the content store {folder} has blocks but its index {self._path.name} is missing or empty:"
+                f"the content store {self._folder} has blocks but its index {self._path.name} is missing or empty:"
                 " restore it from a backup, or move the folder away to start a new store",
             )
 
@@ -303,6 +322,8 @@ class Index:
 
     def _row(self, query: str, key: bytes) -> tuple[Any, ...] | None:
         with self._lock, self._guarded():
+            if self._is_empty():
+                return None
             row: tuple[Any, ...] | None = self._db.execute(query, (key,)).fetchone()
             return row
 
@@ -319,6 +340,23 @@ class Index:
                 f"the content store's index {self._path} is damaged ({error}): restore it from a backup,"
                 f" or move the folder {self._path.parent} away to start a new store",
             ) from error
+
+
+@contextmanager
+def _transaction(db: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
+    """No other process writes meanwhile."""
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield db
+        db.execute("COMMIT")
+    except BaseException:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+        raise
+
+
+def _version(db: sqlite3.Connection) -> int:
+    return int(db.execute("PRAGMA user_version").fetchone()[0])
 
 
 def _advice(error: sqlite3.OperationalError) -> str:

@@ -5,7 +5,7 @@ only grows. Records spread by **anti-entropy**: every 20 to 30 s a node sends a 
 which answers with what is newer and asks for what is newer there. A new record is everywhere after a few periods, in
 proportion to the logarithm of the network's size; nothing is told to everybody, and no message grows with the network
 once views are full. A node that learns much at once (it has just joined, a partition has healed) compares every second,
-then ever more slowly.
+then ever more slowly; with a small view, which costs little to compare, sooner than that.
 
 **Joining.** `Join` names one node, or several. Whoever opens is sent a digest, which asks to be neighbours. A node with
 `high` neighbours answers with some nodes by lot and the word `parting`; the other hangs up and dials those. A node with
@@ -42,10 +42,13 @@ from bacalhau_node.protocol.own import OwnRecord, lasting
 from bacalhau_node.protocol.view import MAX_RECORDS, PASSABLE, View, checked
 
 FAST: Final = 1.0
-"""Seconds until the next comparison after one that brought much; doubled with each that doesn't."""
+FASTEST: Final = 0.1
+FAST_VIEW: Final = 500
+"""Seconds until the next comparison after one that brought much, with so many known nodes, and in proportion fewer
+with less (a comparison costs a millisecond for 1,000 nodes); doubled with each that brings little."""
 
 SERVED: Final = 0.5
-"""Seconds between two digests of one node that are both answered with records."""
+"""Two digests of one node are both answered with records after this part of these seconds."""
 
 OFFERED: Final = 32
 """Records of nodes to dial, in one answer."""
@@ -92,7 +95,7 @@ class Membership:
         self.view = View(self._own.held, now, bound=self.settings.view, chance=self._chance)
         self._circle = Circle(self.view, settings=self.settings, chance=self._chance, now=now)
         self._others = self._circle.others
-        self._now, self._pause, self._compare_at = now, FAST, now + FAST
+        self._now, self._pause, self._compare_at = now, FASTEST, now + FASTEST
         self._asked_for_peers, self._armed = float("-inf"), float("inf")
         self._left = False
 
@@ -229,7 +232,7 @@ class Membership:
                 self._turn_away(sender)
                 return
             self._circle.befriend(sender)
-        if self._now - watch.served < SERVED:
+        if self._now - watch.served < SERVED * self._fast():
             self._send(sender, Records(()))
             return
         watch.served = self._now
@@ -254,8 +257,11 @@ class Membership:
         if letter.parting and self._others.is_near(sender):
             self._circle.part(sender)
         if fresh * 10 > len(self.view.held) and not self.view.full:
-            self._pause = FAST
-            self._compare_at = min(self._compare_at, self._now + FAST * self._chance.between(0.5, 1.5))
+            self._pause = self._fast()
+            self._compare_at = min(self._compare_at, self._now + self._pause * self._chance.between(0.5, 1.5))
+
+    def _fast(self) -> float:
+        return max(FASTEST, FAST * min(1.0, len(self.view.held) / FAST_VIEW))
 
     def _hear_all(self, sender: NodeId, copies: tuple[Copy, ...]) -> int:
         """Take the records that are good and newer; how many are of nodes that were not known."""

@@ -162,16 +162,17 @@ class View:
 
     def compare(self, digest: Digest, latest: bytes) -> tuple[list[Held], bytes]:
         """(records that the other lacks, keys of the nodes of which it has newer ones, none after `latest`)."""
-        theirs: dict[bytes, bytes] = dict(iter_unpack("8s8s", checked(digest).known))
         told = self._told()
-        differing = [(held, theirs.get(held.key, b"")) for held in told if theirs.get(held.key) != held.stamp]
+        named = {item for (item,) in iter_unpack(f"{_ITEM}s", checked(digest).known)}
+        theirs = {item[:8]: item[8:] for item in named.difference([held.packed for held in told])}
+        differing = [(held, theirs.get(held.key, b"")) for held in told if held.packed not in named]
         newer = [held for held, stamp in differing if b"" < stamp < held.stamp]
         wanted = [held.key for held, stamp in differing if held.stamp < stamp <= latest]
-        mine = {held.key for held in told}
+        mine = {held.key for held in told} if theirs else set()
         mine.update(
             grave.held.key for grave in self.graves.values() if theirs.get(grave.held.key, b"") <= grave.held.stamp
         )
-        strange = [key for key, stamp in theirs.items() if key not in mine and stamp <= latest]
+        strange = sorted(key for key, stamp in theirs.items() if key not in mine and stamp <= latest)
         wanted += self._chance.sample(strange, self.room())
         if digest.complete:
             unknown = [held for held, stamp in differing if not stamp and not held.record.leaving]
