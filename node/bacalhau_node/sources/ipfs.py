@@ -121,7 +121,10 @@ class ContentSource:
 
 def _split(source: str) -> tuple[str, str]:
     cid, _, path = source.removeprefix(_SCHEME).partition("/")
-    return str(Cid.parse(cid)), path.strip("/")
+    try:
+        return str(Cid.parse(cid)), path.strip("/")
+    except SpecError as error:
+        raise SpecError(f"--input {shown(source)}: {error}") from error
 
 
 def _below(item: str, path: str) -> str | None:
