@@ -155,7 +155,7 @@ class SqliteJournal:
         db.execute(f"PRAGMA synchronous = {'FULL' if self._durable else 'NORMAL'}")
         with _transaction(db):
             pass  # takes the lock, or says now that somebody else has it
-        self._db.execute("PRAGMA shrink_memory")  # half of what opening took: a devstack has a thousand journals
+        db.execute("PRAGMA shrink_memory")  # half of what opening took: a devstack has a thousand journals
 
     def _unpacked(self, data: bytes, crc: int) -> Row:
         if zlib.crc32(data) != crc:
