@@ -1,10 +1,11 @@
 """IPFS daemons that tests talk to over their RPC: a simulated one, and real ones where there are any.
 
 A kubo binary is the one that `BACALHAU_TEST_KUBO` names, or that `make kubo` has built, and each test that wants one
-starts its own: offline, on loopback, in a folder of its own. Building one takes about three minutes of two cores, so no
-other door does it, and where there is none only the simulated daemon is asked. That one answers what this project asks
-(`version`, `id`, `block/get`, `dag/import`, `pin/add`, `pin/ls`) in the words of kubo, over a dict of blocks. What it
-can't show, that a real daemon takes what we send and gives it out as files, was seen with kubo 0.42.0, by these tests.
+starts its own: offline, on loopback, in a folder of its own. Building one takes three minutes of processor time and a
+GB or two, so no other door does it, and where there is none only the simulated daemon is asked. That one answers what
+this project asks (`version`, `id`, `block/get`, `dag/import`, `pin/add`, `pin/ls`) in the words of kubo, over a dict of
+blocks. What it can't show, that a real daemon takes what we send and gives it out as files, was seen by these tests
+with kubo 0.42.0, and by hand with js-ipfs 0.18.1.
 """
 
 from __future__ import annotations
