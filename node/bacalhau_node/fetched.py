@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -45,8 +45,13 @@ class Fetched:
 
     def remember(self, url: str, version: str, cid: str) -> None:
         """Note what this version of the URL was; its content must be in the store, flushed, already."""
-        with self._guarded() as db:
-            db.execute(_PUT, (url, version, cid))
+        self.remember_all([(url, version, cid)])
+
+    def remember_all(self, rows: Iterable[tuple[str, str, str]]) -> None:
+        """`remember` many, (URL, version, CID), in one transaction."""
+        with self._guarded() as db, db:
+            db.execute("BEGIN IMMEDIATE")
+            db.executemany(_PUT, rows)
 
     def close(self) -> None:
         """Close the table."""

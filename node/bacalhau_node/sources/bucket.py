@@ -19,8 +19,9 @@ import secrets
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
 from weakref import WeakValueDictionary
@@ -63,6 +64,9 @@ class BucketSource:
         self._buckets = Buckets()
         self._pool = ThreadPoolExecutor(REQUESTS, "bucket")
         self._locks: WeakValueDictionary[UrlRef, asyncio.Lock] = WeakValueDictionary()
+        self._brought: list[tuple[str, str, str]] = []
+        self._next: asyncio.Task[None] | None = None  # what will write these rows
+        self._writing = asyncio.Lock()
 
     def claims(self, source: str) -> bool:
         """Whether `source` names a bucket."""
@@ -99,6 +103,7 @@ class BucketSource:
                 " and serve no jobs of others: their requester has to send signed URLs"
             )
         queue = iter(missing)
+        opened = cache(self._buckets.open)  # to look at the settings takes as long as a small object
 
         async def work() -> None:
             for entry, reference in queue:
@@ -106,10 +111,10 @@ class BucketSource:
                 waited = lock.locked()  # of two shards that want it one brings it
                 async with lock:
                     if not waited or await self._in_pool(partial(self._known, reference)) is None:
-                        await self._bring(entry, reference, told)
+                        await self._bring(entry, _Object(opened, reference), told)
 
         with self._content.hold():  # it may take longer than the store keeps what nobody uses
-            await together(work, min(REQUESTS, len(missing)))
+            await together(work, min(2 * REQUESTS, len(missing)))  # half of them may wait for their row
 
     def open(self, reference: Reference, *, scratch: Path) -> Path:
         """The store's own file where it has one, else one written to `scratch` (once for each CID)."""
@@ -159,29 +164,37 @@ class BucketSource:
         cid = self._fetched.recall(reference.url, reference.version)
         return cid if cid is not None and self._content.has(cid) else None
 
-    async def _bring(self, entry: Entry, reference: UrlRef, told: Told) -> None:
+    async def _bring(self, entry: Entry, wanted: _Object, told: Told) -> None:
         """One object, into the store and into the table of what was fetched."""
 
         def bring() -> str:
-            return self._remembered(reference, self._content.add_bytes(self._part(reference, entry.size, None)))
+            return self._content.add_bytes(wanted.read(entry.size, None))
 
-        small = entry.size <= PART
-        cid = await (self._in_pool(bring) if small else self._bring_parts(entry, reference, told))
+        cid = await (self._in_pool(bring) if entry.size <= PART else self._bring_parts(entry, wanted, told))
+        await self._remember(wanted.reference, cid)
         told(entry.path, entry.size, entry.size, cid)
 
-    def _remembered(self, reference: UrlRef, cid: str) -> str:
-        self._content.flush()
-        self._fetched.remember(reference.url, reference.version, cid)
-        return cid
+    async def _remember(self, reference: UrlRef, cid: str) -> None:
+        """Make what came durable, in one transaction with all that came while the last one was written."""
+        self._brought.append((reference.url, reference.version, cid))
+        if self._next is None:
+            self._next = asyncio.create_task(self._write())
+        await asyncio.shield(self._next)
 
-    async def _bring_parts(self, entry: Entry, reference: UrlRef, told: Told) -> str:
+    async def _write(self) -> None:
+        async with self._writing:
+            rows, self._brought, self._next = self._brought, [], None
+            await self._in_pool(self._content.flush)
+            await self._in_pool(partial(self._fetched.remember_all, rows))
+
+    async def _bring_parts(self, entry: Entry, wanted: _Object, told: Told) -> str:
         """A large object, part by part into a file that nobody else knows, then into the store."""
         done, path = 0, self._folder / f"bucket-{secrets.token_hex(8)}"
         starts = iter(range(0, entry.size, PART))
 
         def bring(start: int) -> int:
             end = min(start + PART, entry.size)
-            _write_at(path, start, self._part(reference, end - start, (start, end)))
+            _write_at(path, start, wanted.read(end - start, (start, end)))
             return end - start
 
         async def work() -> None:
@@ -194,27 +207,35 @@ class BucketSource:
         try:
             _make(path, entry.size)
             await together(work, PARTS)
-            return await self._in_pool(lambda: self._remembered(reference, self._content.add_path(path, move=True)))
+            return await self._in_pool(lambda: self._content.add_path(path, move=True))
         except OSError as error:
             text = error.strerror or error
-            raise ContentError(f"{shown(reference.url)} can't be written to {path.parent}: {text}") from error
+            raise ContentError(f"{shown(wanted.reference.url)} can't be written to {path.parent}: {text}") from error
         finally:
             path.unlink(missing_ok=True)
 
     async def _in_pool(self, work: Callable[[], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
-    def _part(self, reference: UrlRef, size: int, between: tuple[int, int] | None) -> bytes:
-        """The object, or the bytes of it between two offsets, in its listed state."""
+
+@dataclass(frozen=True)
+class _Object:
+    """An object in its listed state. `opened` gives the store of a bucket."""
+
+    opened: Callable[[Place], Store]
+    reference: UrlRef
+
+    def read(self, size: int, between: tuple[int, int] | None) -> bytes:
+        """All of it, or the bytes between two offsets: there must be `size` of them."""
         import obstore  # noqa: PLC0415 - only who uses buckets has it
 
-        place, (version, etag) = parse(reference.url), _pins(reference)
+        place, (version, etag) = parse(self.reference.url), _pins(self.reference)
         options: GetOptions = {"if_match": etag}
         if version is not None:
             options["version"] = version
         if between is not None:
             options["range"] = between
-        store = self._buckets.open(place)
+        store = self.opened(place.at(""))
         data = _as_planned(place, lambda: bytes(obstore.get(store, place.key, options=options).bytes()))
         if len(data) != size:
             raise ContentError(f"{place} has {len(data)} bytes in place of {size}: {_CHANGED}")
