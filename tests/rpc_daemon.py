@@ -24,7 +24,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from aiohttp import BodyPartReader, web
+from aiohttp import web
 
 from bacalhau_node.cid import Cid
 from bacalhau_node.content.car import CarReader, header, links, section
@@ -175,11 +175,11 @@ class Simulated(Daemon):
     async def _import(self, request: web.Request) -> web.Response:
         if self.refuses:
             return _refusal(self.refuses)
-        part = await (await request.multipart()).next()
-        assert isinstance(part, BodyPartReader)
-        reader, came = CarReader(), dict[bytes, bytes]()
-        while data := await part.read_chunk(100_000):
-            came |= {cid.digest: block for cid, block in reader.feed(data)}
+        boundary = request.headers["Content-Type"].partition("boundary=")[2].strip('"').encode()
+        head, _, body = (await request.read()).partition(b"\r\n\r\n")
+        assert head.startswith(b"--" + boundary)
+        reader = CarReader()
+        came = {cid.digest: block for cid, block in reader.feed(body[: body.rindex(b"\r\n--" + boundary)])}
         reader.end()
         self.blocks |= came
         (root,) = reader.roots or ()
