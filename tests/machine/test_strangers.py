@@ -84,7 +84,7 @@ def test_a_job_that_is_at_work_for_one_node_is_taken_from_no_other() -> None:
     effects = offer(machine, an_execution(1, 7), sender="mallory")
     assert not matching(effects, ev.Run)
     (refusal,) = sent(effects, Refuse, to="mallory")
-    assert (refusal.kind, refusal.reason) == ("busy", compute.ANOTHERS)
+    assert (refusal.kind, refusal.reason) == ("busy", compute.FOREIGN)
 
 
 def test_the_offers_of_a_stranger_do_not_make_those_of_the_requester_old() -> None:

@@ -79,7 +79,7 @@ from bacalhau_node.spec import JobSpec
 HEARTBEAT: Final = LEASE / 3
 """Seconds between heartbeats: two may be lost without harm."""
 
-ANOTHERS: Final = "a job of another node has this id, and is not over here"
+FOREIGN: Final = "a job of another node has this id, and is not over here"
 
 PROPOSE_AGAIN: Final = 5.0
 PROPOSE_SELDOM: Final = 60.0
@@ -229,7 +229,7 @@ class Compute:
             self._out.append(Send(sender, Refuse(tuple(executions), "never", reason, self.room)))
             return
         if self._jobs.is_anothers(offer.job, sender, self._now):
-            self._out.append(Send(sender, Refuse(tuple(executions), "busy", ANOTHERS, self.room)))
+            self._out.append(Send(sender, Refuse(tuple(executions), "busy", FOREIGN, self.room)))
             return
         taken: list[Execution] = []
         busy: list[Execution] = []

@@ -17,4 +17,5 @@ class StorePublisher:
 
     async def publish(self, job: JobId, root: str, target: str) -> tuple[str, ...]:
         """The result is there, and nowhere else."""
+        del job, root, target  # nothing is left to do with them
         return ()

@@ -65,8 +65,9 @@ class _Member:
 class Mesh:
     """A network of machines. `archive` is shared by all; `told` is what each would tell its requester.
 
-    `made`: every record that was signed, and when. `lost`: the share of messages that get lost, from now on. `weigh`: count bytes,
-    which takes time; `checked`: look at each machine's rules after each of its steps, and not only at the end of `run`.
+    `made`: every record that was signed, and when. `lost`: the share of messages that get lost, from now on. `weigh`:
+    count bytes, which takes time; `checked`: look at each machine's rules after each of its steps, and not only at the
+    end of `run`.
     """
 
     def __init__(
