@@ -10,7 +10,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from bacalhau_jupyter import asking
 from bacalhau_jupyter import session as sessions
@@ -75,13 +75,21 @@ class Devstack:
         return f"devstack of {self.nodes:,} nodes, ready in {self.seconds:.1f} s: {where}{more}"
 
 
-def devstack(nodes: int = 3, *, peer: str = "", bad_actors: int = 0) -> Devstack:
+def devstack(
+    nodes: int = 3,
+    *,
+    peer: str = "",
+    bad_actors: int = 0,
+    start: Literal["random", "star", "frozen star"] = "random",
+) -> Devstack:
     """Start so many nodes that know each other; `peer` is a multiaddr of another network to join.
 
-    `bad_actors` of them answer wrongly, never run what they take, or boast. Raises `NodeUnreachable` with what the
-    process said when it does not start.
+    `start` says to whom each node is introduced: an earlier one by lot, or always the first; in a "frozen star" nobody
+    meets others through it, which shows what the exchange of peers is for. `bad_actors` of them answer wrongly, never
+    run what they take, or boast. Raises `NodeUnreachable` with what the process said when it does not start.
     """
-    words = ["devstack", "--json", "--nodes", str(nodes), "--bad-actors", str(bad_actors), "--api", "127.0.0.1:0"]
+    words = ["devstack", "--json", "--nodes", str(nodes), "--bad-actors", str(bad_actors)]
+    words += ["--start", start, "--api", "127.0.0.1:0"]
     log = tempfile.TemporaryFile()  # noqa: SIM115 - the process writes there as long as it lives
     process = subprocess.Popen(  # noqa: S603 - this program, with numbers
         [sys.executable, "-c", _PROGRAM, *words, *(["--peer", peer] if peer else [])],

@@ -53,6 +53,7 @@ BAD: Final = "bad-actor"
 """The label of a node that is hostile on purpose, and says how."""
 
 TransportName = Literal["libp2p", "memory"]
+Start = Literal["random", "star", "frozen star"]
 Work = Literal["real", "fake"] | Executor
 
 _SHARED_MEMORY = MemoryHub()
@@ -237,7 +238,7 @@ class Devstack:
             pass
 
 
-async def open_devstack(
+async def open_devstack(  # noqa: PLR0913 - what a network can be like
     nodes: int = 3,
     *,
     root: Path,
@@ -247,10 +248,13 @@ async def open_devstack(
     work: Work = "real",
     network_key: str = "",
     rules: Selection = NO_RULES,
+    start: Start = "random",
+    group: str = "",
 ) -> Devstack:
     """So many nodes below `root` that know each other; `peers`: multiaddrs of others, which node 0 joins.
 
-    The last `bad_actors` nodes are hostile. `work`: on the executors of this machine, or only as if, or on this one.
+    `start`: to whom each is introduced; a "frozen star" never exchanges peers. `group`: what pictures call them. The
+    last `bad_actors` nodes are hostile. `work`: on the executors of this machine, or only as if, or on this one.
     Raises `SpecError`.
     """
     if not 1 <= nodes <= 10_000 or not 0 <= bad_actors < nodes:
@@ -265,10 +269,10 @@ async def open_devstack(
         settings = NetworkSettings(
             open=_opener(transport, 0, network_key),
             rules=rules,
-            labels={GROUP: root.name},
+            labels={GROUP: group or root.name},
             archive=new_archive(),
             family=family,
-            neighbours=Settings(period=_period(nodes)),
+            neighbours=_neighbours(nodes, start),
         )
 
         async def opened(index: int) -> Node:
@@ -284,14 +288,16 @@ async def open_devstack(
             family.add(node.id)
             return node
 
-        stack = Devstack(await _introduced(opened, nodes, peers), machine, contextlib.closing(folder))
+        stack = Devstack(await _introduced(opened, nodes, peers, start=start), machine, contextlib.closing(folder))
         await stack.meet(seconds=ALL_MET)
         undo.pop_all()
     return stack
 
 
-async def _introduced(opened: Callable[[int], Awaitable[Node]], count: int, peers: Sequence[str]) -> list[Node]:
-    """Open so many nodes, some at a time, and introduce each to an earlier one."""
+async def _introduced(
+    opened: Callable[[int], Awaitable[Node]], count: int, peers: Sequence[str], *, start: Start
+) -> list[Node]:
+    """Open so many nodes, some at a time, and introduce each to an earlier one: to node 0 in a star."""
     chance = random.Random(count)  # noqa: S311 - a network that can be had again, no secret
     room = asyncio.Semaphore(AT_ONCE)
     loop = asyncio.get_running_loop()
@@ -309,7 +315,8 @@ async def _introduced(opened: Callable[[int], Awaitable[Node]], count: int, peer
         return node
 
     async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(introduce(index, chance.randrange(max(1, index)))) for index in range(count)]
+        earlier = [chance.randrange(max(1, index)) if start == "random" else 0 for index in range(count)]
+        tasks = [group.create_task(introduce(*pair)) for pair in enumerate(earlier)]
     return [task.result() for task in tasks]
 
 
@@ -324,6 +331,12 @@ def _opener(transport: TransportName, index: int, network_key: str) -> Open:
     if transport == "memory":
         return over_memory(_SHARED_MEMORY)
     return over_libp2p(listen=(LISTEN,) if index == 0 else (), network_key=network_key)
+
+
+def _neighbours(nodes: int, start: Start) -> Settings:
+    if start == "frozen star":  # nobody has too few neighbours, nor too many
+        return Settings(low=0, target=nodes, high=nodes, period=_period(nodes))
+    return Settings(period=_period(nodes))
 
 
 def _period(nodes: int) -> tuple[float, float]:

@@ -7,6 +7,7 @@ import tempfile
 import time
 from contextlib import closing, nullcontext
 from pathlib import Path
+from typing import Literal
 
 import click
 import msgspec
@@ -32,6 +33,13 @@ class Ready(msgspec.Struct, frozen=True):
     click.option("--transport", type=click.Choice(["libp2p", "memory"]), default="libp2p", show_default=True),
     click.option("--api", default="127.0.0.1:1234", show_default=True, metavar="HOST:PORT", help="For node 0."),
     click.option("--data", type=click.Path(path_type=Path), metavar="DIR", help="Their folders; default: a new one."),
+    click.option(
+        "--start",
+        type=click.Choice(["random", "star", "frozen star"]),
+        default="random",
+        show_default=True,
+        help="To whom each is introduced: an earlier one, node 0, or node 0 and nobody is met through others.",
+    ),
     click.option("--simulate", is_flag=True, help="Run nothing: every shard ends at once, with no value."),
     click.option("--network-key", type=click.Path(path_type=Path), metavar="FILE", help="The secret of the network."),
     JSON,
@@ -45,7 +53,8 @@ class _Wanted(msgspec.Struct, frozen=True, kw_only=True):
     nodes: int
     peers: tuple[str, ...]
     bad_actors: int
-    transport: str
+    transport: Literal["libp2p", "memory"]
+    start: Literal["random", "star", "frozen star"]
     api: str
     data: Path | None
     simulate: bool
@@ -70,7 +79,9 @@ async def _devstack(wanted: _Wanted, *, as_json: bool) -> None:
         stack = await many.open_devstack(
             wanted.nodes,
             root=Path(root),
-            transport="memory" if wanted.transport == "memory" else "libp2p",
+            transport=wanted.transport,
+            start=wanted.start,
+            group=f"devstack at {host}:{bound.getsockname()[1]}",
             peers=wanted.peers,
             bad_actors=wanted.bad_actors,
             work="fake" if wanted.simulate else "real",
