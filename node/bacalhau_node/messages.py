@@ -240,7 +240,8 @@ class Transfer(msgspec.Struct, frozen=True, tag="transfer", gc=False):
 class Announce(msgspec.Struct, frozen=True, tag="announce"):
     """To everybody: this job's requester knows too few nodes for it. Names requirements, never data.
 
-    `spec` carries what decides whether a node can run the job, and nothing that names its inputs or its code.
+    `spec` carries what decides whether a node can run the job: whether it has inputs, but nothing that names them, or
+    its code.
     `wanted`: so many executions are looked for. `round` grows with each announcement of the job.
     """
 

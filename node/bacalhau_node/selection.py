@@ -45,6 +45,7 @@ from bacalhau_node.errors import NoCapacity, SpecError
 from bacalhau_node.ids import JobId, NodeId
 from bacalhau_node.messages import Offer
 from bacalhau_node.ports import ContentStore
+from bacalhau_node.protocol.fitness import UNNAMED
 from bacalhau_node.requirements import name_of
 from bacalhau_node.spec import ISOLATION_RANK, OWNER_LABEL, Isolation, JobSpec, PythonCell
 
@@ -131,7 +132,8 @@ class Selection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         sources = [source.source for source in (*spec.inputs, *spec.shared)]
         if not sources and not self.stateless:
             return "takes no jobs without inputs"
-        missing = [one for one in sources if not _is_here(one, content)] if self.local_inputs else []
+        named = [one for one in sources if one != UNNAMED] if self.local_inputs else []
+        missing = [one for one in named if not _is_here(one, content)]
         return f"takes only jobs over what it holds, and {missing[0]} is not here" if missing else None
 
 

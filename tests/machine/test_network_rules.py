@@ -23,10 +23,10 @@ from bacalhau_node.messages import (
 from bacalhau_node.protocol import announcing
 from bacalhau_node.protocol import events as ev
 from bacalhau_node.protocol.compute import Compute
-from bacalhau_node.protocol.fitness import parse_constraint, requirements_only, unfit
+from bacalhau_node.protocol.fitness import UNNAMED, parse_constraint, unfit
 from bacalhau_node.protocol.placement import FIRST_REST, LEASE
 from bacalhau_node.protocol.watch import LATE_START, OVERTIME
-from bacalhau_node.spec import InputSource, PythonCell, Resources
+from bacalhau_node.spec import Command, InputSource, PythonCell, Resources
 from bacalhau_node.testing.builders import a_failure, a_job, a_job_id, a_result, a_spec, an_execution, matching, sent
 from tests.machine.test_rules import Desk, job_end, offers, states
 
@@ -290,7 +290,7 @@ def test_a_job_that_no_known_node_can_run_is_announced_without_its_data_and_fail
     effects = desk(ev.OfferUnsent((first,), "away"))
     (news,) = announced(effects)
     assert (news.requester, news.addresses, news.wanted, news.round) == ("req", ("/memory/req",), 1, 1)
-    assert news.spec == requirements_only(a_spec(constraint="gpu"))
+    assert news.spec == a_spec(constraint="gpu", task=Command(), inputs=(InputSource(source=UNNAMED),))
     assert job_end(effects) is None
     end = job_end(desk.later(60, ev.AnnounceTimer(a_job_id())))
     assert end is not None

@@ -13,6 +13,7 @@ from bacalhau_node.api.auth import Caller
 from bacalhau_node.api.policy import admitted, check_selected
 from bacalhau_node.content.blocks import BlockStore
 from bacalhau_node.errors import NoCapacity, SpecError
+from bacalhau_node.protocol.fitness import requirements_only
 from bacalhau_node.selection import NO_RULES, Guests, Probe, Selection, read_selection
 from bacalhau_node.spec import Command, InputSource, JobSpec, Resources
 
@@ -181,6 +182,13 @@ def test_what_another_node_may_not_ask_for_is_refused_in_a_sentence(
     guests = Guests(NO_RULES, store, refuse=lambda _: None, usual_memory=lambda: GIB)
     assert says in (guests.refuse("12D3KooWAnn", a_job(**job)) or "")
     assert guests.refuse("12D3KooWAnn", a_job()) is None
+
+
+@pytest.mark.parametrize("rules", [{"stateless": False}, {"local_inputs": True}])
+def test_a_node_hears_of_an_announced_job_only_that_it_has_inputs(store: BlockStore, rules: dict[str, object]) -> None:
+    guests = Guests(Selection(**rules), store, refuse=lambda _: None, usual_memory=lambda: GIB)
+    job = a_job(shared=(InputSource(source=f"ipfs://{NOWHERE}"),))
+    assert guests.refuse("12D3KooWAnn", requirements_only(job)) is None
 
 
 def test_a_job_of_the_same_owners_node_needs_no_isolation(store: BlockStore) -> None:

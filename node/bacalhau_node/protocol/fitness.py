@@ -19,7 +19,10 @@ import msgspec
 
 from bacalhau_node.errors import SpecError
 from bacalhau_node.messages import Engine, NodeRecord
-from bacalhau_node.spec import ISOLATION_RANK, JobSpec, PythonCell
+from bacalhau_node.spec import ISOLATION_RANK, InputSource, JobSpec, PythonCell
+
+UNNAMED: Final = "ipfs://"
+"""The source of an announced input: that there is one, and no word of which."""
 
 _KEY: Final = r"[A-Za-z0-9](?:[A-Za-z0-9._/-]*[A-Za-z0-9])?"
 _VALUE: Final = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
@@ -104,7 +107,10 @@ def _same_minor(wanted: str, has: str) -> bool:
 
 
 def requirements_only(spec: JobSpec) -> JobSpec:
-    """What decides whether a node can run the job, without what names its data, its code or its author."""
+    """What decides whether a node can run the job, without what names its data, its code or its author.
+
+    A job with inputs has one here, `UNNAMED`: some nodes take no jobs without any.
+    """
     task = spec.task
     if isinstance(task, PythonCell):
         task = PythonCell(bundle="", python=task.python, versions=task.versions, requires=task.requires)
@@ -112,6 +118,7 @@ def requirements_only(spec: JobSpec) -> JobSpec:
         task = type(task)()
     return JobSpec(
         task=task,
+        inputs=(InputSource(source=UNNAMED),) if spec.inputs or spec.shared else (),
         resources=spec.resources,
         timeout=spec.timeout,
         image=spec.image,
