@@ -18,7 +18,7 @@ from bacalhau_node.protocol.archive import Archive, Held, Sign, stamp
 from bacalhau_node.protocol.chance import Chance
 from bacalhau_node.protocol.view import DOUBT, LIFE
 
-GAP: Final = 10.0
+GAP: Final = 2.0
 RATE: Final = 8.0
 """A guess: at 10 µs each, less than one thousandth of a processor for every node of a process."""
 
