@@ -41,7 +41,10 @@ TAIL = 20
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """One shard as it stands. `exit_code` and `error` once it has ended; `inputs` are logical paths."""
+    """One shard as it stands. `exit_code` and `error` once it has ended; `inputs` are logical paths.
+
+    `disagreed`: nodes that gave another answer than the one that counts (`--agree`).
+    """
 
     index: int
     state: str
@@ -50,6 +53,7 @@ class ShardRecord:
     exit_code: int | None
     inputs: tuple[str, ...]
     error: ShardError | None
+    disagreed: tuple[str, ...] = ()
 
 
 class Text(str):
@@ -324,6 +328,7 @@ def _shard_record(shard: ShardView) -> ShardRecord:
         outcome.exit_code if outcome else None,
         shard.inputs,
         outcome.error if outcome else None,
+        shard.disagreed,
     )
 
 

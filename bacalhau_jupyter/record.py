@@ -93,7 +93,7 @@ class Record:
             if shard.state == "failed" and shard.outcome and shard.outcome.error:
                 failures.add(shard.index, shard.outcome.error)
         states = bytes(CODES[shard.state] for shard in view.shards)
-        notes = (*notes, *(f"published: {where}" for where in view.published))
+        notes = (*notes, *(f"published: {where}" for where in view.published), *view.disagreements())
         return cls(view.job, view.state, view.reason, states, failures.groups(), place, seconds, view.shards, notes)
 
     def plain(self) -> str:

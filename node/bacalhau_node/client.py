@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import tempfile
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -85,6 +86,14 @@ class JobView(msgspec.Struct, frozen=True):
     spec: JobSpec
     published: tuple[str, ...]
     shards: tuple[ShardView, ...]
+
+    def disagreements(self) -> list[str]:
+        """A sentence about each node that was outvoted (`--agree`)."""
+        counts = Counter(node for shard in self.shards for node in shard.disagreed)
+        return [
+            f"node {node} gave another answer in {count:,} of {len(self.shards):,} shards and is avoided"
+            for node, count in counts.items()
+        ]
 
 
 class JobLine(msgspec.Struct, frozen=True):

@@ -11,6 +11,8 @@ import pytest
 
 from bacalhau_jupyter.progress import DONE, FAILED, STOPPED, WAITING
 from bacalhau_jupyter.record import MAX_ROWS, MAX_TILES, Place, Record, aggregated, duration, size, tiles
+from bacalhau_node.cli import jobs
+from bacalhau_node.cli.printing import closing_line
 from bacalhau_node.client import JobView, ShardView
 from bacalhau_node.messages import Outcome, ShardError
 from bacalhau_node.spec import JobSpec, PythonCell
@@ -57,6 +59,18 @@ def test_notes_are_lines_below_and_pass_the_sanitiser():
     one = Record.of_view(view, HERE, 1.0, ["fetched 1 file, 2 MB: bafy1"])
     assert one.plain().splitlines()[1:] == ["fetched 1 file, 2 MB: bafy1", "published: s3://b/<x>"]
     assert "<div>published: s3://b/&lt;x&gt;</div>" in one.html()
+
+
+def test_a_node_that_was_outvoted_is_named_with_how_often():
+    liar = [ShardView(index, "kept", 3, "n-1", (), Outcome(ok=True), ("n-9",)) for index in (0, 1)]
+    view = JobView(JOB, "Completed", "", "cid", 0.0, JobSpec(task=PythonCell(bundle="b")), (), (*liar, shard(2)))
+    sentence = "node n-9 gave another answer in 2 of 3 shards and is avoided"
+    assert Record.of_view(view, HERE, 1.0).plain().splitlines()[1:] == [sentence]
+    assert sentence in closing_line(view, 1.0)
+    described = jobs.described(view).splitlines()
+    assert sentence in described
+    assert described[-1].endswith("a.csv")
+    assert described[-2].endswith("(not the answer of n-9)")
 
 
 def test_what_was_not_published_is_told_beside_failures():

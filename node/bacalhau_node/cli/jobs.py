@@ -43,7 +43,7 @@ def list_jobs(node: str | None, as_json: bool) -> None:  # noqa: FBT001 - click 
 def describe(job: str, node: str | None, as_json: bool) -> None:  # noqa: FBT001 - click passes flags by name
     """Show one job with its shards. The start of its id is enough."""
     view = finish(_view(job, node))
-    click.echo(msgspec.json.encode(summary(view)) if as_json else _described(view))
+    click.echo(msgspec.json.encode(summary(view)) if as_json else described(view))
 
 
 async def _view(job: str, node: str | None) -> JobView:
@@ -51,12 +51,13 @@ async def _view(job: str, node: str | None) -> JobView:
         return await client.job(await client.find(job))
 
 
-def _described(view: JobView) -> str:
+def described(view: JobView) -> str:
+    """A job and its shards, for people."""
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(view.created))
     head = [f"job {view.job}", f"{view.state} {view.reason}".rstrip(), f"created {when}"]
     head += [f"result {view.cid}"] if view.cid else []
     head += [f"published {where}" for where in view.published]
-    return "\n".join([*head, *map(_shard_line, view.shards)])
+    return "\n".join([*head, *view.disagreements(), *map(_shard_line, view.shards)])
 
 
 def _shard_line(shard: ShardView) -> str:
@@ -64,7 +65,8 @@ def _shard_line(shard: ShardView) -> str:
     names = ", ".join(shard.inputs[:3]).encode("utf-8", "backslashreplace").decode()
     more = f" and {len(shard.inputs) - 3:,} more" if len(shard.inputs) > 3 else ""
     text = f"shard {shard.index:>5}  {shard.state:<9}  attempt {shard.attempts}  {shard.node or '-'}  {names}{more}"
-    return f"{text.rstrip()}  {error}".rstrip()
+    others = f"(not the answer of {', '.join(shard.disagreed)})" if shard.disagreed else ""
+    return "  ".join(filter(None, (text.rstrip(), error, others)))
 
 
 @click.command()

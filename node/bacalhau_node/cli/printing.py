@@ -98,6 +98,7 @@ def _shard_summary(shard: ShardView) -> dict[str, object]:
         "exit_code": outcome.exit_code if outcome else None,
         "value": _value(outcome) if outcome else None,
         "error": error_text(outcome.error) if outcome and outcome.error else None,
+        "disagreed": shard.disagreed,
     }
 
 
@@ -124,6 +125,7 @@ def closing_line(view: JobView, seconds: float) -> str:
     text += f", failed: {_shortened(failed)}" if failed else ""
     text += f", {seconds:.1f} s, {view.cid or 'no result'}"
     text += "".join(f"\npublished: {where}" for where in view.published)
+    text += "".join(f"\n{sentence}" for sentence in view.disagreements())
     reason = view.reason.partition("; ")[2] if failed else view.reason  # which failed is told above
     return f"{text}\n{reason}" if reason else text
 
