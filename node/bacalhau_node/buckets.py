@@ -19,7 +19,7 @@ import os
 import re
 import threading
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -76,7 +76,7 @@ class Place:
 
     def at(self, key: str) -> Place:
         """The object `key` of the same bucket."""
-        return replace(self, key=key, folder=False)
+        return Place(self.scheme, self.bucket, key, folder=False)
 
 
 def claims(text: str) -> bool:

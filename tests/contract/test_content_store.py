@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 import bacalhau_node
 from bacalhau_node.cid import Cid
 from bacalhau_node.content import index as index_module
-from bacalhau_node.content.blocks import BlockStore
+from bacalhau_node.content.blocks import ROW, BlockStore
 from bacalhau_node.content.intake import INLINE
 from bacalhau_node.content.unixfs import PROFILES, hash_path
 from bacalhau_node.errors import BugError, ContentError, SpecError
@@ -79,7 +79,7 @@ def test_it_is_the_port(store):
 # --- blocks ---
 
 
-@pytest.mark.parametrize("size", [0, 1, 300, INLINE, INLINE + 1, 1024 * 1024])
+@pytest.mark.parametrize("size", [0, 1, 300, ROW, ROW + 1, 1024 * 1024])
 @pytest.mark.parametrize("codec", ["raw", "dag-json"])
 def test_a_block_can_be_read_at_once_and_after_a_flush_by_everyone(store, reopen, size, codec):
     data = os.urandom(size)
@@ -143,7 +143,7 @@ def test_closing_flushes_and_a_closed_store_is_a_bug_to_use(folder, reopen):
 
 # --- files and folders ---
 
-sizes = st.sampled_from([0, 1, 100, INLINE, INLINE + 1, 262_144, 262_145, 600_000])
+sizes = st.sampled_from([0, 1, 100, INLINE, INLINE + 1, ROW, ROW + 1, 262_144, 262_145, 600_000])
 names = st.text(st.characters(codec="utf-8", exclude_characters="/\0"), min_size=1, max_size=20).filter(
     lambda name: name not in {".", ".."}
 )
@@ -545,7 +545,7 @@ def test_a_folder_that_cannot_be_written_to_is_an_error_naming_it(tmp_path):
 
 def test_a_full_disk_is_an_error_and_what_was_put_is_still_there(store, folder):
     """A file in the place of the blocks' folder stands for a disk that refuses them."""
-    data = os.urandom(INLINE + 1)
+    data = os.urandom(ROW + 1)
     digest = Cid.of(data).digest.hex()
     (folder / "blocks").write_bytes(b"")
     cid = store.put(data)

@@ -1,6 +1,6 @@
 """The content store: blocks and whole files by CID, in one folder that a user's processes share.
 
-Theory of operation. Small blocks lie in the index (SQLite), larger ones in `blocks/`, and files
+Theory of operation. Small blocks (`ROW`) lie in the index (SQLite), larger ones in `blocks/`, and files
 that were imported whole lie in `files/` as they are, their blocks being slices of them; those that were linked lie
 where their owner has them. `put` only remembers; `flush` writes everything remembered in one transaction, and whoever
 tells the world about a CID flushes first. What the index claims is on disk (see `index` and `intake`), so a
@@ -36,7 +36,7 @@ from bacalhau_node.content.disk import Disk
 from bacalhau_node.content.export import export
 from bacalhau_node.content.files import Files, Places, discard, place
 from bacalhau_node.content.index import Block, Index
-from bacalhau_node.content.intake import INLINE, How, Intake
+from bacalhau_node.content.intake import How, Intake
 from bacalhau_node.content.reader import MAX_BLOCK, Reader
 from bacalhau_node.content.room import Room
 from bacalhau_node.content.session import sweep
@@ -45,6 +45,10 @@ from bacalhau_node.errors import BugError, ContentError, SpecError
 
 MAX_PUT = 1024 * 1024
 """Every node takes blocks up to this size; kubo's limit on the wire is twice that."""
+
+ROW: Final = 64 * 1024
+"""Blocks that are put, and files that are given as bytes, lie in the index up to this size: making and naming a file
+takes the time of hashing a megabyte. (Files that are files already may stay so, see `intake.INLINE`.)"""
 
 MAX_READ = 16 * 1024**3
 """What `read` builds in memory at most; larger files are exported or mapped."""
@@ -108,7 +112,7 @@ class BlockStore:
             try:
                 with self._writing():
                     for digest, (codec, data) in pending:
-                        inline = len(data) <= INLINE
+                        inline = len(data) <= ROW
                         if not inline:
                             self._files.write_block(digest, data, places)
                         blocks.append(Block(digest, len(data), data if inline else None, codec=codec))
@@ -125,8 +129,8 @@ class BlockStore:
         self._room.grew(written)
 
     def add_bytes(self, data: bytes) -> str:
-        """Import `data` as a UnixFS file and return its CID; what is over 4 KiB is written at once, as one file."""
-        if len(data) <= INLINE:
+        """Import `data` as a UnixFS file and return its CID; what is over 64 KiB is written at once, as one file."""
+        if len(data) <= ROW:
             return str(Cid(import_bytes(data, self._remember, profile=self.profile).cid))
         path = Path(self._files.session.temporary())
         try:

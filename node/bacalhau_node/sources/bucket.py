@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache, partial
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
 from weakref import WeakValueDictionary
@@ -290,10 +291,13 @@ def _looked_at(store: Store, place: Place, listed: Sequence[ObjectMeta]) -> list
     versioned = first is not None and first["version"] is not None and len(listed) <= MOST_VERSIONS
 
     def look(meta: ObjectMeta) -> ObjectMeta | None:
-        return _head(store, place.at(meta["path"])) if versioned or not meta["size"] else meta
+        return _head(store, place.at(meta["path"]))
 
+    doubtful = [versioned or not meta["size"] for meta in listed]
     with ThreadPoolExecutor(REQUESTS // 2) as pool:
-        return [meta for meta in pool.map(look, listed) if meta is not None]
+        looked = pool.map(look, compress(listed, doubtful))
+        seen = [next(looked) if doubt else meta for meta, doubt in zip(listed, doubtful, strict=True)]
+    return [meta for meta in seen if meta is not None]
 
 
 def _problems(place: Place, paths: Sequence[str]) -> dict[str, str]:
