@@ -152,12 +152,12 @@ class Exchange:
         over_http = [HttpProvider(url, token=token, sockets=_DIALLED.socket) for url in run.grant.gateways]
         return (*over_http, StreamProvider(self._transport, run.requester, token=token))
 
-    async def bring(self, root: str, providers: Sequence[Provider]) -> None:
-        """Have all of `root` here; raises `NodeUnreachable` when those who should have it don't give it."""
+    async def bring(self, root: str, providers: Sequence[Provider], *, limit: int) -> None:
+        """Have all of `root` here; raises `NodeUnreachable` when it is over `limit` bytes, or nobody gives it."""
         lock = self._coming.setdefault(root, asyncio.Lock())
         try:
             async with lock:
-                await fetch(self._content, Cid.parse(root), providers, patience=PATIENCE)
+                await fetch(self._content, Cid.parse(root), providers, limit=limit, patience=PATIENCE)
         except ContentError as error:
             raise NodeUnreachable(f"what the shard needs did not come: {error}") from error
         finally:

@@ -65,13 +65,15 @@ class Telling:
         self, execution: Execution, progress: Callable[[Event | Lines | Transfer], None], secrets: Secrets
     ) -> None:
         self._execution, self._progress = execution, progress
+        self._started = False
         self._streams: dict[Stream, MaskedStream] = {name: MaskedStream(secrets) for name in ("stdout", "stderr")}
 
     def __call__(self, event: ExecutorEvent) -> None:
         """It started, or printed something."""
         if isinstance(event, ShardLines):
             self._tell(event.stream, self._streams[event.stream].feed(event.text))
-        else:
+        elif not self._started:  # in the same box as the cell there is an agent that says so, maybe once more
+            self._started = True
             self._progress(ExecutionStarted(self._execution))
 
     def end(self) -> None:

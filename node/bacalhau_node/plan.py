@@ -38,6 +38,10 @@ REASONS: Final = 20
 """Of so many entries that could not be looked at an error says why."""
 
 
+MAX_ENTRIES: Final = 2_000_000
+"""Files of one shard, and as many that go to every shard: some 800 MB of memory, and what a plan of others may cost."""
+
+
 class PlannedShard(msgspec.Struct, frozen=True):
     """One shard of a plan: its entries in order, and their bytes."""
 
@@ -134,8 +138,13 @@ def _linked(content: ContentStore, node: dict[str, object], name: str) -> tuple[
     links = node.get(name, [])
     if not isinstance(links, list):
         raise ContentError(f"a shard of a plan has {name!r} that is not a list of links")
-    parts = (read_block(_node(content, link.cid)) for link in links if isinstance(link, dagjson.Link))
-    return tuple(entry for part in parts for entry in part)
+    found: list[Entry] = []
+    for link in links:
+        if isinstance(link, dagjson.Link):
+            found += read_block(_node(content, link.cid))
+        if len(found) > MAX_ENTRIES:
+            raise ContentError(f"a shard of a plan has more than {MAX_ENTRIES:,} files: make more shards")
+    return tuple(found)
 
 
 def _doubts(units: Sequence[Unit], shared: Sequence[Entry]) -> tuple[str, ...]:

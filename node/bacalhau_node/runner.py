@@ -17,6 +17,7 @@ from typing import TypeVar
 
 import msgspec
 
+from bacalhau_node import scratch_folder, strangers
 from bacalhau_node.content.records import encode_outcome, seal
 from bacalhau_node.errors import BacalhauError, ContentError, NodeUnreachable, SpecError
 from bacalhau_node.exchange import Exchange
@@ -42,7 +43,7 @@ from bacalhau_node.ports import (
 )
 from bacalhau_node.protocol.events import Event, JobSealed, Keep, Run, Seal
 from bacalhau_node.publishers import publish
-from bacalhau_node.sharding import ContentRef, Entry, LocalStamp, container_path, mounts, shown
+from bacalhau_node.sharding import ContentRef, Entry, container_path, mounts, shown
 from bacalhau_node.spec import OWNER_LABEL, InputSource, JobSpec, PythonCell
 
 log = logging.getLogger(__name__)
@@ -66,6 +67,7 @@ class _Job:
     executor: Executor
     name: str
     folder: Path
+    requester: NodeId
     foreign: bool
     uses: int = 0
     """How many executions it has had."""
@@ -123,8 +125,6 @@ class Runner:
 
     async def execute(self, run: Run, progress: Callable[[Event | Lines | Transfer], None]) -> Outcome:
         """Run one execution to its outcome, which is kept until it is `settled`; only cancellation is raised."""
-        if run.requester != self._node and self._exchange is not None:
-            run = msgspec.structs.replace(run, spec=self._exchange.guests.admit(run.requester, run.spec))
         try:
             outcome = await self._outcome(run, progress)
         finally:
@@ -137,11 +137,12 @@ class Runner:
     async def _outcome(self, run: Run, progress: Callable[[Event | Lines | Transfer], None]) -> Outcome:
         execution = run.execution
         try:
-            mine = run.requester == self._node
-            secrets = self.secrets(execution.job, run.spec) if mine else Secrets(run.secrets)
+            run, secrets = self._admitted(run)
+            job = self._job(run)
         except SpecError as error:
             return self._failed("environment", error)
-        job = self._job(run)
+        except BacalhauError as error:
+            return self._failed("node", error)
         scratch = job.folder / f"{execution.shard}.{execution.attempt}"
         try:
             return await self._execute(run, job, scratch, progress=progress, secrets=secrets)
@@ -150,14 +151,18 @@ class Runner:
         except NodeUnreachable as error:
             log.warning("execution %s: %s", execution, error)
             return self._failed("node", error)
-        except BacalhauError as error:
-            log.exception("execution %s failed in the node", execution)
-            return self._failed("node", error)
-        except OSError as error:
+        except Exception as error:  # the boundary of a task of the engine: it has to end, whatever a stranger sent
             log.exception("execution %s failed in the node", execution)
             return self._failed("node", error)
         finally:
-            await _remove(scratch)
+            await scratch_folder.remove(scratch)
+
+    def _admitted(self, run: Run) -> tuple[Run, Secrets]:
+        """The execution as it may run here, and its secrets; raises `SpecError`."""
+        if run.requester == self._node or self._exchange is None:
+            return run, self.secrets(run.execution.job, run.spec)
+        spec = self._exchange.guests.admit(run.requester, run.spec)
+        return msgspec.structs.replace(run, spec=spec), strangers.secrets_of(run)
 
     async def release(self, job: JobId) -> None:
         """Nothing of `job` is held now: free its executor's slots and its folder, if nothing more comes."""
@@ -193,8 +198,10 @@ class Runner:
         if job is None:
             self._made += 1  # the folder of an earlier one may be on its way out
             folder = self._folder / f"{run.execution.job}.{self._made}"
-            job = _Job(*self._facilities.choose(run.spec), folder, foreign=run.requester != self._node)
+            job = _Job(*self._facilities.choose(run.spec), folder, run.requester, foreign=run.requester != self._node)
             self._jobs[run.execution.job] = job
+        elif job.requester != run.requester:
+            raise NodeUnreachable("a job of another node has this id, and is being put away here")
         job.uses += 1
         return job
 
@@ -213,8 +220,7 @@ class Runner:
                 await self._prepare(job, run.spec, providers)
         if job.problem is not None:
             return self._failed("environment", job.problem)
-        await self._bring(run.block, providers)
-        entries, shared = read_shard(self._content, run.block)
+        entries, shared = await self._entries(run, job, providers)
         own = run.requester == self._node and OWNER_LABEL not in run.spec.labels
         access = Access(own=own, providers=providers)
 
@@ -266,7 +272,7 @@ class Runner:
         job.folder.mkdir(parents=True, exist_ok=True)
         if isinstance(spec.task, PythonCell):
             if job.bundle is None:
-                await self._bring(spec.task.bundle, providers)
+                await self._bring(spec.task.bundle, providers, limit=strangers.disk(spec))
                 bundle = job.folder / "bundle"
                 await asyncio.to_thread(self._content.export, spec.task.bundle, bundle)
                 job.bundle = bundle
@@ -279,9 +285,20 @@ class Runner:
 
     # --- inputs ---
 
-    async def _bring(self, root: str, providers: Sequence[Provider]) -> None:
+    async def _bring(self, root: str, providers: Sequence[Provider], *, limit: int) -> None:
         if self._exchange is not None and providers:
-            await self._exchange.bring(root, providers)
+            await self._exchange.bring(root, providers, limit=limit)
+
+    async def _entries(
+        self, run: Run, job: _Job, providers: Sequence[Provider]
+    ) -> tuple[tuple[Entry, ...], tuple[Entry, ...]]:
+        """The files of the shard, and those that go to every shard."""
+        if not job.foreign:
+            return read_shard(self._content, run.block)
+        await self._bring(run.block, providers, limit=strangers.MAX_PLAN)
+        entries, shared = await asyncio.to_thread(read_shard, self._content, run.block)
+        strangers.check_entries(run.spec, entries, shared)
+        return entries, shared
 
     async def _fetch(
         self, entries: Sequence[Entry], sources: Sequence[InputSource], access: Access, told: Told
@@ -307,7 +324,7 @@ class Runner:
             source = sources[entry.source]
             mount = container_path(targets[entry.source], source, entry)
             opened = self._source(source, entry).open(entry.reference, scratch=scratch)
-            path = _named(opened, entry, scratch / "named", mount)
+            path = scratch_folder.named(opened, entry, scratch / "named", mount)
             files.append(StagedFile(path=path, mount=mount, logical=entry.path, size=entry.size, shared=shared))
         return files
 
@@ -363,27 +380,5 @@ class Runner:
         return await asyncio.to_thread(add)
 
 
-def _named(path: Path, entry: Entry, folder: Path, mount: str) -> Path:
-    """`path` itself, or where content lies under its CID: a second name for it below `folder`, that of its mount.
-
-    A shard without a container sees this very path, and what it is called matters: `.csv`, `.gz`.
-    """
-    if isinstance(entry.reference, LocalStamp) or mount.endswith("/"):
-        return path
-    named = folder / mount.lstrip("/")
-    named.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        named.hardlink_to(path)
-    except OSError:  # another disk, or one without hard links
-        named.symlink_to(path)
-    return named
-
-
 async def _in_thread_if(heavy: bool, work: Callable[[], T]) -> T:  # noqa: FBT001 - reads as a sentence
     return await asyncio.to_thread(work) if heavy else work()
-
-
-async def _remove(scratch: Path) -> None:
-    """Remove an execution's folder, which mostly was never made: removing one can take milliseconds on ext4."""
-    if scratch.exists():  # noqa: ASYNC240 - microseconds
-        await asyncio.to_thread(shutil.rmtree, scratch, ignore_errors=True)

@@ -34,6 +34,7 @@ from bacalhau_node.protocol import events as ev
 from bacalhau_node.protocol import recovery, voting, watch
 from bacalhau_node.protocol.book import Book
 from bacalhau_node.protocol.compute import MAX_PREFETCH, ORPHAN_GRACE, Compute, Held
+from bacalhau_node.protocol.here import JobsHere
 from bacalhau_node.protocol.placement import Placement
 from bacalhau_node.protocol.records import Attempt, Ended, Job, Node, Shard
 from bacalhau_node.protocol.requester import Requester
@@ -517,7 +518,7 @@ def accepts_a_second_result(patch: pytest.MonkeyPatch) -> None:
 
 def runs_a_repeated_offer(patch: pytest.MonkeyPatch) -> None:
     """The compute node does not remember what it has run."""
-    patch.setattr(Compute, "_unseen", lambda _self, _execution: True)
+    patch.setattr(JobsHere, "is_new", lambda _self, _execution, _requester: True)
 
 
 def takes_more_than_it_has_room_for(patch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,237 @@
+"""Whole nodes beside a hostile one: what it offers ends, costs little, and reads nothing that is not its own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bacalhau_node import dagjson, plan
+from bacalhau_node.errors import ContentError
+from bacalhau_node.executors.fake import FakeExecutor
+from bacalhau_node.executors.process import ProcessExecutor
+from bacalhau_node.ids import NodeId
+from bacalhau_node.masking import NO_SECRETS
+from bacalhau_node.messages import Cancel, Grant, JobMessage, Offer, Outcome, Propose, Refuse, ShardOffer
+from bacalhau_node.network import NetworkSettings, new_archive, over_memory
+from bacalhau_node.node import Node, open_node
+from bacalhau_node.outcomes import Telling
+from bacalhau_node.plan import store_shard
+from bacalhau_node.ports import RawOutcome, ShardStarted, ShardTask
+from bacalhau_node.protocol import events as ev
+from bacalhau_node.selection import Selection
+from bacalhau_node.sharding import ContentRef, Entry, LocalStamp
+from bacalhau_node.spec import Command, InputSource, JobSpec, PythonCell, Resources
+from bacalhau_node.testing.builders import a_job_id, an_execution
+from bacalhau_node.transports.memory import MemoryHub
+
+SOME = InputSource(source="ipfs://bafkreihdwdcefgh4dqkjv67uzcmw7ojee6xedzdetojuzjevtenxquvyku/x")
+MB = 1_000_000
+
+
+class Mallory:
+    """A node that offers what it likes to another one, and hears how that ended."""
+
+    def __init__(self, node: Node, victim: Node) -> None:
+        self.node, self.victim, self.jobs = node, victim, 0
+        self.heard: asyncio.Queue[Any] = asyncio.Queue()
+        real = victim.engine._mail.links.send
+
+        def send(to: NodeId, message: Any) -> None:
+            if to != node.id or not isinstance(message, JobMessage):
+                real(to, message)
+            elif isinstance(message, Propose | Refuse):
+                self.heard.put_nowait(message)
+
+        victim.engine._mail.links.send = send  # type: ignore[method-assign]
+
+    def offer(self, spec: JobSpec, block: str, *, roots: tuple[str, ...] = (), **more: Any) -> None:
+        token = "t" * 43
+        self.node.content.flush()
+        self.node.grants.open(token, (block, *roots))
+        self.jobs += 1
+        offer = Offer(a_job_id(self.jobs), spec, (ShardOffer(0, 1, block),), 1, Grant(token), **more)
+        self.node.engine._mail.links.send(self.victim.id, offer)
+
+    async def answer(self) -> Any:
+        async with asyncio.timeout(20):
+            return await self.heard.get()
+
+    async def outcome(self, spec: JobSpec, block: str, **more: Any) -> Outcome:
+        self.offer(spec, block, **more)
+        outcome = (await self.answer()).outcome
+        assert isinstance(outcome, Outcome)
+        self.node.engine._mail.links.send(self.victim.id, Cancel((an_execution(job=self.jobs),)))
+        async with asyncio.timeout(10):
+            while self.victim.engine._compute.held:  # noqa: ASYNC110 - it looks at a machine, which wakes nobody
+                await asyncio.sleep(0.01)
+        assert self.victim.engine._compute.active == 0, "its slot came back"
+        return outcome
+
+    def put(self, data: dict[str, Any]) -> str:
+        return self.node.content.put(dagjson.encode(data), codec="dag-json")
+
+
+Meet = Callable[..., Any]
+
+
+@pytest.fixture
+async def meet(tmp_path: Path) -> AsyncIterator[Meet]:
+    hub, archive, nodes = MemoryHub(), new_archive(), []
+
+    async def join(name: str, executor: Any) -> Node:
+        settings = NetworkSettings(
+            open=over_memory(hub),
+            peers=tuple(address for node in nodes for address in node.addresses()),
+            archive=archive,
+            rules=Selection(isolation="none"),
+        )
+        nodes.append(await open_node(tmp_path / name, executors=[executor], network=settings))
+        return nodes[-1]
+
+    async def met(executor: Any = None) -> Mallory:
+        victim = await join("victim", executor or ProcessExecutor(tmp_path / "victim" / "process", slots=2))
+        mallory = await join("mallory", FakeExecutor(refusal="it never works"))
+        async with asyncio.timeout(20):
+            while not (victim.membership and mallory.id in victim.membership.neighbours):  # noqa: ASYNC110 - as above
+                await asyncio.sleep(0.01)
+        return Mallory(mallory, victim)
+
+    yield met
+    for node in nodes:
+        await node.close(farewell=False)
+
+
+def a_script(text: str = "true", **fields: Any) -> JobSpec:
+    return JobSpec(task=Command(shell=text), **fields)
+
+
+# --- what ends ---
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        (["a", 7, 1, "bafkreihdwdcefgh4dqkjv67uzcmw7ojee6xedzdetojuzjevtenxquvyku"], "that the job does not have"),
+        (["../../a", 0, 1, "bafkreihdwdcefgh4dqkjv67uzcmw7ojee6xedzdetojuzjevtenxquvyku"], "not a path of an entry"),
+        (["a", 0, 1, "no cid"], "no source of this node"),
+        ({"a": 1}, "not an entry of a plan"),
+    ],
+)
+async def test_a_plan_that_is_none_ends_its_execution(meet: Meet, row: Any, says: str) -> None:
+    mallory = await meet()
+    outcome = await mallory.outcome(a_script(inputs=(SOME,)), mallory.put({"entries": [row]}))
+    assert not outcome.ok
+    assert outcome.error is not None
+    assert says in outcome.error.message or "CID" in outcome.error.message
+
+
+async def test_whatever_an_execution_stumbles_over_it_ends(meet: Meet) -> None:
+    """A fault that nobody foresaw costs the shard, and not the slot for ever."""
+
+    async def run(_task: ShardTask, _emit: object) -> RawOutcome:
+        raise ValueError("nobody foresaw this")
+
+    executor = FakeExecutor(slots=2, isolation="sandbox")
+    executor.run = run  # type: ignore[method-assign, assignment]
+    mallory = await meet(executor)
+    outcome = await mallory.outcome(a_script(), mallory.put({"entries": []}))
+    assert outcome.error is not None
+    assert (outcome.error.kind, outcome.error.message) == ("node", "nobody foresaw this")
+
+
+def test_a_shard_that_says_twice_that_it_has_started_has_started_once() -> None:
+    told: list[Any] = []
+    telling = Telling(an_execution(), told.append, NO_SECRETS)
+    telling(ShardStarted())
+    telling(ShardStarted())
+    assert told == [ev.ExecutionStarted(an_execution())]
+
+
+# --- what is read ---
+
+
+async def test_no_file_of_this_machine_is_an_input_of_another_nodes_job(meet: Meet, tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("42")
+    stat = secret.stat()
+    stamp = LocalStamp(str(secret), stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_dev)
+    mallory = await meet()
+    for source in ("ipfs://bafkreihdwdcefgh4dqkjv67uzcmw7ojee6xedzdetojuzjevtenxquvyku/x", "https://example.org/x"):
+        block = store_shard((Entry("x", stamp, 2),), [], mallory.node.content)
+        spec = a_script("cat /inputs/*; cat inputs/*", inputs=(InputSource(source=source),))
+        outcome = await mallory.outcome(spec, block)
+        assert outcome.error is not None
+        assert "names a file of its own machine" in outcome.error.message
+    for place in (str(secret), f"file://{secret}", f"local:{secret}", "s3://bucket/key"):
+        mallory.offer(a_script(inputs=(InputSource(source=place),)), block)
+        assert "names a place of another machine" in (await mallory.answer()).reason
+
+
+async def test_an_offer_brings_the_secrets_that_its_spec_names_and_no_others(meet: Meet) -> None:
+    mallory = await meet()
+    block = mallory.put({"entries": []})
+    outcome = await mallory.outcome(a_script(), block, secrets={"LD_PRELOAD": "/tmp/x.so"})
+    assert outcome.error is not None
+    assert outcome.error.kind == "environment"
+    assert "LD_PRELOAD" in outcome.error.message
+
+
+async def test_two_requesters_never_share_what_is_here_for_a_job(meet: Meet) -> None:
+    """Mallory knows the id of a job; its executions are none of that job."""
+    mallory = await meet(FakeExecutor(lambda *_: asyncio.sleep(30), slots=2, isolation="sandbox"))
+    runner, block = mallory.victim._runner, mallory.victim.content.put(dagjson.encode({"entries": []}))
+    own = ev.Run(an_execution(), a_script(), block, 1, mallory.victim.id)
+    working = asyncio.create_task(runner.execute(own, lambda _news: None))
+    while an_execution().job not in runner._jobs:  # noqa: ASYNC110 - nobody tells of it
+        await asyncio.sleep(0.01)
+    outcome = await runner.execute(ev.Run(an_execution(1), a_script(), block, 1, mallory.node.id), lambda _news: None)
+    assert outcome.error is not None
+    assert outcome.error.message == "a job of another node has this id, and is being put away here"
+    working.cancel()
+    await asyncio.wait([working])
+
+
+# --- what it costs ---
+
+
+async def test_a_cells_folder_that_grows_is_not_unpacked(meet: Meet, tmp_path: Path) -> None:
+    """A few blocks, named again and again, are as many files as their sender likes."""
+    mallory = await meet()
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    for number in range(30):
+        (folder / f"{number}").write_bytes(b"x" * 100_000)
+    (folder / "cell.py").write_text("1")
+    bundle = mallory.node.content.add_path(folder)
+    spec = JobSpec(task=PythonCell(bundle=bundle), resources=Resources(disk=MB))
+    outcome = await mallory.outcome(spec, mallory.put({"entries": []}), roots=(bundle,))
+    assert outcome.error is not None
+    assert "1,000,000 bytes" in outcome.error.message
+
+
+async def test_the_files_of_a_shard_have_no_more_bytes_than_its_disk(meet: Meet) -> None:
+    mallory = await meet()
+    cid = mallory.node.content.add_bytes(b"x")
+    entries = tuple(Entry(f"{number}", ContentRef(cid), MB // 2) for number in range(3))
+    block = store_shard(entries, [], mallory.node.content)
+    spec = a_script(inputs=(SOME,), resources=Resources(disk=MB))
+    outcome = await mallory.outcome(spec, block, roots=(cid,))
+    assert outcome.error is not None
+    assert outcome.error.message.startswith(
+        "the files of the shard have 1.5 MB, and on another node it has a disk of 1 MB"
+    )
+
+
+async def test_a_block_of_a_plan_that_is_named_again_and_again_is_read_to_a_limit(
+    meet: Meet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "MAX_ENTRIES", 1_000)
+    mallory = await meet()
+    content = mallory.node.content
+    (link,) = plan.store_entries(tuple(Entry(f"{number}", ContentRef("c"), 1) for number in range(100)), content)
+    with pytest.raises(ContentError, match="more than 1,000 files"):
+        plan.read_shard(content, mallory.put({"entries": [], "more": [link] * 5_000}))
