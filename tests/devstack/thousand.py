@@ -175,6 +175,7 @@ class Measuring:
         say(f"{found.nodes} shards", found.wide)
         if not kill:
             return
+        self.waiting.seconds = 2.0
         killing = asyncio.create_task(self._kill(stack, kill))
         found.after_kill = await self._job(client, found.nodes)
         found.killed = await killing
@@ -182,17 +183,15 @@ class Measuring:
         say(f"{found.nodes} shards, {found.killed} nodes killed", found.after_kill)
 
     async def _kill(self, stack: Devstack, count: int) -> int:
-        """End so many nodes that have something to do."""
-        chance = random.Random(count)
-        killed = 0
-        while killed < count:
-            busy = [at for at, node in enumerate(stack.nodes) if at and node.engine.running]
-            if not busy:
-                await asyncio.sleep(0.01)
-                continue
-            await stack.kill(chance.choice(busy))
-            killed += 1
-        return killed
+        """End so many nodes at once that have something to do."""
+
+        def busy() -> list[int]:
+            return [at for at, node in enumerate(stack.nodes) if at and node.engine.running]
+
+        await until(lambda: len(busy()) >= count)
+        chosen = sorted(random.Random(count).sample(busy(), count), reverse=True)  # an index is good until it is used
+        await asyncio.gather(*(stack.kill(at) for at in chosen))
+        return len(chosen)
 
     async def _job(self, client: LocalClient, shards: int) -> float:
         """Run one job; the seconds that it took."""
