@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import random
 import resource
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Final, Literal
@@ -47,6 +48,10 @@ ALL_MET: Final = 60.0
 
 AT_ONCE: Final = 16
 """Nodes that are opened at the same time: they wait for the disk and for threads (a guess)."""
+
+COLLECTED: Final = (50_000, 20, 100)
+"""When Python's collector looks for garbage: a network is millions of objects that stay (a third of what opening a
+thousand nodes costs was spent on looking at them)."""
 
 LISTEN: Final = "/ip4/127.0.0.1/tcp/0"
 BAD: Final = "bad-actor"
@@ -262,7 +267,9 @@ async def open_devstack(  # noqa: PLR0913 - what a network can be like
     _allow_files()
     async with contextlib.AsyncExitStack() as undo:
         folder = await asyncio.to_thread(take_folder, root / "machine")
-        undo.callback(folder.close)
+        held = undo.enter_context(contextlib.ExitStack())
+        held.callback(folder.close)
+        held.enter_context(_rare_collections())
         machine = _Machine(_executors(work, folder, nodes), nodes)
         undo.push_async_callback(machine.close)
         family: set[NodeId] = set()
@@ -288,7 +295,7 @@ async def open_devstack(  # noqa: PLR0913 - what a network can be like
             family.add(node.id)
             return node
 
-        stack = Devstack(await _introduced(opened, nodes, peers, start=start), machine, contextlib.closing(folder))
+        stack = Devstack(await _introduced(opened, nodes, peers, start=start), machine, held)
         await stack.meet(seconds=ALL_MET)
         undo.pop_all()
     return stack
@@ -343,6 +350,16 @@ def _period(nodes: int) -> tuple[float, float]:
     """Seconds between two comparisons of views: about fifty of them a second in the whole process, at most."""
     shortest = min(20.0, max(1.0, nodes / 50))
     return shortest, 1.5 * shortest
+
+
+@contextlib.contextmanager
+def _rare_collections() -> Iterator[None]:
+    before = gc.get_threshold()
+    gc.set_threshold(*COLLECTED)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 def _allow_files() -> None:
