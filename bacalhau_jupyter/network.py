@@ -119,7 +119,7 @@ def bundle(graph: Graph, places: Mapping[str, tuple[float, float]]) -> dict[str,
 
 
 def sentence(graph: Graph) -> str:
-    """`1,000 nodes, 2,512 links, in one piece; 12 at work; announcements take 0.03 s; 0 messages dropped`."""
+    """`1,000 nodes, 2,512 links, in one piece; 12 at work; messages take 0.03 s; 2 messages dropped`."""
     nodes, parts = graph.nodes, len(graph.parts)
     words = [_count(len(nodes), "node"), f"{_count(len(graph.links), 'link')}, in {_pieces(parts)}"]
     if busy := sum(dot.jobs > 0 for dot in nodes):
@@ -127,7 +127,7 @@ def sentence(graph: Graph) -> str:
     if suspects := sum(dot.state == "suspect" for dot in nodes):
         words.append(f"{suspects:,} suspected")
     if ages := sorted(dot.age for dot in nodes if dot.age):
-        words.append(f"announcements take {ages[len(ages) // 2]:.2g} s")
+        words.append(f"messages take {ages[len(ages) // 2]:.2g} s")
     if dropped := sum(dot.dropped for dot in nodes):
         words.append(f"{_count(dropped, 'message')} dropped")
     return f"{words[0]}, {'; '.join(words[1:])}"

@@ -101,7 +101,7 @@ class Engine:
         self._membership = network.membership if network is not None else None
         self._machines = Machines(requester, compute, self._membership)
         self._describe = network.describe if network is not None else None
-        self._load = (-1, -1)
+        self._load = (-1, -1, -1)
         self._transport, self._journal, self._content = transport, journal, content
         self._work = work
         self._loop = asyncio.get_running_loop()
@@ -134,6 +134,11 @@ class Engine:
     def waiting(self) -> int:
         """How many events wait for the next turn."""
         return len(self._inbox)
+
+    @property
+    def dropped(self) -> int:
+        """Messages that were refused, or could not be sent or passed on, since the start."""
+        return self._transport.dropped + self._mail.links.dropped
 
     def post(self, event: ev.Event) -> None:
         """Put an event into the inbox; it is handled in a turn of its own soon."""
@@ -220,11 +225,13 @@ class Engine:
 
     def _load_has_changed(self) -> bool:
         """Whether this node's record must say something new: then that is the next event."""
-        load = (self._compute.room, self._compute.active)
-        if self._describe is None or load == self._load:
+        if self._describe is None:
+            return False
+        load = (self._compute.room, self._compute.active, self.dropped)
+        if load == self._load:
             return False
         self._load = load
-        self._inbox.append(ev.LoadChanged(self._describe()))
+        self._inbox.append(ev.LoadChanged(structs.replace(self._describe(), dropped=self.dropped)))
         return True
 
     def _commit(self, effects: list[ev.Effect]) -> None:

@@ -20,7 +20,7 @@ from typing import Final, Protocol
 from msgspec import structs
 
 from bacalhau_node import wire
-from bacalhau_node.errors import NodeUnreachable, ProtocolError, SpecError
+from bacalhau_node.errors import BugError, NodeUnreachable, ProtocolError, SpecError
 from bacalhau_node.ids import NodeId
 from bacalhau_node.messages import Lines, Message, Transfer
 from bacalhau_node.ports import Packet, Transport
@@ -33,6 +33,12 @@ MAX_WAITING: Final = 1024 * 1024
 
 MAX_QUEUE: Final = 10_000
 """Messages that wait for one node: some 10 MB at most (a guess)."""
+
+MAX_REASON: Final = 300
+"""Characters of what another node did wrong, which may hold some of its own words."""
+
+MAX_TOLD: Final = 1_000
+"""Faults of others that are remembered, so that each is told once: whoever makes up more is told of again."""
 
 LEFT_OUT: Final = "\n[lines left out here: too many for the network; all of them are in the result]\n"
 
@@ -101,6 +107,15 @@ class _Queue:
             self.text -= len(message.text)
 
 
+def _encoded(to: NodeId, message: Message) -> bytes | None:
+    """The message as bytes; None for one that is too large: those behind it are sent all the same."""
+    try:
+        return wire.encode(message)
+    except BugError:
+        log.exception("a message is not sent", extra={"to": to, "kind": type(message).__name__})
+        return None
+
+
 def _same(one: Transfer, other: Transfer) -> bool:
     return (one.execution, one.name) == (other.execution, other.name)
 
@@ -112,6 +127,8 @@ class Links:
         self._transport, self._spawn, self._post, self._failed = transport, spawn, post, failed
         self._queues: dict[NodeId, _Queue] = {}
         self._told: set[tuple[NodeId, str]] = set()
+        self.dropped = 0
+        """Messages that waited for a node that takes too few."""
         self.idle = asyncio.Event()
         """Nothing waits to be sent."""
         self.idle.set()
@@ -134,7 +151,8 @@ class Links:
         try:
             while queue.messages:
                 message = queue.take()
-                await self._transport.send(to, wire.encode(message))
+                if (data := _encoded(to, message)) is not None:
+                    await self._transport.send(to, data)
         except NodeUnreachable as error:
             assert message is not None, "nothing was sent"
             self._failed(to, [message, *queue.take_all()], str(error))
@@ -143,6 +161,7 @@ class Links:
             if not self._queues:
                 self.idle.set()
             if queue.dropped:
+                self.dropped += queue.dropped
                 log.warning("messages were dropped: the node takes too few", extra={"to": to, "count": queue.dropped})
 
     def perform(self, effect: NETWORK_EFFECTS) -> None:
@@ -176,7 +195,10 @@ class Links:
 
     def complain(self, node: NodeId, reason: str) -> None:
         """Tell once in the log what a node did wrong."""
+        reason = reason[:MAX_REASON]
         if reason and (node, reason) not in self._told:
+            if len(self._told) >= MAX_TOLD:
+                self._told.clear()
             self._told.add((node, reason))
             log.warning("a node is at fault: %s", reason, extra={"peer": node})
 

@@ -295,7 +295,8 @@ class NodeRecord(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     neighbours: tuple[NodeId, ...] = ()
     jobs: int = 0
     age: float = 0.0
-    """Median seconds between the sending and the arrival of the announcements that it heard lately."""
+    """Median seconds that a message took, waits in queues included: half the time from a question to a neighbour to its
+    answer, by the asker's clock (those of two machines differ by more than that). 0: none was answered yet."""
     dropped: int = 0
     """Messages that it refused, or could not send, since it started."""
     leaving: bool = False

@@ -179,6 +179,7 @@ class Joined:
             slots=compute.slots,
             room=compute.room,
             engines=engines,
+            images=tuple(dict.fromkeys(name for one in facilities.working() for name in one.images)),
             labels=dict(self.settings.labels),
             gateway=self.settings.gateway,
             jobs=compute.active,

@@ -37,7 +37,10 @@ class Gpu(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
-    """What an executor can do here, found by running one real thing. `problem` says why it can't."""
+    """What an executor can do here, found by running one real thing. `problem` says why it can't.
+
+    `images`: names of images that need not be pulled, some of the newest.
+    """
 
     executor: str
     isolation: Isolation
@@ -47,6 +50,7 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     versions: Mapping[str, str] = {}
     limits_enforced: bool = True
     gpus: tuple[Gpu, ...] = ()
+    images: tuple[str, ...] = ()
     problem: str | None = None
 
 
@@ -410,6 +414,11 @@ class Transport(Protocol):
 
     def addresses(self) -> Sequence[str]:
         """Multiaddrs by which others can dial this node, its id included; none where nobody can."""
+        ...
+
+    @property
+    def dropped(self) -> int:
+        """How many messages were refused, or could not be passed on, since the start. Quick."""
         ...
 
     async def send(self, to: NodeId, data: bytes) -> None:

@@ -28,7 +28,7 @@ from typing import Any, Final
 import msgspec
 
 from bacalhau_node.api.auth import Caller, own_key, read_keys
-from bacalhau_node.api.server import ApiServer, bind
+from bacalhau_node.api.server import ApiServer, bind, url_of
 from bacalhau_node.client import LocalClient
 from bacalhau_node.errors import SpecError
 from bacalhau_node.folders import Address, NodeFolder, data_folder
@@ -91,7 +91,8 @@ async def serve(settings: Settings, ready: Callable[[Ready], None]) -> None:
     rules = await asyncio.to_thread(lambda: read_selection(settings.data or data_folder()))
     bound = bind(host, port)
     try:
-        network = await asyncio.to_thread(network_of, settings, rules)
+        gateway = "" if is_loopback(host) else url_of(bound, secure=tls is not None)
+        network = await asyncio.to_thread(network_of, settings, rules, gateway)
         node = await open_node(settings.data, serving=settings.api, network=network)
     except BaseException:
         bound.close()
@@ -125,14 +126,18 @@ async def attend(
         log.info("stopped", extra={"node": node.id})
 
 
-def network_of(settings: Settings, rules: Selection) -> NetworkSettings | None:
-    """The network to join; raises `SpecError` for a key file that can't be read."""
+def network_of(settings: Settings, rules: Selection, gateway: str = "") -> NetworkSettings | None:
+    """The network to join; raises `SpecError` for a key file that can't be read.
+
+    `gateway`: where others get content over HTTP, which is faster than a stream; "" where only this machine can.
+    """
     if not settings.listen and not settings.peers:
         if settings.network_key is not None:
             raise SpecError("--network-key belongs to a network: give --listen or --peer, too")
         return None
     key = read_network_key(settings.network_key)
-    return NetworkSettings(open=over_libp2p(listen=settings.listen, network_key=key), peers=settings.peers, rules=rules)
+    opener = over_libp2p(listen=settings.listen, network_key=key)
+    return NetworkSettings(open=opener, peers=settings.peers, rules=rules, gateway=gateway)
 
 
 def read_network_key(file: Path | None) -> str:

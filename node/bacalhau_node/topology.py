@@ -23,7 +23,8 @@ GROUP: Final = "group"
 class Dot(msgspec.Struct, frozen=True, kw_only=True):
     """A node of the picture. `seconds`: since its record was made; None where there is no record.
 
-    `age`: median seconds that announcements took to reach it. `state`: as the asked node knows it, "self" for itself.
+    `age`: median seconds that a message to or from a neighbour took. `state`: as the asked node knows it, "self" for
+    itself.
     """
 
     id: NodeId

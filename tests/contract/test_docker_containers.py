@@ -21,6 +21,7 @@ import pytest
 
 from bacalhau_node.executors.containers import Label
 from bacalhau_node.executors.docker import DockerExecutor
+from bacalhau_node.executors.images import MOST_NAMES
 from bacalhau_node.ids import Execution
 from bacalhau_node.masking import Secrets
 from bacalhau_node.ports import ExecutorEvent, RawOutcome, ShardLines, ShardStarted, ShardTask, StagedFile
@@ -140,6 +141,8 @@ async def test_probe_says_what_works(bench: Bench) -> None:
     assert (told.executor, told.isolation, told.slots, told.problem) == ("docker", "container", 2, None)
     assert told.limits_enforced
     assert told.versions["pytest"]
+    assert "<none>:<none>" not in told.images
+    assert 0 < len(told.images) <= MOST_NAMES
 
 
 async def test_without_a_daemon_probe_says_the_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

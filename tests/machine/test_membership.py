@@ -306,6 +306,20 @@ def test_nobody_is_sent_more_new_nodes_than_it_has_room_for() -> None:
     assert told(incomplete) == []
 
 
+def test_a_record_says_how_long_messages_took() -> None:
+    desk = Desk()
+    for number, seconds in enumerate((0.2, 4.0, 0.4)):
+        node = f"n-{number}"
+        desk(ev.LinkUp(node, inbound=False))
+        desk(ev.Dialled(address_of(node), node))
+        desk.now += seconds
+        desk.hear(node, Records(()))
+        desk.hear(node, Records((copy_of(node),)))  # answers no question
+    desk(ev.LoadChanged(a_record("n-me", room=0)))
+    desk.later(200)
+    assert next(iter(desk.machine.entries(desk.now))).record.age == pytest.approx(0.2)
+
+
 def test_what_was_asked_for_is_sent_once_and_only_to_who_was_asked() -> None:
     desk = Desk()
     desk.know("n-one")

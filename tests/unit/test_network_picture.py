@@ -66,7 +66,7 @@ def test_the_sentence_says_what_there_is():
         RING, [("n0", "n1")], n0={"state": "self", "jobs": 2, "age": 0.03}, n1={"state": "suspect", "dropped": 1}
     )
     assert network.sentence(graph) == (
-        "12 nodes, 1 link, in one piece; 1 at work; 1 suspected; announcements take 0.03 s; 1 message dropped"
+        "12 nodes, 1 link, in one piece; 1 at work; 1 suspected; messages take 0.03 s; 1 message dropped"
     )
 
 

@@ -75,13 +75,10 @@ class ApiServer:
 
     async def start(self, bound: socket.socket) -> None:
         """Answer at an address that `bind` got."""
-        host, port = bound.getsockname()[:2]
-        self._loopback = is_loopback(host)
+        self._loopback = is_loopback(bound.getsockname()[0])
         await self._runner.setup()
         await web.SockSite(self._runner, bound, ssl_context=self._tls).start()
-        host = socket.gethostname() if ipaddress.ip_address(host).is_unspecified else host
-        name = f"[{host}]" if ":" in host else host
-        self.url = f"{'https' if self._tls else 'http'}://{name}:{port}"
+        self.url = url_of(bound, secure=self._tls is not None)
 
     def drain(self) -> None:
         """Take no more jobs."""
@@ -155,6 +152,14 @@ async def _counted(request: web.Request, handler: Handler) -> web.StreamResponse
     finally:
         request.app[TRAFFIC].requests[name, status] += 1
     return response
+
+
+def url_of(bound: socket.socket, *, secure: bool) -> str:
+    """The base URL of what answers at an address that `bind` got; at all of them: by this machine's name."""
+    host, port = bound.getsockname()[:2]
+    host = socket.gethostname() if ipaddress.ip_address(host).is_unspecified else host
+    name = f"[{host}]" if ":" in host else host
+    return f"{'https' if secure else 'http'}://{name}:{port}"
 
 
 def bind(host: str, port: int) -> socket.socket:

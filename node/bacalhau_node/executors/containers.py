@@ -166,19 +166,13 @@ class Daemon:
         rootless = "name=rootless" in (found.get("SecurityOptions") or ())
         return DaemonInfo(id=str(found.get("ID")), rootless=rootless, limits=enforced, bridge=bool(networks))
 
-    async def has_image(self, name: str) -> bool:
-        """Whether the image is on the daemon's machine."""
-        try:
-            await self.image(name)
-        except DaemonError as error:
-            if error.status == 404:
-                return False
-            raise
-        return True
-
     async def image(self, name: str) -> dict[str, Any]:
         """What the daemon knows about an image that it has."""
         return cast("dict[str, Any]", await self._call(lambda api: api.inspect_image(name)))
+
+    async def all_images(self) -> list[dict[str, Any]]:
+        """What the daemon says of each image that it has, in short."""
+        return cast("list[dict[str, Any]]", await self._call(lambda api: api.images()))
 
     async def import_image(self, tar: bytes, tag: str) -> None:
         """Make an image of one layer from a tar."""

@@ -56,6 +56,7 @@ class DockerExecutor(BoxedExecutor[Plant]):
         gpus: Gpus | None = None,
     ) -> None:
         super().__init__(slots=slots, gpus=gpus or Gpus(folder / "gpus"))
+        self._images: tuple[str, ...] = ()
         self._folder, self._node, self._is_alive = folder, node, is_alive
         self._host = os.environ.get("DOCKER_HOST") or DEFAULT_HOST
 
@@ -80,6 +81,7 @@ class DockerExecutor(BoxedExecutor[Plant]):
             python=".".join(usual.python.split(".")[:2]),
             versions=usual.versions,
             gpus=self._gpus.cards,
+            images=self._images,
             limits_enforced=plant is None or plant.info.limits,
             problem=self._problem,
         )
@@ -101,6 +103,7 @@ class DockerExecutor(BoxedExecutor[Plant]):
             )
             self._workshop = plant = await opening
         plant.warm()
+        self._images = await plant.images.names()
         await plant.try_cards(self._gpus.cards)
 
     def check(self, spec: JobSpec) -> str | None:

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 PYTHONS: Final = ("python3", "python")
 """What an image may call its Python."""
+MOST_NAMES: Final = 32
+"""Images that a node tells others of: some 1 kB in each of its records (a guess)."""
+_NAMELESS: Final = "<none>:<none>"
 _ANSWER_SECONDS: Final = 60.0
 _QUESTION: Final = """
 import json, platform, re, sys
@@ -59,6 +62,12 @@ class Images:
             if error.status != 404:
                 raise
         return None
+
+    async def names(self) -> tuple[str, ...]:
+        """The names of at most `MOST_NAMES` images on the daemon's machine, the newest first."""
+        newest = sorted(await self._daemon.all_images(), key=lambda image: -int(image.get("Created") or 0))
+        names = (name for image in newest for name in image.get("RepoTags") or ())
+        return tuple(name for name in names if name != _NAMELESS)[:MOST_NAMES]
 
     async def find(self, name: str) -> Image:
         """The image `name`, pulled if it is not here. Raises `NoEnvironment`."""

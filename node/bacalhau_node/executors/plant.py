@@ -59,7 +59,7 @@ class Plant(Workshop):
 
     async def ensure_image(self) -> None:
         """Import the empty image of the host environment if the daemon does not have it (any more)."""
-        if not await self.daemon.has_image(self.site.host.tag):
+        if await self.images.here(self.site.host.tag) is None:
             await self.daemon.import_image(self.site.host.image, self.site.host.tag)
 
     async def shape(self, task: ShardTask) -> Shape:

@@ -249,6 +249,8 @@ class Membership:
         if len(letter.records) > MAX_RECORDS:
             raise ProtocolError(f"{len(letter.records)} records in one message (at most {MAX_RECORDS} are allowed)")
         if (peer := self._others.peers.get(sender)) is not None:
+            if peer.silent == 1:  # of several questions this may be the answer to any
+                self._own.ages.append((self._now - peer.asked) / 2)
             peer.silent = 0
         fresh = self._hear_all(sender, letter.records)
         if peer is not None and peer.owed and letter.wanted:

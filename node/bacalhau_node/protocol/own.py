@@ -8,6 +8,7 @@ more in a large network, so that nobody hears more than `RATE` records a second.
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Final
 
 from msgspec import structs
@@ -26,10 +27,15 @@ FUTURE: Final = 24 * 3600 * 10**9
 """Nanoseconds: a clock that is wrong by a time zone is still believed."""
 
 
+AGES: Final = 15
+"""Messages whose ages count: those of a few minutes."""
+
+
 class OwnRecord:
     """The record of this node, from `description`: version and neighbours are set here.
 
-    `changed`: it says too little by now. `clashes`: how often a newer one was met that was made in this life.
+    `changed`: it says too little by now. `clashes`: how often a newer one was met that was made in this life. `ages`:
+    of the latest messages.
     """
 
     def __init__(
@@ -39,12 +45,14 @@ class OwnRecord:
         self._epoch, self._start, self._begun = epoch_ns, now, now
         self._description, self._floor = description, 0
         self.changed, self.clashes = False, 0
+        self.ages: deque[float] = deque(maxlen=AGES)
         self.held = self.make((), now)
 
     def make(self, neighbours: tuple[NodeId, ...], now: float, *, leaving: bool = False) -> Held:
         """A new record."""
         version = max(1, self._floor + 1, self._wall(now))
-        record = structs.replace(self._description, version=version, neighbours=neighbours, leaving=leaving)
+        age = round(sorted(self.ages)[len(self.ages) // 2], 4) if self.ages else 0.0
+        record = structs.replace(self._description, version=version, neighbours=neighbours, leaving=leaving, age=age)
         self._floor, self.made = version, now
         self.changed, self._life = False, LIFE * self._chance.between(0.8, 1.0)
         self.held = self._archive.own(record, self._sign)
