@@ -109,7 +109,7 @@ class Node:
         files = ContentSource(content, Elsewhere(content))
         self._fetched = Fetched(folder.store)
         buckets = BucketSource(content, fetched=self._fetched, folder=folder.path / "work")
-        url = partial(UrlSource, content, fetched=self._fetched, folder=folder.path / "work")
+        url = partial(UrlSource, content, fetched=self._fetched)
         others: tuple[Source, ...] = (LocalSource(), ResultSource(content, files), files, buckets)
         self._sources: tuple[Source, ...] = (url(own=True), *others)
         self._sources_for_others: tuple[Source, ...] = (url(own=False), *others)

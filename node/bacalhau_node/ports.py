@@ -179,6 +179,31 @@ class Executor(Protocol):
 # --- content ---
 
 
+class Draft(Protocol):
+    """A file that is being written into the store, and hashed as it is written. For one thread at a time; blocks."""
+
+    @property
+    def folder(self) -> Path:
+        """A folder on the disk that it is written to."""
+        ...
+
+    def write(self, data: bytes) -> None:
+        """Append; raises `OSError` where the disk takes no more."""
+        ...
+
+    def start_again(self) -> None:
+        """Forget what was written."""
+        ...
+
+    def finish(self) -> str:
+        """Make what was written a UnixFS file of the store, and return its CID: in the index when this returns."""
+        ...
+
+    def close(self) -> None:
+        """Remove it, unless it was finished."""
+        ...
+
+
 class ContentStore(Protocol):
     """Blocks and files by CID. Methods may block on disk: call from a thread unless they say "quick".
 
@@ -232,6 +257,10 @@ class ContentStore(Protocol):
         `link`: the files stay where they are and the store reads them there. One that has changed since is a
         `ContentError` when it is read, and from then on it is missing here, as is all that contains it.
         """
+        ...
+
+    def draft(self) -> Draft:
+        """A new empty file, for what comes part by part; to be closed. Raises `OSError`."""
         ...
 
     def list(self, cid: str) -> list[tuple[str, str, int]]:

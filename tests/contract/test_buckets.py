@@ -299,7 +299,7 @@ async def test_another_node_reads_a_signed_url_in_its_planned_state_only(source,
     offered = structs.replace(entry, reference=await source.presign(entry.reference, seconds=60))
 
     def another(name: str) -> UrlSource:
-        return UrlSource(store, fetched=table, folder=tmp_path / name)
+        return UrlSource(store, fetched=table)
 
     root = tmp_path / "other"
     with contextlib.closing(BlockStore(root)) as store, contextlib.closing(Fetched(root)) as table:

@@ -198,6 +198,32 @@ def test_bytes_and_a_file_with_them_have_the_same_cid(store, tmp_path, size):
     assert store.list(cid) == [("", cid, size)]
 
 
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("size", [0, 1, ROW, ROW + 1, 262_144, 262_145, 524_288, 1_048_576, 1_048_577, 2_500_000])
+def test_a_draft_becomes_the_file_that_was_written_to_it_in_whatever_parts(folder, profile, size):
+    data = (BIG * 3)[:size]
+    with contextlib.closing(BlockStore(folder, profile=profile)) as store, contextlib.closing(store.draft()) as draft:
+        draft.write(b"something else")
+        draft.start_again()
+        for at in range(0, size, 70_001):
+            draft.write(data[at : at + 70_001])
+        cid = draft.finish()
+        assert store.read(cid) == data
+        assert size <= ROW or store.file(cid).read_bytes() == data
+        assert not list(store.damage())
+        assert cid == store.add_bytes(data)
+        with contextlib.closing(BlockStore(folder)) as other:
+            assert other.has(cid)
+
+
+def test_a_draft_that_is_not_finished_leaves_nothing(store):
+    with contextlib.closing(store.draft()) as draft:
+        draft.write(BIG)
+        assert draft.folder.is_dir()
+    assert {path.name for path in store.folder.glob("tmp/*/*")} == {"lock"}
+    assert not list(store.folder.glob("files/*/*"))
+
+
 def test_a_listing_has_every_file_and_every_empty_folder_sorted_by_the_bytes_of_the_path(store, tmp_path):
     write(tmp_path / "in", {"b": b"22", "a/z": b"1", "a.b": b"333", "é": BIG, ".hidden": b""})
     (tmp_path / "in/a/empty").mkdir()

@@ -55,7 +55,7 @@ def _url_case(root: Path, store: BlockStore) -> Iterator[Case]:
             asyncio.run_coroutine_threadsafe(work, loop).result(60)
 
         async def made() -> UrlSource:
-            return UrlSource(store, fetched=fetched, folder=root / "parts")
+            return UrlSource(store, fetched=fetched)
 
         source = asyncio.run_coroutine_threadsafe(made(), loop).result(60)
         yield Case(source, name, "/data", run)

@@ -63,8 +63,7 @@ class Here:
     def __init__(self, root: Path, *, own: bool = True, limits: Limits = QUICK) -> None:
         self.store = BlockStore(root / "store")
         self.fetched = Fetched(root / "store")
-        self.parts = root / "parts"
-        self.source = UrlSource(self.store, fetched=self.fetched, folder=self.parts, own=own, limits=limits)
+        self.source = UrlSource(self.store, fetched=self.fetched, own=own, limits=limits)
         self.told: list[tuple[str, int, int | None, str]] = []
         self.own, self.scratch = own, root / "scratch"
 
@@ -83,7 +82,7 @@ class Here:
         return self.source.open(entry.reference, scratch=self.scratch).read_bytes()
 
     def nothing_left(self) -> bool:
-        return not self.parts.exists() or not list(self.parts.iterdir())
+        return {path.name for path in self.store.folder.glob("tmp/*/*")} <= {"lock"}
 
     def close(self) -> None:
         self.fetched.close()

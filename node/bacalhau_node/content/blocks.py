@@ -33,14 +33,15 @@ from bacalhau_node.cid import DAG_JSON, DAG_PB, RAW, Cid
 from bacalhau_node.content.collect import Collection
 from bacalhau_node.content.dagpb import has_links
 from bacalhau_node.content.disk import Disk
+from bacalhau_node.content.draft import Draft
 from bacalhau_node.content.export import export
 from bacalhau_node.content.files import Files, Places, discard, place
 from bacalhau_node.content.index import Block, Index
-from bacalhau_node.content.intake import How, Intake
+from bacalhau_node.content.intake import Hashed, How, Intake
 from bacalhau_node.content.reader import MAX_BLOCK, Reader
 from bacalhau_node.content.room import Room
 from bacalhau_node.content.session import sweep
-from bacalhau_node.content.unixfs import PROFILES, import_bytes
+from bacalhau_node.content.unixfs import PROFILES, Imported, import_bytes
 from bacalhau_node.errors import BugError, ContentError, SpecError
 
 MAX_PUT = 1024 * 1024
@@ -139,6 +140,10 @@ class BlockStore:
             return self.add_path(path, move=True)
         finally:
             path.unlink(missing_ok=True)
+
+    def draft(self) -> Draft:
+        """A new empty file, for what comes part by part; to be closed. Raises `OSError`."""
+        return Draft(self._files, profile=self.profile, adopt=self._adopt, add=self._add_now, small=ROW)
 
     def add_path(self, path: Path, *, move: bool = False, link: bool = False) -> str:
         """Import a file or a folder as UnixFS, hidden names and symbolic links (as links) included.
@@ -298,6 +303,18 @@ class BlockStore:
             self._pending_bytes += len(data)
             if self._pending_bytes > _PENDING:
                 self.flush()
+
+    def _add_now(self, data: bytes) -> str:
+        cid = self.add_bytes(data)
+        self.flush()
+        return cid
+
+    def _adopt(self, path: str, hashed: Hashed) -> Imported:
+        intake = Intake(self._index, self._files, profile=self.profile, how="move")
+        with self.hold(), self._writing():
+            root = intake.adopt(path, hashed)
+        self._room.grew(intake.size)
+        return root
 
     def _used(self, root: Cid) -> None:
         """Note that what is below `root` is read; a disk that can't take the note is no reason not to read it."""

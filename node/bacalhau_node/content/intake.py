@@ -24,6 +24,7 @@ from typing import Final, Literal
 from bacalhau_node.cid import DAG_PB, RAW, Cid, binary_prefix
 from bacalhau_node.content.dagpb import has_links, leaf_overhead
 from bacalhau_node.content.files import Files, Places, clone, discard, place
+from bacalhau_node.content.growing import Growing
 from bacalhau_node.content.index import Block, Index, Slice, Stamp, WholeFile
 from bacalhau_node.content.unixfs import (
     Finish,
@@ -76,6 +77,17 @@ class Intake:
             discard(self._half_made)
         return root
 
+    def adopt(self, held: str, hashed: Hashed) -> Imported:
+        """Import a file of the session's folder that was hashed as it was written; it is gone from there afterwards."""
+        self._half_made.add(held)
+        try:
+            file = WholeFile(b"", self._files.stamp_of(os.lstat(held), linked=False))
+            root = self._note(hashed, file, held)
+            self._write()
+        finally:
+            discard(self._half_made)
+        return root
+
     def sink(self, cid: bytes, block: bytes) -> None:
         """Take a block that has no file to lie in."""
         digest = cid[-32:]
@@ -91,7 +103,7 @@ class Intake:
         """Take a file, in any thread; its rows are noted by what is returned."""
         if status.st_size <= INLINE or not stat.S_ISREG(status.st_mode):  # what is no file is refused there
             return lambda: import_file(path, self.sink, profile=self._profile)
-        hashed = _Hashed(self._profile)
+        hashed = Hashed(self._profile)
         if self._how == "link":
             hashed.take(path)
             stamp = self._unchanged(path, path, status)
@@ -106,7 +118,7 @@ class Intake:
             stamp = self._files.stamp_of(os.lstat(held), linked=False)
         return lambda: self._note(hashed, WholeFile(b"", stamp), held)
 
-    def _copy(self, path: str, held: str, hashed: _Hashed) -> None:
+    def _copy(self, path: str, held: str, hashed: Hashed) -> None:
         """Hash a copy of the file at `path`; where the file system can, one that shares the bytes on disk."""
         target = os.open(held, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
@@ -123,7 +135,7 @@ class Intake:
             raise changed(path)
         return stamp
 
-    def _note(self, hashed: _Hashed, file: WholeFile, held: str) -> Imported:
+    def _note(self, hashed: Hashed, file: WholeFile, held: str) -> Imported:
         """Note the blocks of a file as slices of it; `held` is the store's own file, if it has one."""
         got, linked = hashed.root, file.path is not None
         root = Cid(got.cid).v1().binary
@@ -149,7 +161,7 @@ class Intake:
         self._blocks, self._whole, self._places = [], [], []
 
 
-class _Hashed:
+class Hashed:
     """What hashing a file gave."""
 
     root: Imported
@@ -161,13 +173,17 @@ class _Hashed:
 
     def take(self, path: str, *, copy: int | None = None) -> None:
         """Hash the file at `path`, and write its bytes to the open file `copy`."""
-        self.root = import_file(
-            path,
-            lambda cid, block: self.nodes.append((cid, block)),
-            profile=self._profile,
-            leaf=lambda cid, at, length: self.leaves.append((cid, at, length)),
-            copy=copy,
-        )
+        self.root = import_file(path, self._node, profile=self._profile, leaf=self._leaf, copy=copy)
+
+    def growing(self) -> Growing:
+        """For a file that is hashed as it is written; what that gives in the end is to become `root`."""
+        return Growing(self._node, profile=self._profile, leaf=self._leaf)
+
+    def _node(self, cid: bytes, block: bytes) -> None:
+        self.nodes.append((cid, block))
+
+    def _leaf(self, cid: bytes, at: int, length: int) -> None:
+        self.leaves.append((cid, at, length))
 
 
 def _second_name(path: str, held: str) -> bool:

@@ -54,7 +54,6 @@ ReadAt = Callable[[int, int], bytes | memoryview]
 StrPath = str | os.PathLike[str]
 
 Finish = Callable[[], "Imported"]
-
 AddFile = Callable[[str, os.stat_result], Finish]
 """Imports a file, in any thread; what it returns is called by the importing thread, in the order of the folder."""
 
@@ -170,7 +169,7 @@ def hash_path(path: StrPath, *, profile: Profile, hidden: bool = True) -> Import
 
 def import_reader(read: ReadAt, size: int, sink: Sink, *, profile: Profile, leaf: LeafSink | None = None) -> Imported:
     """Import `size` bytes that `read` gives; `leaf` takes the leaves by reference in place of `sink`."""
-    tree = _Tree(sink, profile)
+    tree = Tree(sink, profile)
     at = 0
     for cid, block, length in _leaves(read, size, profile, keep=leaf is None):
         if leaf is None:
@@ -194,7 +193,7 @@ def leaf_block(data: bytes, *, raw: bool) -> bytes:
     return b"".join((head, data, tail))
 
 
-class _Tree:
+class Tree:
     """The nodes above the leaves, built as the leaves come: one unfinished node a level."""
 
     def __init__(self, sink: Sink, profile: Profile) -> None:
@@ -202,6 +201,7 @@ class _Tree:
         self._levels: list[list[Imported]] = [[]]
 
     def add(self, item: Imported, level: int = 0) -> None:
+        """Take the next leaf."""
         if level == len(self._levels):
             self._levels.append([])
         if len(self._levels[level]) == self._profile.width:
@@ -209,6 +209,7 @@ class _Tree:
         self._levels[level].append(item)
 
     def root(self) -> Imported:
+        """No more comes."""
         level = 0
         while level < len(self._levels) - 1 or len(self._levels[level]) > 1:
             self._close(level)
@@ -363,7 +364,8 @@ def _store_node(block: bytes, below: int, sink: Sink, profile: Profile) -> PbLin
     return PbLink(cid, b"", len(block) + below)
 
 
-def _hash_leaf(read: ReadAt, at: int, length: int, profile: Profile, *, keep: bool) -> tuple[bytes, bytes, int]:
+def hash_leaf(read: ReadAt, at: int, length: int, profile: Profile, *, keep: bool) -> tuple[bytes, bytes, int]:
+    """(CID, block if `keep`, data length) of one leaf."""
     data = read(at, length)
     if profile.raw_leaves:
         return binary_prefix(RAW, version=1) + sha256(data).digest(), bytes(data) if keep else b"", length
@@ -381,7 +383,7 @@ def _leaves(read: ReadAt, size: int, profile: Profile, *, keep: bool) -> Iterato
     def run(start: int) -> list[tuple[bytes, bytes, int]]:
         stop = min(start + _RUN * profile.chunk, size)
         offsets = range(start, max(stop, start + 1), profile.chunk)
-        return [_hash_leaf(read, at, min(profile.chunk, size - at), profile, keep=keep) for at in offsets]
+        return [hash_leaf(read, at, min(profile.chunk, size - at), profile, keep=keep) for at in offsets]
 
     runs = range(0, max(size, 1), _RUN * profile.chunk)
     if len(runs) == 1 or _THREADS == 1:

@@ -1,12 +1,13 @@
-"""One file over HTTP to a file on this disk, whole or not at all.
+"""One file over HTTP into the content store, whole or not at all.
 
-Theory of operation. A body is written to a file of its own as it comes, counted on the way (and hashed, where a
-checksum is wanted), and is nothing but a half-written file until its last byte was checked. Whatever breaks on the
+Theory of operation. A body is written to a draft of the store as it comes, which hashes it, and is counted on the way
+(and hashed once more, where a checksum is wanted); it is nothing but a half-written file until its last byte was
+checked. Whatever breaks on the
 way is tried again: from where it broke off where the server can show that the file is still the same one (`If-Range`
 with a strong validator, answered by 206 and the right range), else from the start. Attempts that bring nothing new
 are counted.
 
-The body is written in a thread while the next MiB is read: neither waits for the other.
+The body is written and hashed in a thread while the next MiB is read: neither waits for the other.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from hashlib import sha256
-from pathlib import Path
 from types import TracebackType
-from typing import Final, Self
+from typing import Any, Final, Self
 
 import aiohttp
 
 from bacalhau_node.errors import ContentError
+from bacalhau_node.ports import ContentStore
 from bacalhau_node.sources.limits import Limits
 from bacalhau_node.sources.listing import shown_url
 from bacalhau_node.sources.web import Broken, Web, check_encoding, check_kind, check_status, version
@@ -54,40 +55,35 @@ class Wanted:
 class Got:
     """What a download brought. `sha256` is "" where a version says which file it is, and nobody named a checksum."""
 
+    cid: str
     size: int
     sha256: str
 
 
-async def download(web: Web, wanted: Wanted, path: Path, tell: Tell) -> Got:
-    """Bring `wanted` to the new file `path`; raises `ContentError`, and then `path` is not there."""
+async def download(web: Web, wanted: Wanted, content: ContentStore, tell: Tell) -> Got:
+    """Bring `wanted` into the store; raises `ContentError`, and then nothing of it is there."""
     name = shown_url(wanted.url)
     hashed = bool(wanted.sha256) or not wanted.version  # the store hashes it again: not twice for nothing
-    async with _Part(path, name, limits=web.limits, hashed=hashed) as part:
+    async with _Part(content, name, limits=web.limits, hashed=hashed) as part:
         await _Download(web, wanted, part, tell).run()
-        got = Got(size=part.size, sha256=part.digest.hexdigest() if hashed else "")
-        if wanted.sha256 and got.sha256 != wanted.sha256:
+        sha256 = part.digest.hexdigest() if hashed else ""
+        if wanted.sha256 and sha256 != wanted.sha256:
             raise ContentError(
-                f"{name} has the sha256 {got.sha256}, not {wanted.sha256}: it is another file than the one that"
+                f"{name} has the sha256 {sha256}, not {wanted.sha256}: it is another file than the one that"
                 " was meant, or it changed since the job was planned"
             )
-        part.whole = True
-    return got
+        return Got(cid=await part.finish(), size=part.size, sha256=sha256)
 
 
 class _Part:
-    """A file that is being written: deleted at the end unless it is `whole`. `size`: bytes put so far."""
+    """A draft that is being written: removed at the end unless it was finished. `size`: bytes put so far."""
 
-    def __init__(self, path: Path, name: str, *, limits: Limits, hashed: bool) -> None:
-        self._path, self._name, self._limits, self._hashed = path, name, limits, hashed
-        self._writing: asyncio.Future[None] | None = None
-        self.size, self.digest, self.whole = 0, sha256(), False
+    def __init__(self, content: ContentStore, name: str, *, limits: Limits, hashed: bool) -> None:
+        self._draft, self._name, self._limits, self._hashed = content.draft(), name, limits, hashed
+        self._writing: asyncio.Future[Any] | None = None
+        self.size, self.digest = 0, sha256()
 
     async def __aenter__(self) -> Self:
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._path.open("xb", buffering=0)
-        except OSError as error:
-            raise self._problem(error) from error
         return self
 
     async def __aexit__(
@@ -95,9 +91,7 @@ class _Part:
     ) -> None:
         if self._writing is not None:
             await asyncio.wait([self._writing])
-        self._file.close()
-        if not self.whole:
-            self._path.unlink(missing_ok=True)
+        self._draft.close()
 
     async def put(self, parts: list[bytes]) -> None:
         """Write what comes next, mostly while the caller goes on; raises `ContentError` for a full disk, too."""
@@ -121,30 +115,35 @@ class _Part:
             raise
 
     def _write(self, parts: list[bytes]) -> None:
-        self._limits.check_room(self._path.parent, sum(map(len, parts)))
+        self._limits.check_room(self._draft.folder, sum(map(len, parts)))
         for part in parts:
             if self._hashed:
                 self.digest.update(part)
-            view = memoryview(part)
-            while view:
-                view = view[self._file.write(view) :]
+            self._draft.write(part)
+
+    async def finish(self) -> str:
+        """Make it a file of the store; returns its CID."""
+        finishing = self._writing = asyncio.get_running_loop().run_in_executor(None, self._draft.finish)
+        try:
+            return await asyncio.shield(finishing)
+        except OSError as error:
+            raise self._problem(error) from error
 
     async def start_again(self) -> None:
         """Forget what was written."""
         await self.settle()
-        self._file.seek(0)
-        self._file.truncate()
+        self._draft.start_again()
         self.size, self.digest = 0, sha256()
 
     def check_total(self, total: int) -> None:
         """Raise `ContentError` for a file that can't be taken whole."""
         if total > self._limits.file:
             raise ContentError(f"{self._name} has {total} bytes; at most {self._limits.file} are downloaded")
-        self._limits.check_room(self._path.parent, total - self.size)
+        self._limits.check_room(self._draft.folder, total - self.size)
 
     def _problem(self, error: OSError) -> ContentError:
         return ContentError(
-            f"{self._name} can't be written to {self._path.parent}: {error.strerror or error}; make room"
+            f"{self._name} can't be written to {self._draft.folder}: {error.strerror or error}; make room"
         )
 
 

@@ -64,14 +64,14 @@ class UrlSource:
       follows a `#` at the start of a line or after a blank is a comment. The files are called by their names, or
       by their URLs below what is common to them where two names are equal.
 
-    `own`: whether what is listed is for the owner of this node (see `guard`). `folder`: for files on their way, on the
-    file system of the store. Made on the loop on which `fetch` is called.
+    `own`: whether what is listed is for the owner of this node (see `guard`). Made on the loop on which `fetch` is
+    called.
     """
 
     def __init__(
-        self, content: ContentStore, *, fetched: Fetched, folder: Path, own: bool = True, limits: Limits | None = None
+        self, content: ContentStore, *, fetched: Fetched, own: bool = True, limits: Limits | None = None
     ) -> None:
-        self._content, self._fetched, self._parts, self._own = content, fetched, folder, own
+        self._content, self._fetched, self._own = content, fetched, own
         self._limits = limits or Limits()
         self._loop = asyncio.get_running_loop()
         self._locks: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
@@ -213,18 +213,13 @@ class UrlSource:
         reference, module = _url(entry.reference), _late("download")
         version = "" if _is_mark(reference.version) else reference.version
         wanted: Wanted = module.Wanted(url=reference.url, version=version, size=size, sha256=reference.sha256)
-        part = self._parts / f"url-{uuid.uuid4().hex}"
         told(entry.path, 0, size, "")  # a slow one is seen before its first MiB is here
-        got: Got = await module.download(web, wanted, part, _Telling(entry.path, told, self._loop.time))
-        try:
-            cid = await asyncio.to_thread(lambda: self._content.add_path(part, move=True))
-        finally:
-            part.unlink(missing_ok=True)
-        self._fetched.remember(*_key(UrlRef(reference.url, reference.version), own=web.own), cid)
+        got: Got = await module.download(web, wanted, self._content, _Telling(entry.path, told, self._loop.time))
+        self._fetched.remember(*_key(UrlRef(reference.url, reference.version), own=web.own), got.cid)
         if got.sha256:
-            self._fetched.remember(*_key(UrlRef("", "", got.sha256), own=web.own), cid)
-        told(entry.path, got.size, got.size, cid)
-        return cid, got.sha256
+            self._fetched.remember(*_key(UrlRef("", "", got.sha256), own=web.own), got.cid)
+        told(entry.path, got.size, got.size, got.cid)
+        return got.cid, got.sha256
 
     def open(self, reference: Reference, *, scratch: Path) -> Path:
         """The store's own file where it has one, else one written to `scratch`."""

@@ -65,7 +65,7 @@ async def plain(url: str, target: Path) -> None:
 
 async def ours(url: str, store: BlockStore, fetched: Fetched) -> None:
     """List, fetch, import: into the store of a node that is open."""
-    source = UrlSource(store, fetched=fetched, folder=store.folder.parent / "parts")
+    source = UrlSource(store, fetched=fetched)
     entries = await asyncio.to_thread(source.list, InputSource(source=url), index=0)
     await source.fetch(entries, access=Access(), told=lambda *_: None)
 
