@@ -20,6 +20,7 @@ import base64
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final
+from urllib.parse import urlsplit
 
 from msgspec import structs
 
@@ -28,7 +29,7 @@ from bacalhau_node.content.fetch import fetch
 from bacalhau_node.content.grants import Grants
 from bacalhau_node.content.providers import HttpProvider, StreamProvider
 from bacalhau_node.content.records import encode_outcome, read_record
-from bacalhau_node.errors import ContentError, NodeUnreachable, ProtocolError, SpecError
+from bacalhau_node.errors import BacalhauError, ContentError, NodeUnreachable, ProtocolError, SpecError
 from bacalhau_node.ids import Execution, JobId, NodeId
 from bacalhau_node.messages import ErrorKind, Grant, Offer, Outcome, Propose, ShardError, ShardOffer
 from bacalhau_node.packing import Packed, Packing, bundle_of, packed_spec
@@ -88,22 +89,24 @@ class Exchange:
         roots: list[str] = [] if bundle is None else [bundle]
         shards: list[ShardOffer] = []
         failed: list[OfferFailed] = []
+        blocks = self._blocks.setdefault(offer.job, {})
         for one, execution in zip(offer.shards, executions, strict=True):
             try:
-                packed = await self._packed(offer.job, one.block)
-            except (ContentError, SpecError, OSError) as error:
+                packed = await self._packed(blocks, one.block)
+            except (BacalhauError, OSError) as error:
                 failed.append(OfferFailed(execution, _error(error)))
             else:
                 roots += packed.roots
                 shards.append(structs.replace(one, block=packed.block))
+        if self._blocks.get(offer.job) is not blocks:  # the job has ended meanwhile: nobody may fetch for it
+            return structs.replace(offer, shards=()), failed
         token = self._token(offer.job, to)
         self._open(self._given, offer.job, token, roots)
         grant = Grant(token, (self._gateway,) if self._gateway else ())
         spec = await asyncio.to_thread(packed_spec, offer.spec)
         return structs.replace(offer, spec=spec, shards=tuple(shards), grant=grant, secrets=values), failed
 
-    async def _packed(self, job: JobId, block: str) -> Packed:
-        blocks = self._blocks.setdefault(job, {})
+    async def _packed(self, blocks: dict[str, Packed], block: str) -> Packed:
         packed = blocks.get(block)
         if packed is None or not await self._packing.is_good(packed):
             packed = blocks[block] = await self._packing.pack(block)
@@ -114,16 +117,16 @@ class Exchange:
         execution = proposal.execution
         try:
             await self._bring_result(sender, execution, proposal.outcome)
-        except (ProtocolError, SpecError) as error:
-            return ResultMissing(execution, sender, str(error), lied=True)
-        except (ContentError, OSError) as error:
+        except (ContentError, NodeUnreachable, OSError) as error:
             return ResultMissing(execution, sender, str(error))
+        except BacalhauError as error:  # an outcome that no honest node makes: its numbers, CIDs or sizes
+            return ResultMissing(execution, sender, str(error), lied=True)
         return None
 
     async def _bring_result(self, sender: NodeId, execution: Execution, outcome: Outcome) -> None:
         blobs = (outcome.value.blob, outcome.stdout, outcome.stderr)
         if outcome.outputs is None and all(blob.cid is None for blob in blobs):
-            found = encode_outcome(self._content, outcome)
+            found = read_record(self._content, encode_outcome(self._content, outcome).record)
         else:
             token = self._token(execution.job, sender)
             provider = StreamProvider(self._transport, sender, token=token)
@@ -149,7 +152,8 @@ class Exchange:
         if run.grant is None:
             return ()
         token = run.grant.token
-        over_http = [HttpProvider(url, token=token, sockets=_DIALLED.socket) for url in run.grant.gateways]
+        named = filter(_is_gateway, run.grant.gateways)
+        over_http = [HttpProvider(url, token=token, sockets=_DIALLED.socket) for url in named]
         return (*over_http, StreamProvider(self._transport, run.requester, token=token))
 
     async def bring(self, root: str, providers: Sequence[Provider], *, limit: int) -> None:
@@ -192,6 +196,16 @@ class Exchange:
     def _close(self, tokens: dict[JobId, set[str]], job: JobId) -> None:
         for token in tokens.pop(job, ()):
             self._grants.close(token)
+
+
+def _is_gateway(url: str) -> bool:
+    """Whether a URL names a server and no more: what a requester has asked of it is `/ipfs/…`, nothing else."""
+    try:
+        parts = urlsplit(url)
+        server = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+    return server and not (parts.path.strip("/") or parts.query or parts.fragment or "@" in parts.netloc)
 
 
 def _error(error: Exception) -> ShardError:

@@ -29,6 +29,12 @@ FETCHED_LIMIT = 1_000
 TEXT_LIMIT = 4 * 1024 * 1024
 """Characters of a job kept for watchers that come late; all of a shard's text is in its record."""
 
+TEXTS_LIMIT = 100_000
+"""Pieces of it: however short, each takes some hundred bytes."""
+
+NAME_LIMIT = 1_000
+"""Characters of the name of a transfer, which another node tells."""
+
 
 class ShardText(msgspec.Struct, frozen=True):
     """Text that a shard printed: as it comes, in order within shard, attempt and stream."""
@@ -112,15 +118,18 @@ class Feed:
 
     def text(self, text: ShardText) -> None:
         """Pass on what a shard printed."""
+        if not text.text:
+            return
         key = ("text", self._number + 1)
         self._texts.append((key, len(text.text)))
         self._length += len(text.text)
         self._remember(key, text)
-        while self._length > TEXT_LIMIT:
+        while self._length > TEXT_LIMIT or len(self._texts) > TEXTS_LIMIT:
             self._forget_text()
 
     def transfer(self, news: ShardBytes) -> None:
         """Pass on how far the bytes of a shard are. What is all here is remembered for itself."""
+        news = msgspec.structs.replace(news, name=news.name[:NAME_LIMIT], cid=news.cid[:NAME_LIMIT])
         self._latest.pop(("bytes", news.shard), None)
         if not news.cid:
             self._remember(("bytes", news.shard), news)

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from msgspec import structs
@@ -54,6 +55,22 @@ class Spawn(Protocol):
     def __call__(self, work: Coroutine[object, object, None], /) -> object:
         """Start it."""
         ...
+
+
+@dataclass
+class Tally:
+    """What went between this node and others since it started. By (way: "in" or "out", kind): messages, their bytes."""
+
+    messages: Counter[tuple[str, str]] = field(default_factory=Counter)
+    sizes: Counter[tuple[str, str]] = field(default_factory=Counter)
+    dropped: int = 0
+    """Messages that waited for nodes that take too few."""
+
+    def count(self, way: str, message: Message, data: bytes) -> None:
+        """One more."""
+        kind = str(message.__struct_config__.tag)
+        self.messages[way, kind] += 1
+        self.sizes[way, kind] += len(data)
 
 
 class _Queue:
@@ -127,8 +144,7 @@ class Links:
         self._transport, self._spawn, self._post, self._failed = transport, spawn, post, failed
         self._queues: dict[NodeId, _Queue] = {}
         self._told: set[tuple[NodeId, str]] = set()
-        self.dropped = 0
-        """Messages that waited for a node that takes too few."""
+        self.tally = Tally()
         self.idle = asyncio.Event()
         """Nothing waits to be sent."""
         self.idle.set()
@@ -153,6 +169,7 @@ class Links:
                 message = queue.take()
                 if (data := _encoded(to, message)) is not None:
                     await self._transport.send(to, data)
+                    self.tally.count("out", message, data)
         except NodeUnreachable as error:
             assert message is not None, "nothing was sent"
             self._failed(to, [message, *queue.take_all()], str(error))
@@ -161,7 +178,7 @@ class Links:
             if not self._queues:
                 self.idle.set()
             if queue.dropped:
-                self.dropped += queue.dropped
+                self.tally.dropped += queue.dropped
                 log.warning("messages were dropped: the node takes too few", extra={"to": to, "count": queue.dropped})
 
     def perform(self, effect: NETWORK_EFFECTS) -> None:
@@ -180,10 +197,13 @@ class Links:
                 self._transport.learn(node, addresses)
 
     async def _publish(self, message: Message) -> None:
+        data = wire.encode(message)
         try:
-            await self._transport.publish(wire.encode(message))
+            await self._transport.publish(data)
         except NodeUnreachable as error:
             log.warning("an announcement was not sent: %s", error)
+        else:
+            self.tally.count("out", message, data)
 
     async def _dial(self, address: str, node: NodeId | None) -> None:
         try:
@@ -216,4 +236,5 @@ class Links:
                 self.complain(arrival.author, f"it sent what is no message: {error}")
                 self._spawn(self._transport.hang_up(arrival.author))
                 continue
+            self.tally.count("in", message, arrival.data)
             heard(arrival.author, message)

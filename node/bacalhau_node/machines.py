@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+
 from bacalhau_node.messages import Accept, Announce, Cancel, Kept, MembershipMessage, Offer, Recall, Reject
 from bacalhau_node.protocol import events as ev
 from bacalhau_node.protocol.compute import Compute
 from bacalhau_node.protocol.membership import Membership
 from bacalhau_node.protocol.requester import Requester
+
+log = logging.getLogger(__name__)
 
 _TO_COMPUTE = (Offer, Accept, Reject, Kept, Cancel, Recall, Announce)
 _COMPUTE_EVENTS = (ev.ExecutionStarted, ev.ExecutionEnded)
@@ -26,7 +30,17 @@ class Machines:
         self.placing = bool(requester.book.jobs)
 
     def step(self, event: ev.Event, now: float) -> list[ev.Effect]:
-        """What the machine says that the event is for; it knows how large the network is."""
+        """What the machine says that the event is for; a message of another node that breaks it costs only itself."""
+        try:
+            return self._step(event, now)
+        except Exception:  # what one stranger sends must not take what a whole turn has decided for others
+            if not isinstance(event, ev.Received) or event.sender == self._compute.node:
+                raise
+            log.exception("a message of another node broke a rule of this one", extra={"peer": event.sender})
+            return []
+
+    def _step(self, event: ev.Event, now: float) -> list[ev.Effect]:
+        """The same; the machine knows how large the network is."""
         if self._membership is not None:
             if for_membership(event):
                 return self._membership.step(event, now)

@@ -16,7 +16,7 @@ from msgspec import structs
 
 from bacalhau_node.ids import Execution, NodeId
 from bacalhau_node.links import Links, Spawn
-from bacalhau_node.messages import Lines, Message, Offer, Propose, Refuse, Transfer
+from bacalhau_node.messages import Lines, Message, Offer, Propose, Refuse, ShardError, Transfer
 from bacalhau_node.ports import Transport
 from bacalhau_node.protocol import events as ev
 from bacalhau_node.protocol.compute import Compute
@@ -24,6 +24,8 @@ from bacalhau_node.protocol.requester import Requester
 from bacalhau_node.work import Trade
 
 log = logging.getLogger(__name__)
+
+UNFORESEEN = ShardError("node", message="it could not be offered to another node: this node's log says why")
 
 
 class Mail:
@@ -79,15 +81,25 @@ class Mail:
         self._post(ev.DialFailed("", to, reason))
 
     async def _packed(self, to: NodeId, offer: Offer, trade: Trade) -> None:
-        ready, failed = await trade.pack(to, offer)
-        for failure in failed:
-            self._post(failure)
-        wanted = self._requester.wants
-        shards = tuple(one for one in ready.shards if wanted(Execution(offer.job, one.shard, one.attempt), to))
-        if shards:
-            ready = structs.replace(ready, shards=shards)
+        offer = self._wanted(to, offer)
+        if not offer.shards:
+            return
+        failed = [ev.OfferFailed(execution, UNFORESEEN) for execution in _executions(offer)]
+        try:
+            ready, failed = await trade.pack(to, offer)
+        finally:  # whatever happens: who waits for its offer waits for ever
+            for failure in failed:
+                self._post(failure)
+        ready = self._wanted(to, ready)
+        if ready.shards:
             self.links.send(to, ready)
             self._post(ev.OfferPacked(_executions(ready)))
+
+    def _wanted(self, to: NodeId, offer: Offer) -> Offer:
+        """The offer, with what is still to be offered."""
+        wants = self._requester.wants
+        shards = tuple(one for one in offer.shards if wants(Execution(offer.job, one.shard, one.attempt), to))
+        return structs.replace(offer, shards=shards)
 
     async def _vetted(self, author: NodeId, offer: Offer, trade: Trade) -> None:
         executions = _executions(offer)
@@ -100,11 +112,12 @@ class Mail:
     async def _collected(self, author: NodeId, proposal: Propose, trade: Trade) -> None:
         execution = proposal.execution
         self._post(ev.ResultComing(execution, author))
+        end: ev.Event = ev.ResultMissing(execution, author, "this node could not look at it")
         try:
-            missing = await trade.collect(author, proposal)
-        finally:
+            end = await trade.collect(author, proposal) or ev.Received(author, proposal)
+        finally:  # whatever happens: an attempt whose result is coming has no lease
             self._coming.discard(execution)
-        self._post(missing or ev.Received(author, proposal))
+            self._post(end)
 
 
 def _executions(offer: Offer) -> tuple[Execution, ...]:

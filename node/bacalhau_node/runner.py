@@ -170,16 +170,16 @@ class Runner:
         if held is not None and held.foreign:
             uses = held.uses
             await asyncio.sleep(LINGER)
-            if held.uses != uses:
+            if held.uses != uses or self._jobs.get(job) is not held:
                 return
-        if held is not None and self._jobs.get(job) is held:
+        if self._exchange is not None:
+            self._exchange.released(job)  # before anything is awaited: what is owed next is opened anew
+        if held is not None:
             del self._jobs[job]
             await held.executor.release(job)
             if held.layer is not None:
                 held.layer.close()
             await asyncio.to_thread(shutil.rmtree, held.folder, ignore_errors=True)
-        if self._exchange is not None:
-            self._exchange.released(job)
 
     async def keep(self, order: Keep) -> None:
         """Pin an accepted result: the blocks are in the store that all nodes of this user share."""

@@ -251,7 +251,12 @@ class Guests:
         return self._executors_refuse(limited)
 
     async def vet(self, requester: NodeId, offer: Offer) -> str:
-        """Why the owner's probe doesn't want a job; "" if it may be taken. It is asked once for each job."""
+        """Why the owner's probe doesn't want a job; "" if it may be taken. It is asked once for each job.
+
+        What is refused anyway is not shown to it.
+        """
+        if (why := self.refuse(requester, offer.spec)) is not None:
+            return why
         key = (requester, offer.job)
         task = self._asked.get(key)
         if task is None:

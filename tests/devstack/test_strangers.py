@@ -8,14 +8,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from bacalhau_node import dagjson, plan
+from bacalhau_node.cid import Cid
+from bacalhau_node.client import LocalClient
+from bacalhau_node.content.records import encode_outcome
 from bacalhau_node.errors import ContentError
 from bacalhau_node.executors.fake import FakeExecutor
 from bacalhau_node.executors.process import ProcessExecutor
 from bacalhau_node.ids import NodeId
 from bacalhau_node.masking import NO_SECRETS
-from bacalhau_node.messages import Cancel, Grant, JobMessage, Offer, Outcome, Propose, Refuse, ShardOffer
+from bacalhau_node.messages import (
+    Blob,
+    Cancel,
+    Grant,
+    JobMessage,
+    Offer,
+    Outcome,
+    Propose,
+    Refuse,
+    ShardError,
+    ShardOffer,
+)
 from bacalhau_node.network import NetworkSettings, new_archive, over_memory
 from bacalhau_node.node import Node, open_node
 from bacalhau_node.outcomes import Telling
@@ -47,6 +62,10 @@ class Mallory:
                 self.heard.put_nowait(message)
 
         victim.engine._mail.links.send = send  # type: ignore[method-assign]
+
+    def let_through(self) -> None:
+        """Let the nodes talk."""
+        del self.victim.engine._mail.links.send
 
     def offer(self, spec: JobSpec, block: str, *, roots: tuple[str, ...] = (), **more: Any) -> None:
         token = "t" * 43
@@ -235,3 +254,87 @@ async def test_a_block_of_a_plan_that_is_named_again_and_again_is_read_to_a_limi
     (link,) = plan.store_entries(tuple(Entry(f"{number}", ContentRef("c"), 1) for number in range(100)), content)
     with pytest.raises(ContentError, match="more than 1,000 files"):
         plan.read_shard(content, mallory.put({"entries": [], "more": [link] * 5_000}))
+
+
+# --- what a node believes of results, and for how long it gives content away ---
+
+
+def _vague(outcome: Outcome) -> Outcome:
+    return structs.replace(outcome, stdout=Blob(0, None, None))
+
+
+def _large(outcome: Outcome) -> Outcome:
+    return structs.replace(outcome, error=ShardError("exception", message="x" * 2 * MB))
+
+
+def _endless(outcome: Outcome) -> Outcome:
+    return structs.replace(outcome, seconds=float("inf"))
+
+
+@pytest.mark.parametrize("change", [_vague, _large, _endless])
+async def test_an_outcome_that_no_node_makes_is_a_lie_and_never_waited_for(
+    meet: Meet, change: Callable[[Outcome], Outcome]
+) -> None:
+    mallory = await meet()
+    exchange = mallory.victim._exchange
+    good = encode_outcome(mallory.node.content, Outcome(ok=True))
+    proposal = Propose(an_execution(), good, 0)
+    assert await exchange.collect(mallory.node.id, proposal) is None
+    missing = await exchange.collect(mallory.node.id, structs.replace(proposal, outcome=change(good)))
+    assert missing is not None
+    assert missing.lied
+
+
+async def test_an_offer_whose_packing_fails_for_any_reason_does_not_wait_for_ever(meet: Meet) -> None:
+    mallory = await meet(FakeExecutor(slots=2, isolation="sandbox"))
+    requester = mallory.node
+
+    async def pack(_block: str) -> None:
+        raise ValueError("nobody foresaw this")
+
+    requester._exchange._packing.pack = pack  # type: ignore[union-attr, method-assign, assignment]
+    mallory.let_through()
+    client = LocalClient(requester)
+    submission = await client.submit(a_script())
+    async with asyncio.timeout(20):
+        _ = [update async for update in client.updates(submission.job)]
+    (shard,) = (await client.job(submission.job)).shards
+    assert shard.outcome is not None
+    assert shard.outcome.error is not None
+    assert "could not be offered" in shard.outcome.error.message
+
+
+async def test_what_is_packed_when_its_job_has_ended_opens_nothing(meet: Meet) -> None:
+    mallory = await meet()
+    exchange, content = mallory.victim._exchange, mallory.victim.content
+    block = content.put(dagjson.encode({"entries": []}), codec="dag-json")
+    offer = Offer(a_job_id(), a_script(), (ShardOffer(0, 1, block),), 1)
+    packing = asyncio.create_task(exchange.pack(mallory.node.id, offer))
+    while a_job_id() not in exchange._blocks:  # noqa: ASYNC110 - nobody tells of it
+        await asyncio.sleep(0)
+    exchange.ended(a_job_id())
+    ready, failed = await packing
+    assert (ready.shards, failed) == ((), [])
+    token = exchange._token(a_job_id(), mallory.node.id)
+    assert not mallory.victim.grants.allows(token, Cid.parse(block))
+
+
+@pytest.mark.parametrize(
+    ("url", "asked"),
+    [
+        ("http://192.0.2.1:8080", True),
+        ("https://node.example.org/", True),
+        ("http://192.0.2.1/admin/delete", False),
+        ("http://192.0.2.1/?x=", False),
+        ("http://user:word@192.0.2.1", False),
+        ("ftp://192.0.2.1", False),
+        ("http://192.0.2.1:99999", False),
+        ("http://[::1", False),
+    ],
+)
+async def test_the_gateway_that_a_requester_names_is_a_server_and_no_page_of_it(
+    meet: Meet, url: str, asked: bool
+) -> None:
+    mallory = await meet()
+    run = ev.Run(an_execution(), a_script(), "block", 1, mallory.node.id, Grant("t", (url,)))
+    assert len(mallory.victim._exchange.providers(run)) == 1 + asked

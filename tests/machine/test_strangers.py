@@ -10,12 +10,14 @@ import pytest
 from bacalhau_node import wire
 from bacalhau_node.errors import ProtocolError
 from bacalhau_node.ids import Execution
+from bacalhau_node.machines import Machines
 from bacalhau_node.messages import Announce, Bid, Cancel, Grant, Message, Offer, Recall, Refuse, ShardOffer, Take
-from bacalhau_node.protocol import compute, here
+from bacalhau_node.protocol import announcing, compute, here
 from bacalhau_node.protocol import events as ev
 from bacalhau_node.protocol.announcing import delay
 from bacalhau_node.protocol.compute import Compute
-from bacalhau_node.testing.builders import a_job_id, a_result, a_spec, an_execution, matching, sent
+from bacalhau_node.protocol.requester import Requester
+from bacalhau_node.testing.builders import a_job, a_job_id, a_result, a_spec, an_execution, matching, sent
 
 
 def a_node(*, slots: int = 4) -> Compute:
@@ -139,3 +141,31 @@ def test_what_is_remembered_of_offers_is_bounded_however_many_shards_they_name(m
         offer(machine, *(an_execution(shard, job=job) for shard in range(30)), sender="mallory")
     assert machine._jobs._shards <= 100
     assert machine._jobs._shards == sum(len(job.seen) for job in machine._jobs._jobs.values())
+
+
+# --- faults ---
+
+
+def test_a_message_of_another_node_that_breaks_a_machine_costs_only_itself() -> None:
+    """What a turn has decided for others must not go with it; our own faults are told."""
+
+    def refuse(requester: str, _spec: object) -> str | None:
+        raise ValueError(f"nobody foresaw what {requester} says")
+
+    node = Compute("cmp", slots=1, refuse=refuse)
+    machines = Machines(Requester("cmp"), node, None)
+    message = Offer(a_job_id(), a_spec(), (ShardOffer(0, 1, "block"),), 1)
+    assert machines.step(ev.Received("mallory", message), 0.0) == []
+    with pytest.raises(ValueError, match="nobody foresaw"):
+        machines.step(ev.Received("cmp", message), 0.0)
+
+
+def test_bids_make_a_bounded_number_of_nodes_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Identities cost nothing."""
+    monkeypatch.setattr(announcing, "MAX_BIDS", 5)
+    machine = Requester("req")
+    machine.book.addresses = ()
+    machine.step(a_job(), 0.0)
+    for number in range(20):
+        machine.step(ev.Received(f"n-{number}", Bid(a_job_id(), 1)), 0.0)
+    assert len(machine.book.placement.nodes) == 5

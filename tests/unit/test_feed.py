@@ -7,7 +7,8 @@ import asyncio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bacalhau_node.feed import FETCHED_LIMIT, TEXT_LIMIT, Feed, ShardBytes, ShardText, Update
+from bacalhau_node import feed as feed_module
+from bacalhau_node.feed import FETCHED_LIMIT, NAME_LIMIT, TEXT_LIMIT, Feed, ShardBytes, ShardText, Update
 from bacalhau_node.protocol.events import JobChanged, ShardChanged
 from bacalhau_node.testing.builders import a_job_id
 
@@ -108,3 +109,14 @@ def test_transfers_of_a_long_job_are_bounded():
         feed.transfer(_bytes(9, number, cid=f"cid-{number}"))
     kept = [update.cid for _, update in feed.after(0) if isinstance(update, ShardBytes)]
     assert (len(kept), kept[0]) == (FETCHED_LIMIT, "cid-5")
+
+
+async def test_texts_and_names_of_strangers_take_a_bounded_place(monkeypatch):
+    monkeypatch.setattr(feed_module, "TEXTS_LIMIT", 100)
+    feed = Feed(JOB)
+    for number in range(1_000):
+        feed.text(_text("" if number % 2 else "x"))
+        feed.transfer(ShardBytes(JOB, 0, 1, "n" * 100_000, 1, 1, "c" * 100_000))
+    kept = [update for _, update in feed.after(0)]
+    assert sum(isinstance(update, ShardText) for update in kept) == 100
+    assert max(len(update.name + update.cid) for update in kept if isinstance(update, ShardBytes)) == 2 * NAME_LIMIT

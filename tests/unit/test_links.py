@@ -6,10 +6,12 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
+import pytest
+
 from bacalhau_node import wire
 from bacalhau_node.errors import NodeUnreachable
-from bacalhau_node.links import LEFT_OUT, MAX_WAITING, Links
-from bacalhau_node.messages import Accept, Lines, Message, Transfer
+from bacalhau_node.links import LEFT_OUT, MAX_TOLD, MAX_WAITING, Links
+from bacalhau_node.messages import Accept, Kept, Lines, Message, Reject, Transfer
 from bacalhau_node.ports import Packet
 from bacalhau_node.testing.builders import an_execution
 
@@ -101,3 +103,17 @@ async def test_what_is_no_message_ends_the_link_and_the_next_message_is_heard() 
     await asyncio.gather(*tasks)
     assert heard == [("n-1", Accept(E))]
     assert network.left == ["n-bad"]
+
+
+async def test_a_message_that_is_too_large_takes_none_with_it() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(wire, "MAX_MESSAGE", 100)
+        assert await sent(Network(), Accept(E), Reject(E, "x" * 200), Kept(E)) == [Accept(E), Kept(E)]
+
+
+async def test_faults_of_others_are_remembered_within_a_bound() -> None:
+    made, _ = links(Network())
+    for number in range(3 * MAX_TOLD):
+        made.complain(f"n-{number}", "x" * 10_000)
+    assert len(made._told) <= MAX_TOLD
+    assert max(len(reason) for _, reason in made._told) <= 1_000

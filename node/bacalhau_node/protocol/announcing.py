@@ -45,6 +45,9 @@ ROUNDS: Final = 3
 REMEMBERED: Final = 256
 """Announced jobs that a node remembers, so that it bids once (a guess)."""
 
+MAX_BIDS: Final = 10_000
+"""Bids that one announcement brings at most: each makes a node known, and identities cost nothing."""
+
 QUIET: Final = 32
 """In a network of no more nodes the bidders need not be told that all is placed."""
 
@@ -101,7 +104,7 @@ def hopeless(book: Book, job: Job) -> bool:
 def bid(book: Book, sender: NodeId, message: Bid) -> None:
     """A node could run the job: it is one more that is known, whatever was known of it before."""
     job = book.jobs.get(message.job)
-    if job is None or not job.unfinished:
+    if job is None or not job.unfinished or job.bids >= MAX_BIDS:
         return
     job.bids += 1
     job.unfit.pop(sender, None)
