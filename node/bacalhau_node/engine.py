@@ -38,11 +38,7 @@ from bacalhau_node.feed import Feed, ShardBytes, ShardText
 from bacalhau_node.ids import Execution, JobId, NodeId
 from bacalhau_node.machines import Machines, for_membership
 from bacalhau_node.mail import Mail
-from bacalhau_node.messages import (
-    Lines,
-    NodeRecord,
-    Transfer,
-)
+from bacalhau_node.messages import Lines, NodeRecord, Transfer
 from bacalhau_node.ports import ContentStore, Journal, Transport
 from bacalhau_node.protocol import events as ev
 from bacalhau_node.protocol.compute import Compute
@@ -122,6 +118,7 @@ class Engine:
             post=self._hear,
             passing=self._passing,
         )
+        self.tally = self._mail.links.tally
 
     # --- what the node calls ---
 
@@ -136,9 +133,9 @@ class Engine:
         return len(self._inbox)
 
     @property
-    def dropped(self) -> int:
-        """Messages that were refused, or could not be sent or passed on, since the start."""
-        return self._transport.dropped + self._mail.links.dropped
+    def lost(self) -> int:
+        """How many executions of its jobs were given up since the start: their leases ended, or their nodes died."""
+        return self._requester.book.lost
 
     def post(self, event: ev.Event) -> None:
         """Put an event into the inbox; it is handled in a turn of its own soon."""
@@ -227,11 +224,12 @@ class Engine:
         """Whether this node's record must say something new: then that is the next event."""
         if self._describe is None:
             return False
-        load = (self._compute.room, self._compute.active, self.dropped)
+        dropped = self._transport.dropped + self.tally.dropped
+        load = (self._compute.room, self._compute.active, dropped)
         if load == self._load:
             return False
         self._load = load
-        self._inbox.append(ev.LoadChanged(structs.replace(self._describe(), dropped=self.dropped)))
+        self._inbox.append(ev.LoadChanged(structs.replace(self._describe(), dropped=dropped)))
         return True
 
     def _commit(self, effects: list[ev.Effect]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from msgspec import structs
 
+from bacalhau_node.api import metrics
 from bacalhau_node.client import JobView, LocalClient, ShardBytes, Update
 from bacalhau_node.errors import SpecError
 from bacalhau_node.executors.fake import FakeExecutor
@@ -282,6 +283,7 @@ async def test_the_shards_of_a_node_that_dies_are_done_by_others(net: Net, monke
     view = await client.job(submission.job)
     assert view.state == "Completed"
     assert values(view) == [b"1"] * 6
+    assert first.engine.lost >= 1
 
 
 async def test_a_requester_that_is_restarted_goes_on_where_it_was(net: Net) -> None:
@@ -398,6 +400,10 @@ async def test_what_a_node_takes_and_never_runs_is_tried_elsewhere(net: Net, mon
         _ = [update async for update in client.updates(submission.job)]
     view = await client.job(submission.job)
     assert (view.state, view.shards[0].node) == ("Completed", good.id)
+    figures = metrics.text(first, metrics.Traffic()).splitlines()
+    assert {"bacalhau_network_nodes 2", "bacalhau_messages_dropped_total 0"} <= {*figures}
+    assert 'bacalhau_messages_total{way="out",kind="offer"} 2' in figures
+    assert 'bacalhau_messages_total{way="in",kind="propose"} 1' in figures
 
 
 async def test_a_bad_actor_is_found_by_replicas_that_have_to_agree(net: Net) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from bacalhau_node import __version__
 from bacalhau_node.node import Node
+from bacalhau_node.protocol.membership import Membership
 
 SHARDS_WAITING = "waiting"
 
@@ -33,6 +34,9 @@ def text(node: Node, traffic: Traffic) -> str:
         if feed.row is not None:
             shards[SHARDS_WAITING] += feed.row.count - feed.counts.total()
     requests = {_labels(route=route, status=str(status)): count for (route, status), count in traffic.requests.items()}
+    network = node.membership
+    own = network.view.own.record if network is not None else None
+    tally = node.engine.tally
     disk = shutil.disk_usage(node.folder.store)
     return "".join(
         (
@@ -42,6 +46,13 @@ def text(node: Node, traffic: Traffic) -> str:
             _metric("executions_running", "gauge", "Executions at work on this node.", {"": node.engine.running}),
             _metric("slots", "gauge", "Executions that this node can run at once.", {"": node.slots}),
             _metric("inbox_events", "gauge", "Events that wait for the next turn.", {"": node.engine.waiting}),
+            _metric("network_nodes", "gauge", "Other nodes that are known.", {"": len(network or ())}),
+            _metric("network_neighbours", "gauge", "Those it compares views with.", {"": _neighbours(network)}),
+            _metric("message_age_seconds", "gauge", "Half of what an answer takes.", {"": own.age if own else 0}),
+            _metric("messages_dropped_total", "counter", "Refused or not sent.", {"": own.dropped if own else 0}),
+            _metric("messages_total", "counter", "Messages between nodes.", _by_kind(tally.messages)),
+            _metric("message_bytes_total", "counter", "Their bytes.", _by_kind(tally.sizes)),
+            _metric("executions_lost_total", "counter", "Given up: their nodes were silent.", {"": node.engine.lost}),
             _metric("store_free_bytes", "gauge", "Free space of the content store's disk.", {"": disk.free}),
             _metric("api_requests_total", "counter", "Requests answered.", requests),
             _metric("api_received_bytes_total", "counter", "Bytes of bodies received.", {"": traffic.received}),
@@ -53,6 +64,14 @@ def text(node: Node, traffic: Traffic) -> str:
 
 def _by_state(counts: Mapping[str, int]) -> dict[str, int]:
     return {_labels(state=state): count for state, count in sorted(counts.items())}
+
+
+def _neighbours(network: Membership | None) -> int:
+    return len(network.neighbours) if network is not None else 0
+
+
+def _by_kind(counts: Mapping[tuple[str, str], int]) -> dict[str, int]:
+    return {_labels(way=way, kind=kind): count for (way, kind), count in sorted(counts.items())}
 
 
 def _labels(**labels: str) -> str:

@@ -45,6 +45,7 @@ class Book:
     """Jobs, nodes, and the effects of the present step. `now` is the time of that step.
 
     `addresses`: where others can dial this node, None when it is on no network. `network`: how many nodes that has.
+    `lost`: how many executions were given up so far.
     """
 
     def __init__(self, node: NodeId) -> None:
@@ -57,6 +58,7 @@ class Book:
         self.touched: dict[JobId, Job] = {}
         """Jobs that this step has changed."""
         self._rows: list[Effect] = []
+        self.lost = 0
         self._out: list[Effect] = []
         self._batches: dict[tuple[NodeId, JobId], list[ShardOffer]] = {}
 
@@ -167,6 +169,7 @@ class Book:
         attempt.node.suspect = True
         attempt.node.room = 0
         attempt.shard.lost += 1
+        self.lost += 1
         self.give_back(attempt, why, forget=False)
 
     def unsent(self, attempt: Attempt, reason: str) -> None:
