@@ -28,7 +28,11 @@ TOLD_SECONDS = 2.0
 
 T = TypeVar("T")
 
-NODE = click.option("--node", metavar="URL", help="The node to talk to; default: see BACALHAU_API_HOST, else your own.")
+NODE = click.option(
+    "--node",
+    metavar="URL",
+    help="The node to ask; default: BACALHAU_API_HOST and _PORT, else the one you serve here, else one in this process.",
+)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 

@@ -28,11 +28,35 @@ class Ready(msgspec.Struct, frozen=True):
 @click.command()
 @options(
     click.option("--nodes", default=3, show_default=True, metavar="N", help="How many."),
-    click.option("--peer", "peers", multiple=True, metavar="MULTIADDR", help="A node to join; repeatable."),
+    click.option(
+        "--peer",
+        "peers",
+        multiple=True,
+        metavar="MULTIADDR",
+        help="A node to join, of another devstack or alone; repeatable.",
+    ),
     click.option("--bad-actors", default=0, metavar="N", help="So many of them answer wrongly, never run, or boast."),
-    click.option("--transport", type=click.Choice(["libp2p", "memory"]), default="libp2p", show_default=True),
-    click.option("--api", default="127.0.0.1:1234", show_default=True, metavar="HOST:PORT", help="For node 0."),
-    click.option("--data", type=click.Path(path_type=Path), metavar="DIR", help="Their folders; default: a new one."),
+    click.option(
+        "--transport",
+        type=click.Choice(["libp2p", "memory"]),
+        default="libp2p",
+        show_default=True,
+        help="memory: without libp2p; nobody else can join then.",
+    ),
+    click.option(
+        "--api",
+        default="127.0.0.1:1234",
+        show_default=True,
+        metavar="HOST:PORT",
+        help="Where node 0 listens for notebooks and shells; port 0: any.",
+    ),
+    click.option(
+        "--data",
+        type=click.Path(path_type=Path),
+        metavar="DIR",
+        help="Where the nodes keep keys, journals and stores, for the next time, too; default: a folder that is"
+        " removed at the end.",
+    ),
     click.option(
         "--start",
         type=click.Choice(["random", "star", "frozen star"]),
@@ -41,7 +65,12 @@ class Ready(msgspec.Struct, frozen=True):
         help="To whom each is introduced: an earlier one, node 0, or node 0 and nobody is met through others.",
     ),
     click.option("--simulate", is_flag=True, help="Run nothing: every shard ends at once, with no value."),
-    click.option("--network-key", type=click.Path(path_type=Path), metavar="FILE", help="The secret of the network."),
+    click.option(
+        "--network-key",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="A closed network: only nodes with the same secret, the text of this file, get in.",
+    ),
     JSON,
 )
 def devstack(*, as_json: bool, **wanted: object) -> None:

@@ -25,7 +25,12 @@ FILE = click.Path(path_type=Path, dir_okay=False)
     click.option("--tls-key", type=FILE, metavar="FILE", help="Its key."),
     click.option("--listen", multiple=True, metavar="MULTIADDR", help="Where other nodes reach this one; repeatable."),
     click.option("--peer", "peers", multiple=True, metavar="MULTIADDR", help="A node to join; repeatable."),
-    click.option("--network-key", type=FILE, metavar="FILE", help="The secret of a closed network."),
+    click.option(
+        "--network-key",
+        type=FILE,
+        metavar="FILE",
+        help="With --listen or --peer: only nodes with the same secret, the text of this file, get in.",
+    ),
     click.option("--log-json", is_flag=True, help="Log lines as JSON."),
     JSON,
 )
