@@ -31,7 +31,7 @@ T = TypeVar("T")
 NODE = click.option(
     "--node",
     metavar="URL",
-    help="The node to ask; default: BACALHAU_API_HOST and _PORT, else the one you serve here, else one in this process.",
+    help="The node to ask; default: BACALHAU_API_HOST and _PORT, else the one you serve here, else one in the process.",
 )
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 

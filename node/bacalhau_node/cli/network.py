@@ -29,4 +29,6 @@ def network(*, node: str | None, as_json: bool) -> None:
     )
     for dot in found.nodes:
         said = "" if dot.seconds is None else f", said {dot.seconds:.0f} s ago"
+        said += f", messages take {dot.age:.2g} s" if dot.age else ""
+        said += f", {dot.dropped:,} dropped" if dot.dropped else ""
         click.echo(f"{dot.id}  {dot.state}: {dot.jobs} at work, room for {dot.room} of {dot.slots}{said}")
