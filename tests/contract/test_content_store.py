@@ -18,9 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bacalhau_node
-from bacalhau_node.cid import Cid
+from bacalhau_node.cid import DAG_JSON, DAG_PB, Cid
 from bacalhau_node.content import index as index_module
 from bacalhau_node.content.blocks import ROW, BlockStore
+from bacalhau_node.content.dagpb import PbLink, encode_node, folder_node, leaf_frame
 from bacalhau_node.content.intake import INLINE
 from bacalhau_node.content.unixfs import PROFILES, hash_path
 from bacalhau_node.errors import BugError, ContentError, SpecError
@@ -214,6 +215,42 @@ def test_a_draft_becomes_the_file_that_was_written_to_it_in_whatever_parts(folde
         assert cid == store.add_bytes(data)
         with contextlib.closing(BlockStore(folder)) as other:
             assert other.has(cid)
+
+
+@pytest.mark.parametrize("size", [10, ROW + 1])
+def test_a_raw_block_that_looks_like_a_node_is_none_until_it_comes_as_one(store, size):
+    links = [PbLink(Cid.parse(ABSENT).binary, b"x" * size, 5)]
+    for codec, node in (
+        (DAG_PB, encode_node(links, folder_node())),
+        (DAG_JSON, b'[{"/":"%s"},"%s"]' % (ABSENT.encode(), b"x" * size)),
+    ):
+        raw, cid = Cid.of(node), Cid.of(node, codec=codec)
+        store.put(node)
+        for _ in ("pending", "flushed"):
+            assert store.holds(raw)
+            assert not store.holds(cid)
+            store.flush()
+        store.put(node)
+        store.keep(cid, node)
+        for _ in ("pending", "flushed"):
+            assert store.holds(raw)
+            assert store.holds(cid)
+            store.flush()
+
+
+@pytest.mark.parametrize("size", [10, ROW + 1, 262_144])
+def test_a_leaf_is_here_by_either_name(store, tmp_path, size):
+    block = b"".join((leaf_frame(size)[0], BIG[:size], leaf_frame(size)[1]))
+    (tmp_path / "file").write_bytes(block)
+    for add in (
+        lambda: store.put(block),
+        lambda: store.add_path(tmp_path / "file"),
+        lambda: store.add_bytes(BIG[:size]),
+    ):
+        add()
+        store.flush()
+        assert store.holds(Cid.of(block, codec=DAG_PB))
+        assert store.holds(Cid.of(block))
 
 
 def test_a_draft_that_is_not_finished_leaves_nothing(store):

@@ -793,3 +793,15 @@ async def test_a_node_that_is_asked_nonsense_says_so():
     for question in (b"", b"\xc1", b"\x81\xa3cid\xa1x"):
         answer = b"".join([part async for part in here.request("there", question)])
         assert answer[:1] == b"\x02"
+
+
+async def test_bytes_that_came_as_a_raw_file_are_no_node_that_has_all_below_it(tmp_path):
+    root, blocks = file(content(600_000))
+    node = blocks[root.digest]
+    with contextlib.closing(BlockStore(tmp_path / "store")) as store:
+        raw = Cid.of(node, codec=RAW)
+        await fetch(store, raw, [Peer("peer", {raw.digest: node})])
+        assert store.holds(raw)
+        assert not store.holds(root)
+        await fetch(store, root, [Peer("peer", blocks)])
+        assert store.read(str(root)) == content(600_000)

@@ -32,7 +32,7 @@ from typing import Final, Literal
 from bacalhau_node.cid import DAG_JSON, DAG_PB, RAW, Cid
 from bacalhau_node.content.collect import Collection
 from bacalhau_node.content.dagpb import has_links
-from bacalhau_node.content.disk import Disk
+from bacalhau_node.content.disk import Disk, is_leaf
 from bacalhau_node.content.draft import Draft
 from bacalhau_node.content.export import export
 from bacalhau_node.content.files import Files, Places, discard, place
@@ -263,8 +263,15 @@ class BlockStore:
         return self._disk.to_send(cid) if pending is None else pending[1]
 
     def holds(self, cid: Cid) -> bool:
-        """`has` for those that hold the CID in bytes."""
-        return cid.digest in self._pending or self._index.use(cid.digest)
+        """`has` for those that hold the CID in bytes.
+
+        Bytes that came as a raw block, and are a node with links too, are here as a raw block only.
+        """
+        pending = self._pending.get(cid.digest)
+        codec = self._index.use(cid.digest) if pending is None else pending[0]
+        if codec != RAW or cid.codec == RAW:
+            return codec is not None
+        return self._disk.is_leaf(cid) if pending is None else is_leaf(cid, pending[1])
 
     def keep(self, cid: Cid, block: bytes) -> None:
         """Store a block that came with its CID and was checked against it; what it links to must be here already.
@@ -299,7 +306,10 @@ class BlockStore:
     def _remember(self, cid: bytes, data: bytes) -> None:
         codec = Cid(cid).codec
         kept = (RAW if codec == DAG_PB and not has_links(data) else codec, data)
-        if self._pending.setdefault(cid[-32:], kept) is kept:
+        before = self._pending.setdefault(cid[-32:], kept)
+        if before[0] < kept[0]:  # what came as a raw block comes as a node with links
+            self._pending[cid[-32:]] = kept
+        if before is kept:
             self._pending_bytes += len(data)
             if self._pending_bytes > _PENDING:
                 self.flush()

@@ -123,15 +123,18 @@ def hamt_node(bitfield: int) -> bytes:
     return b"\x08\x05\x12" + varint(len(field)) + field + b"\x28\x22\x30" + varint(FANOUT)
 
 
-def has_links(block: bytes) -> bool:
-    """Whether a dag-pb block may have links: False only when its data field is all there is. Quick."""
+def has_links(block: bytes, size: int | None = None) -> bool:
+    """Whether a dag-pb block may have links: False only when its data field is all there is. Quick.
+
+    The first 16 bytes of a block of `size` are enough.
+    """
     if block[:1] != b"\x0a":
         return True
     try:
         length, at = _read_varint(block, 1)
     except ContentError:
         return True
-    return at + length != len(block)
+    return at + length != (len(block) if size is None else size)
 
 
 def decode_node(block: bytes) -> Node:

@@ -9,14 +9,18 @@ from typing import NoReturn
 
 import msgspec
 
-from bacalhau_node.cid import RAW, Cid
+from bacalhau_node.cid import DAG_PB, RAW, Cid
+from bacalhau_node.content import car
 from bacalhau_node.content.collect import lose
+from bacalhau_node.content.dagpb import has_links, leaf_frame
 from bacalhau_node.content.files import Files
 from bacalhau_node.content.index import Block, Index, Stamp, WholeFile
 from bacalhau_node.content.reader import Reader
 from bacalhau_node.content.unixfs import leaf_block
 from bacalhau_node.errors import ContentError
 from bacalhau_node.sharding import shown
+
+_HEAD = 16
 
 
 class Disk:
@@ -43,6 +47,37 @@ class Disk:
         if whole is not None and self._files.stamp_of(status, linked=False) == whole.stamp:
             return data
         return self._checked(block, cid)
+
+    def is_leaf(self, cid: Cid) -> bool:
+        """Whether a block that is here has no links, read by this CID's codec."""
+        block = self._index.find(cid.digest)
+        if block is None:
+            return False
+        if cid.codec == DAG_PB and not has_links(self._head(block), block.size):
+            return True
+        try:
+            return is_leaf(cid, self._checked(block, cid))
+        except ContentError:
+            return False
+
+    def _head(self, block: Block) -> bytes:
+        """The first bytes of a block, unchecked; none where they can't be read at once."""
+        if block.data is not None:
+            return block.data[:_HEAD]
+        if block.slice is None:
+            place, at = self._files.block_path(block.digest), 0
+        elif block.slice.length < block.size:
+            return leaf_frame(block.slice.length)[0]
+        elif not block.slice.linked:
+            place, at = self._files.file_path(block.slice.root), block.slice.at
+        else:
+            return b""
+        try:
+            with Path(place).open("rb", buffering=0) as file:
+                file.seek(at)
+                return file.read(_HEAD)
+        except OSError:
+            return b""
 
     def file_size(self, cid: Cid) -> int | None:
         """The size of a file that the index knows without reading it."""
@@ -120,6 +155,14 @@ class Disk:
                 if file.read(len(chunk)) != chunk:
                     raise _not_whole(root, path)
         self._index.write(files=(WholeFile(whole.root, stamp, whole.path),))
+
+
+def is_leaf(cid: Cid, block: bytes) -> bool:
+    """Whether a block has no links, read by this CID's codec; not if it can't be read so."""
+    try:
+        return not car.links(cid, block)
+    except ContentError:
+        return False
 
 
 def _same(stamp: Stamp, whole: WholeFile) -> bool:

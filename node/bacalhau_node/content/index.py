@@ -178,16 +178,17 @@ class Index:
         row = self._row(f"{_BLOCKS} WHERE digest = ?", digest)
         return None if row is None else _block(row)
 
-    def use(self, digest: bytes) -> bool:
-        """Whether the block is here; from now on it counts as used, and whoever collects knows before this returns."""
-        row = self._row("SELECT used FROM block WHERE digest = ?", digest)
+    def use(self, digest: bytes) -> int | None:
+        """The codec of a block that is here, else None; it counts as used, and whoever collects knows already."""
+        row = self._row("SELECT used, codec FROM block WHERE digest = ?", digest)
         if row is None:
-            return False
-        now = int(time.time())
+            return None
+        now, codec = int(time.time()), int(row[1] or RAW)
         if row[0] is not None and now - row[0] < FRESH:
-            return True
+            return codec
         with self.transaction() as db:
-            return db.execute("UPDATE block SET used = ? WHERE digest = ?", (now, digest)).rowcount > 0
+            found = db.execute("UPDATE block SET used = ? WHERE digest = ?", (now, digest)).rowcount
+        return codec if found else None
 
     def file(self, root: bytes) -> WholeFile | None:
         """The whole file with this root, or None."""
