@@ -27,6 +27,7 @@ import msgspec
 from bacalhau_node.cid import RAW, Cid
 from bacalhau_node.content.car import CarReader
 from bacalhau_node.content.dagpb import decode_node
+from bacalhau_node.content.heap import keep_memory
 from bacalhau_node.content.incoming import Incoming, Shelf
 from bacalhau_node.content.reader import MAX_BLOCK, Reader
 from bacalhau_node.content.walk import Want, steps_of
@@ -215,6 +216,7 @@ class _Fetch:
 
     async def _take_archive(self, asked: _Asked, parts: AsyncIterator[bytes]) -> None:
         reader = CarReader()
+        keep_memory()
         async with _Ahead(parts) as ahead:
             last = time.monotonic()
             while self._incoming.missing and not self._incoming.much_is_here:
