@@ -75,7 +75,7 @@ class Neighbour:
         self.subscribed = False
         self.pruned_until = 0.0
         self.slow = self.gone = False
-        self._queue: deque[bytes] = deque()
+        self._queue: list[bytes] = []
         self._queued = 0
         self._writer = Waiting()
 

@@ -33,7 +33,7 @@ class _Pipe:
 
     def __init__(self) -> None:
         self.ended = self.broken = False
-        self._queue: deque[bytes] = deque()
+        self._queue: deque[bytes] | None = None  # an empty one takes more than all else here, and most are empty
         self._held = 0
         self._reader, self._writer = Waiting(), Waiting()
 
@@ -45,6 +45,8 @@ class _Pipe:
         if self.ended:
             raise MuxedStreamClosed
         if data:
+            if self._queue is None:
+                self._queue = deque()
             self._queue.append(data)
             self._held += len(data)
             self._reader.wake()
@@ -61,6 +63,8 @@ class _Pipe:
         if n is not None and len(data) > n:
             self._queue.appendleft(data[n:])
             data = data[:n]
+        if not self._queue:
+            self._queue = None
         self._held -= len(data)
         if self._held < WINDOW:
             self._writer.wake()
@@ -75,7 +79,7 @@ class _Pipe:
     def break_off(self) -> None:
         """Nothing is written or read any more."""
         self.broken = True
-        self._queue.clear()
+        self._queue = None
         self.end()
 
 
@@ -128,7 +132,7 @@ class Conn(IMuxedConn):
         self.event_started = trio.Event()
         self._initiator = initiator
         self._down = trio.Event()
-        self._offered: deque[Stream] = deque()
+        self._offered: list[Stream] = []  # few at any time, and an empty deque takes as much as two streams
         self._acceptor = Waiting()
 
     @property
@@ -170,7 +174,7 @@ class Conn(IMuxedConn):
             if self.is_closed:
                 raise MuxedConnUnavailable("the connection is closed")
             await self._acceptor.wait()
-        return self._offered.popleft()
+        return self._offered.pop(0)
 
     async def close(self) -> None:
         """Close both ends, with all their streams."""

@@ -118,7 +118,10 @@ class Frames:
         if not await self._fill(4 + size):
             raise ProtocolError(f"a frame of {size} bytes that ended after {len(self._buffer) - 4}")
         frame = bytes(memoryview(self._buffer)[4 : 4 + size])
-        del self._buffer[: 4 + size]
+        if len(self._buffer) == 4 + size:
+            self._buffer = bytearray()  # a link is mostly idle: it need not hold the memory of its last frame
+        else:
+            del self._buffer[: 4 + size]
         return frame
 
     async def _fill(self, size: int) -> bool:
