@@ -9,6 +9,7 @@ import nbformat
 import pytest
 
 from bacalhau_jupyter.option_table import OPTIONS
+from bacalhau_node.cli import main
 from tests import architecture
 
 ROOT = architecture.DOCUMENT.parent
@@ -35,6 +36,15 @@ def test_every_option_of_the_readme_works() -> None:
 def test_every_option_that_works_is_in_the_readme() -> None:
     readme = (ROOT / "README.md").read_text()
     assert [name for name in OPTIONS if f"`{name}" not in readme] == []
+
+
+def test_every_command_of_the_shell_that_a_document_names_exists_with_its_options() -> None:
+    text = "".join(document.read_text() for document in DOCUMENTS)
+    lines = re.findall(r"bacalhau-node ([a-z]+)([^`\n]*)", text)
+    assert len(lines) > 10
+    for command, rest in lines:
+        known = {name for param in main.commands[command].params for name in param.opts} | {"--help"}
+        assert {*re.findall(r"--[a-z-]+", rest.partition(" -- ")[0])} <= known, f"bacalhau-node {command}{rest}"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.name)
