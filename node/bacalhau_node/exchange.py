@@ -45,6 +45,11 @@ MAX_RESULT: Final = 11 * 1024**3
 PATIENCE: Final = 30.0
 """Seconds without a byte after which a requester, or a compute node, is given up."""
 
+SLOWEST: Final = 120.0
+STEP: Final = 1024**2
+"""Seconds in which so many bytes have to come, or the rest: else one that sends a byte now and then holds a shard for
+ever. Some 9 kB a second (a guess: a tenth of what the slowest link that anybody would put a node behind does)."""
+
 _DIALLED = Guard(own=True)  # a requester may name any gateway but those that hand out this machine's credentials
 
 
@@ -131,7 +136,7 @@ class Exchange:
             token = self._token(execution.job, sender)
             provider = StreamProvider(self._transport, sender, token=token)
             root = Cid.parse(outcome.record)
-            await fetch(self._content, root, [provider], limit=MAX_RESULT, patience=PATIENCE)
+            await self._fetch(root, [provider], limit=MAX_RESULT)
             found = await asyncio.to_thread(read_record, self._content, outcome.record)
         if found != outcome:
             raise ProtocolError(f"the result that node {sender} proposed for {execution} is not what it says")
@@ -158,15 +163,35 @@ class Exchange:
 
     async def bring(self, root: str, providers: Sequence[Provider], *, limit: int) -> None:
         """Have all of `root` here; raises `NodeUnreachable` when it is over `limit` bytes, or nobody gives it."""
-        lock = self._coming.setdefault(root, asyncio.Lock())
+        key = f"{root} {providers[-1].name}"  # nobody waits for what another requester sends
+        lock = self._coming.setdefault(key, asyncio.Lock())
         try:
             async with lock:
-                await fetch(self._content, Cid.parse(root), providers, limit=limit, patience=PATIENCE)
+                await self._fetch(Cid.parse(root), providers, limit=limit)
         except ContentError as error:
             raise NodeUnreachable(f"what the shard needs did not come: {error}") from error
         finally:
             if not lock.locked():
-                self._coming.pop(root, None)
+                self._coming.pop(key, None)
+
+    async def _fetch(self, root: Cid, providers: Sequence[Provider], *, limit: int) -> None:
+        """Bring a root here from nodes that may be slow, but do come to an end; raises `ContentError`."""
+        clock, mark = asyncio.get_running_loop().time, STEP
+        try:
+            async with asyncio.timeout(SLOWEST) as deadline:
+
+                def told(done: int) -> None:
+                    nonlocal mark
+                    if done >= mark:
+                        mark = done + STEP
+                        deadline.reschedule(clock() + SLOWEST)
+
+                await fetch(self._content, root, providers, limit=limit, told=told, patience=PATIENCE)
+        except TimeoutError as error:
+            asked = ", ".join(provider.name for provider in providers)
+            raise ContentError(
+                f"{root} comes too slowly from {asked}: under {STEP:,} bytes in {SLOWEST:g} s"
+            ) from error
 
     def owe(self, execution: Execution, outcome: Outcome, grant: Grant | None) -> None:
         """Let the requester fetch this result."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Final
 
 from msgspec import structs
 
@@ -24,6 +25,9 @@ from bacalhau_node.protocol.requester import Requester
 from bacalhau_node.work import Trade
 
 log = logging.getLogger(__name__)
+
+LONGEST_REASON: Final = 1_000
+"""Characters of a node's reason for a refusal, which a job keeps and its user sees."""
 
 UNFORESEEN = ShardError("node", message="it could not be offered to another node: this node's log says why")
 
@@ -69,6 +73,8 @@ class Mail:
                 if execution not in self._coming:
                     self._coming.add(execution)
                     self._spawn(self._collected(author, message, self._trade))
+            case Refuse(reason=reason):
+                self._post(ev.Received(author, structs.replace(message, reason=reason[:LONGEST_REASON])))
             case _:
                 self._post(ev.Received(author, message))
 

@@ -56,6 +56,9 @@ GONE = "its secrets ({}) are gone with the node's memory: submit it again"
 LINGER = 2.0
 """Seconds that a job of another node is held when nothing of it is here: its next shard may be on the way (a guess)."""
 
+LONGEST_MESSAGE = 10_000
+"""Characters of an error, which may quote a stranger: it has to fit into a record."""
+
 INLINE_FILES = 64
 """So many files are opened and checked on the loop (a few microseconds each); more go to a thread."""
 
@@ -361,7 +364,7 @@ class Runner:
         return encode_outcome(self._content, printable(outcome))
 
     def _failed(self, kind: ErrorKind, error: Exception) -> Outcome:
-        failure = ShardError(kind=kind, name=type(error).__name__, message=str(error))
+        failure = ShardError(kind=kind, name=type(error).__name__, message=str(error)[:LONGEST_MESSAGE])
         return encode_outcome(self._content, printable(Outcome(ok=False, exit_code=1, error=failure)))
 
     async def _blob(self, data: bytes | Path) -> Blob:

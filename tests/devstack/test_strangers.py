@@ -10,14 +10,16 @@ from typing import Any
 import pytest
 from msgspec import structs
 
-from bacalhau_node import dagjson, plan
-from bacalhau_node.cid import Cid
+from bacalhau_node import dagjson, exchange, plan
+from bacalhau_node.cid import RAW, Cid
 from bacalhau_node.client import LocalClient
+from bacalhau_node.content import car
 from bacalhau_node.content.records import encode_outcome
-from bacalhau_node.errors import ContentError
+from bacalhau_node.errors import ContentError, NodeUnreachable
 from bacalhau_node.executors.fake import FakeExecutor
 from bacalhau_node.executors.process import ProcessExecutor
 from bacalhau_node.ids import NodeId
+from bacalhau_node.mail import LONGEST_REASON
 from bacalhau_node.masking import NO_SECRETS
 from bacalhau_node.messages import (
     Blob,
@@ -276,11 +278,11 @@ async def test_an_outcome_that_no_node_makes_is_a_lie_and_never_waited_for(
     meet: Meet, change: Callable[[Outcome], Outcome]
 ) -> None:
     mallory = await meet()
-    exchange = mallory.victim._exchange
+    trade = mallory.victim._exchange
     good = encode_outcome(mallory.node.content, Outcome(ok=True))
     proposal = Propose(an_execution(), good, 0)
-    assert await exchange.collect(mallory.node.id, proposal) is None
-    missing = await exchange.collect(mallory.node.id, structs.replace(proposal, outcome=change(good)))
+    assert await trade.collect(mallory.node.id, proposal) is None
+    missing = await trade.collect(mallory.node.id, structs.replace(proposal, outcome=change(good)))
     assert missing is not None
     assert missing.lied
 
@@ -306,16 +308,16 @@ async def test_an_offer_whose_packing_fails_for_any_reason_does_not_wait_for_eve
 
 async def test_what_is_packed_when_its_job_has_ended_opens_nothing(meet: Meet) -> None:
     mallory = await meet()
-    exchange, content = mallory.victim._exchange, mallory.victim.content
+    trade, content = mallory.victim._exchange, mallory.victim.content
     block = content.put(dagjson.encode({"entries": []}), codec="dag-json")
     offer = Offer(a_job_id(), a_script(), (ShardOffer(0, 1, block),), 1)
-    packing = asyncio.create_task(exchange.pack(mallory.node.id, offer))
-    while a_job_id() not in exchange._blocks:  # noqa: ASYNC110 - nobody tells of it
+    packing = asyncio.create_task(trade.pack(mallory.node.id, offer))
+    while a_job_id() not in trade._blocks:  # noqa: ASYNC110 - nobody tells of it
         await asyncio.sleep(0)
-    exchange.ended(a_job_id())
+    trade.ended(a_job_id())
     ready, failed = await packing
     assert (ready.shards, failed) == ((), [])
-    token = exchange._token(a_job_id(), mallory.node.id)
+    token = trade._token(a_job_id(), mallory.node.id)
     assert not mallory.victim.grants.allows(token, Cid.parse(block))
 
 
@@ -338,3 +340,46 @@ async def test_the_gateway_that_a_requester_names_is_a_server_and_no_page_of_it(
     mallory = await meet()
     run = ev.Run(an_execution(), a_script(), "block", 1, mallory.node.id, Grant("t", (url,)))
     assert len(mallory.victim._exchange.providers(run)) == 1 + asked
+
+
+class _Drip:
+    """Sends an archive a byte at a time, never to its end."""
+
+    name = "node drip"
+
+    async def car(self, root: Cid, **_: Any) -> AsyncIterator[bytes]:
+        data = car.header([root])
+        for at in range(len(data)):
+            await asyncio.sleep(0.01)
+            yield data[at : at + 1]
+        while True:
+            await asyncio.sleep(0.01)
+            yield b""
+
+    async def block(self, cid: Cid, *, root: Cid) -> bytes:
+        raise ContentError(f"no {cid} of {root}")
+
+
+async def test_who_sends_a_byte_now_and_then_is_given_up(meet: Meet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nobody else waits for it: another node may give the same content meanwhile."""
+    monkeypatch.setattr(exchange, "SLOWEST", 1.0)
+    mallory = await meet()
+    root = Cid.of(b"wanted", codec=RAW)
+    one = asyncio.create_task(mallory.victim._exchange.bring(str(root), [_Drip()], limit=MB))
+    await asyncio.sleep(0)
+    mallory.node.content.put(b"wanted")
+    mallory.node.content.flush()
+    mallory.node.grants.open("t", [str(root)])
+    run = ev.Run(an_execution(), a_script(), "block", 1, mallory.node.id, Grant("t"))
+    async with asyncio.timeout(10):
+        await mallory.victim._exchange.bring(str(root), mallory.victim._exchange.providers(run), limit=MB)
+    with pytest.raises(NodeUnreachable, match=r"comes too slowly from node drip"):
+        await one
+
+
+async def test_a_refusal_of_a_megabyte_is_cut(meet: Meet) -> None:
+    mallory = await meet()
+    heard: list[Any] = []
+    mallory.victim.engine._mail._post = heard.append  # type: ignore[method-assign]
+    mallory.victim.engine._mail._heard(mallory.node.id, Refuse((), "never", "x" * MB))
+    assert [len(event.message.reason) for event in heard] == [LONGEST_REASON]

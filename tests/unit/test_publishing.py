@@ -65,3 +65,11 @@ async def test_a_mistake_of_the_author_is_not_tried_again() -> None:
     _, problem = await publish((bucket,), a_job_id(), "cid", "s3://b")
     assert bucket.asked == 1
     assert problem.endswith("there is no bucket b")
+
+
+async def test_a_fault_that_nobody_foresaw_ends_the_job_as_well() -> None:
+    """Else it would be at publishing for ever."""
+    bucket = Bucket(KeyError("what a server should not have left out"))  # type: ignore[arg-type]
+    published, problem = await publish((bucket,), a_job_id(), "cid", "s3://b")
+    assert (published, bucket.asked) == ((), 1)
+    assert problem == "kept in the store, but not published to s3://b: this node's log says why"

@@ -55,4 +55,7 @@ async def publish(publishers: Sequence[Publisher], job: JobId, root: str, target
             pause = None if isinstance(error, SpecError) else next(pauses, None)
             if pause is None:
                 return (), f"kept in the store, but not published to {target}: {error}"
+        except Exception:  # the boundary of a task of the engine: a job has to end, whatever a server's answer sets off
+            log.exception("a result was not published", extra={"job": job, "target": target})
+            return (), f"kept in the store, but not published to {target}: this node's log says why"
         await asyncio.sleep(pause)
