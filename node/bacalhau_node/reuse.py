@@ -17,6 +17,7 @@ from msgspec import structs
 from bacalhau_node.plan import JobPlan
 from bacalhau_node.protocol.events import JobRow
 from bacalhau_node.sharding import UrlRef
+from bacalhau_node.sources.listing import shown_url
 from bacalhau_node.spec import JobSpec, PythonCell
 
 _USUAL: Final[dict[str, object]] = {
@@ -39,7 +40,8 @@ def obstacle(spec: JobSpec, plan: JobPlan) -> str:
     for entry in entries:
         reference = entry.reference
         if isinstance(reference, UrlRef) and not reference.pinned:
-            return f"--reuse: {reference.url} says nothing of its version, it may be another file now: it runs"
+            url = shown_url(reference.url)
+            return f"--reuse: {url} says nothing of its version, it may be another file now: it runs"
     return ""
 
 

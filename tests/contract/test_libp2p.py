@@ -507,6 +507,25 @@ async def test_a_stranger_may_send_only_so_much_before_it_says_who_it_is(node):
     writer.close()
 
 
+async def test_strangers_do_not_take_all_the_files_that_the_process_may_open(node, caplog, monkeypatch):
+    """Who is one too many is closed at once, and there is room again when another has left."""
+    monkeypatch.setattr(host, "most_visitors", lambda: 2)
+    good = await node("good")
+    port = int(good.addresses()[0].split("/")[4])
+    first, second = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
+    await becomes(lambda: good._host._visitors == 2)
+    reader, third = await asyncio.open_connection("127.0.0.1", port)
+    with contextlib.suppress(ConnectionError):
+        async with asyncio.timeout(DEADLINE):
+            assert not await reader.read()
+    assert "ulimit -n" in warnings(caplog)[0]
+    first[1].close()
+    await becomes(lambda: good._host._visitors == 1)
+    await still_good_after_dial(await node("other"), good)
+    for writer in (second[1], third):
+        writer.close()
+
+
 # --- what is left behind, and what need not be there ---
 
 

@@ -371,3 +371,16 @@ def test_rpcs_are_cut_out_wherever_the_bytes_were_split():
 def test_an_rpc_that_is_too_large_is_a_fault_before_it_is_here(raw):
     with pytest.raises(ProtocolError, match="gossip"):
         rpcs(bytearray(raw))
+
+
+def test_what_can_be_asked_for_again_takes_a_bounded_place(monkeypatch):
+    """A flood is passed on, but not kept."""
+    monkeypatch.setattr(gossip, "QUEUE", 10_000)
+    table = Table(2)
+    for _ in range(50):
+        table.router.publish(b"x" * 1_000)
+        table.said()
+    assert sum(len(rpc) for beat in table.router._lately for rpc in beat.values()) <= 10_000
+    table.router.beat()
+    table.router.publish(b"y")
+    assert len(table.router._lately[0]) == 1

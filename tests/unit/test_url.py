@@ -430,6 +430,15 @@ def test_a_password_is_in_no_message():
     assert shown_url("https://me:secret@example.org/x?y=@z") == "https://me:…@example.org/x?y=@z"
 
 
+@pytest.mark.parametrize(
+    "name", ["X-Amz-Signature", "X-Amz-Security-Token", "X-Goog-Signature", "sig", "api_key", "token"]
+)
+def test_what_a_url_is_signed_by_is_in_no_message(name):
+    """A shard that can't fetch its file says so in its record, which may be published."""
+    shown = shown_url(f"https://b.example.org/x.csv?a=1&{name}=0123abcd&b=2")
+    assert shown == f"https://b.example.org/x.csv?a=1&{name}=…&b=2"
+
+
 # --- what bad servers do while they send ---
 
 

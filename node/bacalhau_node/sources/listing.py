@@ -19,6 +19,9 @@ MAX_NAME: Final = 255
 MAX_URL: Final = 8_192
 """Characters of a URL; servers refuse longer ones."""
 
+_SECRET = re.compile(r"(?i)([?&;][^=&;#]*(?:sig|token|key|secret|passw|credential|auth)[^=&;#]*=)[^&;#]+")
+"""Parameters of a URL that open something: what S3, Google and Azure sign with, and what else is called so."""
+
 LIST_SUFFIXES: Final = (".urls", ".urls.txt")
 
 PAGES: Final = frozenset({"htm", "html", "xhtml", "shtml", "mht", "mhtml"})
@@ -57,10 +60,14 @@ def _problem(url: str) -> str | None:
 
 
 def shown_url(url: str) -> str:
-    """`url` for a message: without a password, and escaped where it would hide something."""
+    """`url` for a message: without a password or what a signed one is signed by, escaped where it would hide something.
+
+    Messages go into logs, journals and the records of shards, and those may be published.
+    """
     head, at, tail = url.partition("://")[2].partition("/")[0].rpartition("@")
     if at:
         url = url.replace(f"{head}@{tail}", f"{head.partition(':')[0]}:…@{tail}", 1)
+    url = _SECRET.sub(r"\1…", url)
     return url if url.isprintable() else repr(url)
 
 

@@ -107,7 +107,8 @@ class Web:
                         response.close()  # what is left of a body is not waited for
                         return
                     at = _next(at, response.headers["Location"])
-        raise ContentError(f"{shown_url(url)} leads to {self.limits.redirects + 1} redirects, the last to {at}")
+        last = shown_url(str(at))
+        raise ContentError(f"{shown_url(url)} leads to {self.limits.redirects + 1} redirects, the last to {last}")
 
     async def _small(self, response: aiohttp.ClientResponse, url: str) -> bytes:
         check_encoding(response, url)

@@ -116,6 +116,7 @@ class Router:
         self.mesh: dict[NodeId, Neighbour] = {}
         self._seen: dict[bytes, float] = {}
         self._lately: deque[dict[bytes, bytes]] = deque([{}], maxlen=LATELY)
+        self._lately_bytes = 0  # of this beat
         self.dropped = 0
 
     # --- neighbours ---
@@ -178,7 +179,9 @@ class Router:
         self, key: bytes, message: rpc_pb2.Message, *, to: Iterable[Neighbour], but: Neighbour | None = None
     ) -> None:
         rpc = _encoded(rpc_pb2.RPC(publish=[message]))  # once for all of them
-        self._lately[0][key] = rpc
+        self._lately_bytes += len(rpc)
+        if self._lately_bytes <= QUEUE:  # what is over that nobody can ask for
+            self._lately[0][key] = rpc
         for neighbour in to:
             if neighbour.subscribed and neighbour is not but and neighbour.node != _name(message.from_id):
                 self._send(neighbour, rpc)
@@ -201,6 +204,7 @@ class Router:
             self._prune(self._chance.choice(list(self.mesh.values())))
         self._tell(self._outside())
         self._lately.appendleft({})
+        self._lately_bytes = 0
         while self._seen and self._oldest() < now - REMEMBERED:
             del self._seen[next(iter(self._seen))]
 

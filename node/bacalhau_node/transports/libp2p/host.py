@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import random
+import resource
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any
@@ -70,6 +71,8 @@ class Host:
         self.dialler = Dialler(self, link=self._link, link_up=self._link_up, spawn=self._spawn)
         self._links: dict[NodeId, list[link.Link]] = {}
         self._linked = trio.Event()
+        self._visitors = 0
+        """Connections that came from outside, of whoever."""
         self._addresses: list[str] = []
         self._scope = trio.CancelScope()
         self._ended = trio.Event()
@@ -243,13 +246,20 @@ class Host:
 
     async def _accept(self, stream: trio.SocketStream) -> None:
         """Live as long as a connection that came from outside."""
-        at, remote = Multiaddr(self._addresses[0]), addresses.remote(stream)
+        at, remote, most = Multiaddr(self._addresses[0]), addresses.remote(stream), most_visitors()
+        if self._visitors >= most:
+            why = f"{most} are connected, half of the files that this process may open: raise `ulimit -n` for more"
+            self.complaints.add("whoever dials this node now", "room", why)
+            await trio.aclose_forcefully(stream)
+            return
+        self._visitors += 1
         try:
             conn = await secured(stream, lambda raw: self.host.upgrade_inbound_connection(raw, at), dialled=False)
+            await conn.over()
         except ProtocolError as error:
             self.complaints.add(remote, "handshake", error)
-            return
-        await conn.over()
+        finally:
+            self._visitors -= 1
 
     def visit(self, conn: inprocess.Conn) -> None:
         """Another host of this process has connected."""
@@ -320,6 +330,12 @@ class Host:
                 return
             self.on_question(answer, question)
             await answer.watch()
+
+
+def most_visitors() -> int:
+    """How many may be connected from outside: half of the files that this process may open."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 100_000 if soft == resource.RLIM_INFINITY else max(64, soft // 2)
 
 
 def _peer(stream: IMuxedStream) -> NodeId:
