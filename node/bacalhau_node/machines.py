@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+from bacalhau_node.ids import NodeId
 from bacalhau_node.messages import Accept, Announce, Cancel, Kept, MembershipMessage, Offer, Recall, Reject
 from bacalhau_node.protocol import events as ev
 from bacalhau_node.protocol.compute import Compute
@@ -11,6 +12,9 @@ from bacalhau_node.protocol.membership import Membership
 from bacalhau_node.protocol.requester import Requester
 
 log = logging.getLogger(__name__)
+
+MAX_TOLD = 1_000
+"""Nodes whose faults are told once; whoever comes after so many is told of again."""
 
 _TO_COMPUTE = (Offer, Accept, Reject, Kept, Cancel, Recall, Announce)
 _COMPUTE_EVENTS = (ev.ExecutionStarted, ev.ExecutionEnded)
@@ -28,6 +32,7 @@ class Machines:
     def __init__(self, requester: Requester, compute: Compute, membership: Membership | None) -> None:
         self._requester, self._compute, self._membership = requester, compute, membership
         self.placing = bool(requester.book.jobs)
+        self._told: set[NodeId] = set()
 
     def step(self, event: ev.Event, now: float) -> list[ev.Effect]:
         """What the machine says that the event is for; a message of another node that breaks it costs only itself."""
@@ -36,7 +41,9 @@ class Machines:
         except Exception:  # what one stranger sends must not take what a whole turn has decided for others
             if not isinstance(event, ev.Received) or event.sender == self._compute.node:
                 raise
-            log.exception("a message of another node broke a rule of this one", extra={"peer": event.sender})
+            if event.sender not in self._told:
+                self._told = {*self._told, event.sender} if len(self._told) < MAX_TOLD else {event.sender}
+                log.exception("a message of another node broke a rule of this one", extra={"peer": event.sender})
             return []
 
     def _step(self, event: ev.Event, now: float) -> list[ev.Effect]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -276,7 +277,7 @@ class Runner:
         if isinstance(spec.task, PythonCell):
             if job.bundle is None:
                 await self._bring(spec.task.bundle, providers, limit=strangers.disk(spec))
-                bundle = job.folder / "bundle"
+                bundle = job.folder / f"bundle.{uuid.uuid4().hex}"  # a try that was cancelled may still write its own
                 await asyncio.to_thread(self._content.export, spec.task.bundle, bundle)
                 job.bundle = bundle
             if spec.task.requires:

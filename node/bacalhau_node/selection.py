@@ -8,6 +8,7 @@ Everything in the file is optional, and read when the node is opened:
     cpu = 4                              # the most that a shard may ask for
     memory = "8GB"
     gpus = 0
+    disk = "1TB"                         # default: 100GB
     packages = ["numpy", "lab-*"]        # what jobs may have installed by --require; default: anything
     timeout = "1h"                       # a shard ends after this, whatever it asks for
     stateless = false                    # refuse jobs without inputs
@@ -61,6 +62,9 @@ _REASON: Final = 300
 _ANSWER: Final = 4096
 HTTP_OK: Final = 200
 
+MOST_DISK: Final = 100_000_000_000
+"""Bytes of disk that a shard of somebody else may ask for (a guess): `--disk` has no bound of its own."""
+
 REMEMBERED: Final = 1_000
 """Offered jobs about which the probe was asked and is not asked again (a guess)."""
 
@@ -76,6 +80,7 @@ class Selection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     cpu: Annotated[float, msgspec.Meta(gt=0)] | None = None
     memory: Annotated[int, msgspec.Meta(gt=0)] | None = None
     gpus: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    disk: Annotated[int, msgspec.Meta(gt=0)] = MOST_DISK
     packages: tuple[str, ...] | None = None
     timeout: Seconds = 3600.0
     stateless: bool = True
@@ -92,9 +97,10 @@ class Selection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             return f"runs no image {spec.image}; it runs {', '.join(self.images) or 'none'}"
         if self.cpu is not None and take.cpu > self.cpu:
             return f"gives a shard at most {self.cpu:g} cores, and --cpu asks for {take.cpu:g}"
-        if self.memory is not None and (take.memory or 0) > self.memory:
-            most, asked = literals.size_text(self.memory), literals.size_text(take.memory or 0)
-            return f"gives a shard at most {most} of memory, and --memory asks for {asked}"
+        for name, rule, asked in (("memory", self.memory, take.memory), ("disk", self.disk, take.disk)):
+            if rule is not None and (asked or 0) > rule:
+                most, text = literals.size_text(rule), literals.size_text(asked or 0)
+                return f"gives a shard at most {most} of {name}, and --{name} asks for {text}"
         if self.gpus is not None and take.gpus > self.gpus:
             return f"gives a shard at most {self.gpus} GPUs, and --gpu asks for {take.gpus}"
         return self._of_packages(spec) or self._of_inputs(spec, content)
@@ -151,7 +157,7 @@ def read_selection(folder: Path) -> Selection:
         raise SpecError(f"{path} can't be read: {error}") from error
     try:
         raw = tomllib.loads(text)
-        for name, read in (("memory", literals.size), ("timeout", literals.seconds)):
+        for name, read in (("memory", literals.size), ("disk", literals.size), ("timeout", literals.seconds)):
             if isinstance(raw.get(name), str):
                 raw[name] = read(raw[name])
         return msgspec.convert(raw, Selection)
@@ -244,11 +250,11 @@ class Guests:
         """Why this node never takes a job of this requester, in a sentence for its user; None if it may."""
         try:
             limited = self.admit(requester, spec)
+            if (why := self._rules.refusal(spec, requester, self._content)) is not None:
+                return f"this node {why}"
+            return self._executors_refuse(limited)
         except SpecError as error:
             return str(error)
-        if (why := self._rules.refusal(spec, requester, self._content)) is not None:
-            return f"this node {why}"
-        return self._executors_refuse(limited)
 
     async def vet(self, requester: NodeId, offer: Offer) -> str:
         """Why the owner's probe doesn't want a job; "" if it may be taken. It is asked once for each job.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from bacalhau_node.cid import RAW, Cid
 from bacalhau_node.client import LocalClient
 from bacalhau_node.content import car
 from bacalhau_node.content.records import encode_outcome
-from bacalhau_node.errors import ContentError, NodeUnreachable
+from bacalhau_node.errors import ContentError, NodeUnreachable, ProtocolError
 from bacalhau_node.executors.fake import FakeExecutor
+from bacalhau_node.executors.link import ValueHead
 from bacalhau_node.executors.process import ProcessExecutor
+from bacalhau_node.executors.slot import _Pending
 from bacalhau_node.ids import NodeId
 from bacalhau_node.mail import LONGEST_REASON
 from bacalhau_node.masking import NO_SECRETS
@@ -383,3 +386,38 @@ async def test_a_refusal_of_a_megabyte_is_cut(meet: Meet) -> None:
     mallory.victim.engine._mail._post = heard.append  # type: ignore[method-assign]
     mallory.victim.engine._mail._heard(mallory.node.id, Refuse((), "never", "x" * MB))
     assert [len(event.message.reason) for event in heard] == [LONGEST_REASON]
+
+
+async def test_a_cell_whose_unpacking_was_cancelled_is_unpacked_again(
+    meet: Meet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread goes on; what it leaves is in nobody's way."""
+    mallory = await meet(FakeExecutor(slots=2, isolation="sandbox"))
+    runner, content = mallory.victim._runner, mallory.victim.content
+    bundle = await LocalClient(mallory.victim).put_bundle({"cell.py": b"1"})
+    block = content.put(dagjson.encode({"entries": []}), codec="dag-json")
+    spec = JobSpec(task=PythonCell(bundle=bundle))
+    began, go, real = threading.Event(), threading.Event(), content.export
+
+    def export(cid: str, target: Path) -> None:
+        began.set()
+        go.wait(10)
+        real(cid, target)
+
+    monkeypatch.setattr(content, "export", export)
+    first = asyncio.create_task(runner.execute(ev.Run(an_execution(0), spec, block, 2, mallory.victim.id), print))
+    await asyncio.to_thread(began.wait, 10)
+    first.cancel()
+    go.set()
+    await asyncio.wait([first])
+    second = await runner.execute(ev.Run(an_execution(1), spec, block, 2, mallory.victim.id), lambda _news: None)
+    assert second.ok, second.error
+
+
+@pytest.mark.parametrize("name", ["..", "../../etc/passwd", "/etc/passwd", "a/b"])
+def test_a_value_lies_in_the_shards_own_folder(tmp_path: Path, name: str) -> None:
+    """The agent is in the same box as the cell, which may speak in its place."""
+    pending = object.__new__(_Pending)
+    pending.scratch = tmp_path
+    with pytest.raises(ProtocolError, match="scratch folder"):
+        pending._value(ValueHead(kind="bytes", type="bytes", file=name), b"")

@@ -85,6 +85,7 @@ def test_a_rule_that_is_none_is_told_with_its_file(tmp_path, text, says):
             "at most 1 GB of memory, and --memory asks for 2",
         ),
         ({"gpus": 0}, {"resources": Resources(gpus=1)}, "at most 0 GPUs, and --gpu asks for 1"),
+        ({}, {"resources": Resources(disk=10**18)}, "at most 100 GB of disk, and --disk asks for 1 EB"),
         ({"stateless": False}, {}, "this node takes no jobs without inputs"),
         ({"stateless": False}, {"shared": (InputSource(source=f"ipfs://{NOWHERE}"),)}, None),
         ({"local_inputs": True}, {"inputs": (InputSource(source=f"ipfs://{NOWHERE}/a"),)}, f"{NOWHERE}/a is not here"),

@@ -65,7 +65,8 @@ class Elsewhere:
         providers = (*first, *self._again())
         if not providers:
             raise _nobody(cid)
-        lock = self._coming.setdefault(cid, asyncio.Lock())
+        asked = first[-1].name if first else ""  # nobody waits for what another job's requester sends
+        lock = self._coming.setdefault(f"{cid} {asked}", asyncio.Lock())
         async with lock:
             root, limit = Cid.parse(cid), size + MAX_BLOCK  # a folder may tell the size of a small file wrongly
             await fetch(self._store, root, providers, limit=limit, told=told, patience=PATIENCE)

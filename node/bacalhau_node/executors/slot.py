@@ -239,7 +239,7 @@ class _Pending:
             return RawValue()
         if not head.file:
             return RawValue(head.kind, head.type, body)
-        if head.file != Path(head.file).name:
+        if head.file != Path(head.file).name or head.file == "..":
             raise ProtocolError(f"the agent named {head.file!r} as a file of its scratch folder")
         return RawValue(head.kind, head.type, self.scratch / head.file)
 
