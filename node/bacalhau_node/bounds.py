@@ -5,18 +5,21 @@ from __future__ import annotations
 import math
 import re
 
+from bacalhau_node import requirements
 from bacalhau_node.errors import SpecError
 from bacalhau_node.sharding import mounts
-from bacalhau_node.spec import MAX_GPU_SHARE, JobSpec
+from bacalhau_node.spec import MAX_GPU_SHARE, JobSpec, PythonCell
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 _LONGEST = 366 * 86_400.0
+_LONGEST_PACKAGE = 1_000
 
 
 def check_bounds(spec: JobSpec) -> None:
     """Raise `SpecError` for numbers, names and mounts that no spec may have."""
     _check_numbers(spec)
     _check_names(spec)
+    _check_packages(spec)
     mounts(spec)
 
 
@@ -46,3 +49,14 @@ def _check_names(spec: JobSpec) -> None:
     for name in spec.secrets:
         if not _NAME.fullmatch(name):
             raise SpecError(f"secret {name!r}: names are of letters, digits and '_'")
+
+
+def _check_packages(spec: JobSpec) -> None:
+    """Each is a line of what an installer reads, so it has to be one: a name with versions, and no address."""
+    wanted = spec.task.requires if isinstance(spec.task, PythonCell) else ()
+    if len(wanted) > requirements.MOST:
+        raise SpecError(f"{len(wanted)} packages are required: at most {requirements.MOST} are possible")
+    for text in wanted:
+        if not text.isprintable() or len(text) > _LONGEST_PACKAGE:
+            raise SpecError(f"the required package {text[:100]!r} is no line of at most {_LONGEST_PACKAGE} characters")
+        requirements.parse(text)

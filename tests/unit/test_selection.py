@@ -15,7 +15,7 @@ from bacalhau_node.content.blocks import BlockStore
 from bacalhau_node.errors import NoCapacity, SpecError
 from bacalhau_node.protocol.fitness import requirements_only
 from bacalhau_node.selection import NO_RULES, Guests, Probe, Selection, read_selection
-from bacalhau_node.spec import Command, InputSource, JobSpec, Resources
+from bacalhau_node.spec import Command, InputSource, JobSpec, PythonCell, Resources
 
 ANN = Caller("ann", "submit")
 ROOT = Caller("root", "admin")
@@ -196,3 +196,23 @@ def test_a_job_of_the_same_owners_node_needs_no_isolation(store: BlockStore) -> 
     guests = Guests(NO_RULES, store, refuse=lambda _: None, usual_memory=lambda: GIB, family={"n-mine"})
     assert guests.admit("n-mine", a_job()).isolation == "none"
     assert guests.admit("n-other", a_job()).isolation == "sandbox"
+
+
+@pytest.mark.parametrize(
+    "package",
+    [
+        "evil @ https://example.org/evil.whl",
+        "evil @ file:///root/evil.whl",
+        "-r /etc/passwd",
+        "--index-url https://example.org",
+        "x; python_version > '3\n--index-url https://example.org\n'",
+        "x" * 2_000,
+    ],
+)
+def test_what_a_stranger_has_installed_is_a_package_by_name(package):
+    """Whoever sends a spec need not have used our options."""
+    cell = PythonCell(bundle=NOWHERE, requires=(package,))
+    with pytest.raises(SpecError):
+        admitted(JobSpec(task=cell), ANN, NO_RULES, usual_memory=GIB)
+    fine = PythonCell(bundle=NOWHERE, requires=("rich[jupyter]>=13; python_version >= '3.8'",))
+    admitted(JobSpec(task=fine), ANN, NO_RULES, usual_memory=GIB)
