@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -19,13 +20,15 @@ from urllib.parse import urlsplit
 import pytest
 
 from bacalhau_node.api.auth import own_key
-from bacalhau_node.api.server import ApiServer, bind
+from bacalhau_node.api.server import ApiServer, bind, url_of
 from bacalhau_node.client import JobView, LocalClient, ShardText, Update
 from bacalhau_node.errors import ContentError, NodeUnreachable, ProtocolError
 from bacalhau_node.executors.process import ProcessExecutor
 from bacalhau_node.http_client import HttpClient
 from bacalhau_node.node import open_node
 from bacalhau_node.protocol.events import ShardChanged
+from bacalhau_node.selection import NO_RULES
+from bacalhau_node.serve import Settings, network_of
 from bacalhau_node.spec import InputSource, JobSpec, PythonCell, Sharding
 from tests.certificate import CERTIFICATE, KEY
 from tests.cutter import Cutter
@@ -175,6 +178,17 @@ def test_beyond_loopback_keys_and_tls_are_needed(environment, tmp_path):
         assert (done.returncode, "certificate" in done.stderr) == (3, True)
         done = _run(environment, tmp_path, "nodes", "--node", url, **{**told, "BACALHAU_API_KEY": "simsalabim"})
         assert (done.returncode, "key" in done.stderr) == (3, True)
+
+
+def test_other_nodes_are_told_a_gateway_only_where_they_reach_it():
+    for host, name in (("127.0.0.1", "127.0.0.1"), ("0.0.0.0", socket.gethostname())):
+        with bind(host, 0) as bound:
+            assert url_of(bound, secure=True) == f"https://{name}:{bound.getsockname()[1]}"
+    listening = Settings(listen=("/ip4/127.0.0.1/tcp/0",))
+    for gateway in ("", "https://node.example:1234"):
+        network = network_of(listening, NO_RULES, gateway)
+        assert network is not None
+        assert network.gateway == gateway
 
 
 async def test_sigterm_lets_jobs_end_and_takes_no_more(environment, tmp_path):
