@@ -19,6 +19,7 @@ import asyncio
 import base64
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.util import find_spec
 from typing import Final
 from urllib.parse import urlsplit
 
@@ -157,7 +158,7 @@ class Exchange:
         if run.grant is None:
             return ()
         token = run.grant.token
-        named = filter(_is_gateway, run.grant.gateways)
+        named = filter(_is_gateway, run.grant.gateways) if find_spec("aiohttp") is not None else ()
         over_http = [HttpProvider(url, token=token, sockets=_DIALLED.socket) for url in named]
         return (*over_http, StreamProvider(self._transport, run.requester, token=token))
 
