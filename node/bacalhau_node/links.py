@@ -209,6 +209,9 @@ class Links:
         try:
             found = await self._transport.dial(address)
         except (NodeUnreachable, SpecError) as error:
+            if node is None and (address, "") not in self._told:  # a person named it, or an earlier life of this node
+                self._told.add((address, ""))
+                log.warning("%s can't be joined, and is tried again: %s", address, error)
             self._post(ev.DialFailed(address, node, str(error)))
         else:
             self._post(ev.Dialled(address, found))

@@ -175,7 +175,7 @@ async def secured(
 
 
 def innermost(error: BaseException) -> str:
-    """What went wrong first; the rest says that it made something else go wrong."""
+    """What went wrong first; the rest says that it made something else go wrong. There may be garbage in it."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return str(error) or type(error).__name__
+    return str(error)[:LONGEST_REASON] or type(error).__name__
