@@ -181,3 +181,25 @@ async def test_a_part_of_an_answer_over_a_stream_has_a_mebibyte_at_most():
         assert max(map(len, parts)) <= 1024 * 1024
         assert b"".join(parts).endswith(bytes(2 * 1024 * 1024))
         assert parts[0] == b"\0"
+
+
+def test_a_file_that_reads_like_a_folder_opens_nothing_that_it_names():
+    """Whoever ran a job chose the bytes of its outputs: read by another codec they would link to all that is here."""
+    store, grants = Store(), Grants()
+    secret = store.put(b"of somebody else")
+    forged = dagjson.encode({"x": _link(secret)})
+    file = store.put(forged)
+    root = store.put({"outputs": _link(file)})
+    disguised = Cid.of(forged, codec=DAG_JSON)
+    assert disguised.digest == file.digest
+    gateway = Gateway(store, grants)
+    grants.open("one", [str(file)])
+    grants.open("two", [str(root)])
+    assert gateway.allows("one", file)
+    assert gateway.allows("two", file, root=root)
+    assert not gateway.allows("one", disguised)
+    assert not gateway.allows("one", secret, root=disguised)
+    assert not gateway.allows("two", disguised, root=root)
+    grants.publish(str(root))
+    assert gateway.allows(None, file)
+    assert not gateway.allows(None, disguised)

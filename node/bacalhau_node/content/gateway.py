@@ -76,8 +76,7 @@ class Gateway:
         """A CAR; raises `ContentError` where a block is missing. Its blocks are not hashed more often than need be."""
         keep_memory()
         blocks = selected(self._store.to_send, want)
-        sections = ((car.section_head(cid, len(block)), block) for cid, block in blocks)
-        return gathered(chain((car.header([want.cid]),), chain.from_iterable(sections)))
+        return gathered(chain((car.header([want.cid]),), (car.section(cid, block) for cid, block in blocks)))
 
     def answering(self) -> Answering:
         """The handler for `ports.Transport.serve`."""
@@ -127,7 +126,7 @@ class _Below:
 
     def __init__(self, store: ContentStore, root: Cid) -> None:
         self._store = store
-        self._known = {root.digest}
+        self._known = {_named(root)}
         self._unread = deque((root,))
         self._lock = threading.Lock()
 
@@ -137,18 +136,23 @@ class _Below:
     def finds(self, cid: Cid) -> bool:
         """Whether this block is one of them; not beyond the first `MAX_KNOWN`."""
         with self._lock:
-            while cid.digest not in self._known and self._unread and len(self._known) < MAX_KNOWN:
+            while _named(cid) not in self._known and self._unread and len(self._known) < MAX_KNOWN:
                 self._read(self._unread.popleft())
-            return cid.digest in self._known
+            return _named(cid) in self._known
 
     def _read(self, cid: Cid) -> None:
         try:
             links = car.links(cid, self._store.block(cid))
         except ContentError:
             return  # missing or damaged: nothing is known of what lies below it
-        new = [link for link in links if link.digest not in self._known]
-        self._known.update(link.digest for link in new)
+        new = [link for link in links if _named(link) not in self._known]
+        self._known.update(map(_named, new))
         self._unread.extend(link for link in new if link.codec != RAW)
+
+
+def _named(cid: Cid) -> bytes:
+    """The block and its codec: what a job has written as a file may look like a folder of whatever there is."""
+    return cid.v1().binary
 
 
 def gathered(parts: Iterable[bytes]) -> Iterator[bytes]:

@@ -23,7 +23,10 @@ def new_token() -> str:
 
 
 class Grants:
-    """What each token opens. Roots are CIDs; both versions of one count as the same."""
+    """What each token opens. Roots are CIDs; both versions of one count as the same.
+
+    The codec is a part of the name: bytes that somebody chose, read as something else, would link to what they like.
+    """
 
     def __init__(self) -> None:
         self._opened: dict[bytes, set[bytes]] = {}
@@ -31,8 +34,8 @@ class Grants:
 
     def open(self, token: str, roots: Iterable[str]) -> None:
         """Add roots to what this token opens; raises `SpecError` for what is no CID."""
-        digests = {Cid.parse(root).digest for root in roots}
-        self._opened.setdefault(_key(token), set()).update(digests)
+        named = {Cid.parse(root).v1().binary for root in roots}
+        self._opened.setdefault(_key(token), set()).update(named)
 
     def close(self, token: str) -> None:
         """The token opens nothing any more; nothing happens when it never did."""
@@ -53,7 +56,7 @@ class Grants:
         """Whether somebody with this token, or without one, may have `root` and everything below it."""
         if root.v1() in self._public:
             return True
-        return token is not None and root.digest in self._opened.get(_key(token), ())
+        return token is not None and root.v1().binary in self._opened.get(_key(token), ())
 
     def public(self) -> Sequence[Cid]:
         """The roots that are open to everybody."""
