@@ -269,6 +269,17 @@ def test_a_record_does_not_overrule_what_a_working_node_says_itself() -> None:
     assert not offers(desk(ev.NodeSeen("n-1", 5, a_record(version=2))))
 
 
+def test_most_shards_go_to_nodes_that_have_the_image() -> None:
+    desk = Desk()
+    can = Engine("docker", "container", "3.11.4", 2 * GIB)
+    desk(ev.NodeSeen("n-1", 20, a_record("n-1", engines=(can,), images=("other:1", "python:latest"))))
+    desk(ev.NodeSeen("n-2", 20, a_record("n-2", engines=(can,))))
+    given = desk(a_job(shards=20, image="python"))
+    assert (len(offers(given, to="n-1")), len(offers(given, to="n-2"))) == (16, 4)
+    given = desk(a_job(1, shards=4))
+    assert len(offers(given, to="n-2")) >= 2, "the room that is left counts for others"
+
+
 # --- announcements ---
 
 
