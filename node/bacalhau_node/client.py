@@ -373,6 +373,7 @@ def _other(seen: NodeSeen) -> NodeView:
         slots=record.slots,
         memory_per_slot=best.memory,
         python=best.python,
+        images=record.images,
     )
     return NodeView(seen.node, seen.room, can)
 
