@@ -19,6 +19,9 @@ from bacalhau_node.transports.libp2p.lean import swarm_of
 from bacalhau_node.transports.libp2p.link import Link
 from bacalhau_node.transports.libp2p.streams import BROKEN, Socket
 
+LONGEST_REASON = 200
+"""Characters of a reason: it may quote what a stranger sent."""
+
 DIAL_SECONDS, CONNECT_SECONDS = 30, 10
 """For a dial with all its addresses, hellos included, and for one address to connect and to be secured."""
 
