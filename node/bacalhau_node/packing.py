@@ -31,6 +31,9 @@ SIGNED_FOR: Final = 24 * 3600
 AGAIN: Final = SIGNED_FOR / 2
 """Seconds after which a block is packed anew."""
 
+MOST_KNOWN: Final = 200_000
+"""Files whose CIDs are remembered for the next job: some 100 MB, and beyond that they are hashed once more."""
+
 Presign = Callable[[UrlRef], Awaitable[UrlRef]]
 
 
@@ -94,8 +97,11 @@ class Packing:
     def _imported(self, stamp: LocalStamp) -> str:
         self._local.check(stamp)
         if (cid := self._cids.get(stamp)) is None or not self._content.has(cid):
-            cid = self._cids[stamp] = self._content.add_path(Path(os.path.realpath(stamp.path)), link=True)
+            cid = self._content.add_path(Path(os.path.realpath(stamp.path)), link=True)
             self._local.check(stamp)
+            if len(self._cids) >= MOST_KNOWN:
+                self._cids.clear()
+            self._cids[stamp] = cid
         return cid
 
 
