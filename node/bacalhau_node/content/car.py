@@ -46,12 +46,7 @@ def header(roots: Sequence[Cid]) -> bytes:
 
 def section(cid: Cid, block: bytes) -> bytes:
     """One block as it stands in an archive."""
-    return section_head(cid, len(block)) + block
-
-
-def section_head(cid: Cid, length: int) -> bytes:
-    """What precedes a block of so many bytes."""
-    return varint(len(cid.binary) + length) + cid.binary
+    return b"".join((varint(len(cid.binary) + len(block)), cid.binary, block))
 
 
 def links(cid: Cid, block: bytes) -> list[Cid]:
