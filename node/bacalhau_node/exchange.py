@@ -47,9 +47,9 @@ PATIENCE: Final = 30.0
 """Seconds without a byte after which a requester, or a compute node, is given up."""
 
 SLOWEST: Final = 120.0
-STEP: Final = 1024**2
+STEP: Final = 128 * 1024
 """Seconds in which so many bytes have to come, or the rest: else one that sends a byte now and then holds a shard for
-ever. Some 9 kB a second (a guess: a tenth of what the slowest link that anybody would put a node behind does)."""
+ever. A kilobyte a second, as for inputs from the web: a thousand results at once come in time over a slow line."""
 
 _DIALLED = Guard(own=True)  # a requester may name any gateway but those that hand out this machine's credentials
 
