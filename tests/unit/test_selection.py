@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -129,7 +130,7 @@ def test_others_get_a_sandbox_and_an_hour_without_any_rule():
 
 async def _asked(status: int, body: bytes, *, seconds: float = 5.0, hangs: bool = False) -> tuple[str, bytes]:
     """(why a job is not taken, what was posted) by a probe that answers like this."""
-    posted = b""
+    posted, over = b"", asyncio.Event()
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         nonlocal posted
@@ -140,6 +141,9 @@ async def _asked(status: int, body: bytes, *, seconds: float = 5.0, hangs: bool 
             await reader.read()
         writer.write(b"HTTP/1.1 %d X\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s" % (status, len(body), body))
         writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
+        over.set()
 
     server = await asyncio.start_server(answer, "127.0.0.1", 0)
     async with server:
@@ -148,6 +152,9 @@ async def _asked(status: int, body: bytes, *, seconds: float = 5.0, hangs: bool 
             await Probe(Selection(probe=url, probe_seconds=seconds)).ask("j-1", a_job(), "12D3KooWAnn")
         except NoCapacity as error:
             return str(error), posted
+        finally:
+            async with asyncio.timeout(10):
+                await over.wait()  # or its connection is left to whatever test comes next
         return "", posted
 
 
