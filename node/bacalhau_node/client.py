@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import tempfile
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -22,15 +21,14 @@ from bacalhau_node.feed import Feed
 from bacalhau_node.feed import ShardBytes as ShardBytes
 from bacalhau_node.feed import ShardText as ShardText
 from bacalhau_node.feed import Update as Update
-from bacalhau_node.ids import JobId, NodeId, short
-from bacalhau_node.messages import Outcome
+from bacalhau_node.ids import JobId, short
 from bacalhau_node.network import NetworkSettings, over_libp2p
 from bacalhau_node.node import PROFILE, Node, open_node
 from bacalhau_node.plan import JobPlan as JobPlan
 from bacalhau_node.plan import PlannedShard as PlannedShard
 from bacalhau_node.plan import read_blocks, read_shard
 from bacalhau_node.ports import Capabilities, ContentStore
-from bacalhau_node.protocol.events import CancelRequested, JobRow, JobState, NodeSeen, ShardState
+from bacalhau_node.protocol.events import CancelRequested, JobRow, NodeSeen
 from bacalhau_node.protocol.events import JobChanged as JobChanged
 from bacalhau_node.protocol.events import ShardChanged as ShardChanged
 from bacalhau_node.results import file_parts
@@ -39,89 +37,17 @@ from bacalhau_node.sharding import Entry
 from bacalhau_node.spec import JobSpec
 from bacalhau_node.topology import Graph as Graph
 from bacalhau_node.topology import graph
+from bacalhau_node.views import JobLine as JobLine
+from bacalhau_node.views import JobView as JobView
+from bacalhau_node.views import NodeView as NodeView
+from bacalhau_node.views import ShardView as ShardView
+from bacalhau_node.views import Stored as Stored
+from bacalhau_node.views import Submission as Submission
 
 NONE: Mapping[str, str] = MappingProxyType({})
 
 PUT = "put"
 """In whose name the store keeps what somebody put there by hand."""
-
-
-class Submission(msgspec.Struct, frozen=True):
-    """The answer to a submission: the job's id, how many shards it has, where it runs.
-
-    `reused`: the job is an equal one that has completed before.
-    """
-
-    job: JobId
-    count: int
-    node: NodeId
-    executor: str
-    notes: tuple[str, ...] = ()
-    reused: bool = False
-
-
-class ShardView(msgspec.Struct, frozen=True):
-    """One shard as it stands. `inputs`: logical paths. `outcome`: once it has ended.
-
-    `disagreed`: nodes that gave another answer than the one that counts (`--agree`).
-    """
-
-    index: int
-    state: ShardState
-    attempts: int
-    node: NodeId | None
-    inputs: tuple[str, ...]
-    outcome: Outcome | None
-    disagreed: tuple[NodeId, ...] = ()
-
-
-class JobView(msgspec.Struct, frozen=True):
-    """One job as it stands, all shards included. `published`: where its result lies besides its node's store."""
-
-    job: JobId
-    state: JobState
-    reason: str
-    cid: str
-    created: float
-    spec: JobSpec
-    published: tuple[str, ...]
-    shards: tuple[ShardView, ...]
-
-    def disagreements(self) -> list[str]:
-        """A sentence about each node that was outvoted (`--agree`)."""
-        counts = Counter(node for shard in self.shards for node in shard.disagreed)
-        return [
-            f"node {node} gave another answer in {count:,} of {len(self.shards):,} shards and is avoided"
-            for node, count in counts.items()
-        ]
-
-
-class JobLine(msgspec.Struct, frozen=True):
-    """One job in a list."""
-
-    job: JobId
-    state: JobState
-    created: float
-    count: int
-    reason: str
-    cid: str = ""
-
-
-class Stored(msgspec.Struct, frozen=True):
-    """What was put into a node's store: its CID under a UnixFS profile, and what it was made from."""
-
-    cid: str
-    bytes: int
-    files: int
-    profile: str
-
-
-class NodeView(msgspec.Struct, frozen=True):
-    """A node that this one knows. `executor`: only of this one."""
-
-    node: NodeId
-    room: int
-    executor: Capabilities | None
 
 
 class Client(Protocol):
