@@ -274,7 +274,7 @@ async def open_devstack(  # noqa: PLR0913 - what a network can be like
         undo.push_async_callback(machine.close)
         family: set[NodeId] = set()
         settings = NetworkSettings(
-            open=_opener(transport, 0, network_key),
+            open=_opener(transport, network_key),
             rules=rules,
             labels={GROUP: group or root.name},
             archive=new_archive(),
@@ -289,7 +289,7 @@ async def open_devstack(  # noqa: PLR0913 - what a network can be like
             node = await open_node(
                 root / f"{index:04}",
                 executors=lent if bad is None else [bad(one) for one in lent],
-                network=replace(settings, open=_opener(transport, index, network_key), labels=labels),
+                network=replace(settings, labels=labels),
             )
             undo.push_async_callback(node.close)
             family.add(node.id)
@@ -333,11 +333,11 @@ def _executors(work: Work, folder: NodeFolder, nodes: int) -> Sequence[Executor]
     return [FakeExecutor(slots=nodes, isolation="sandbox") if work == "fake" else work]
 
 
-def _opener(transport: TransportName, index: int, network_key: str) -> Open:
-    """Node 0 listens for others; the rest of a process is reached without sockets."""
+def _opener(transport: TransportName, network_key: str) -> Open:
+    """Within the process nodes reach each other without sockets; those of other processes place shards on each."""
     if transport == "memory":
         return over_memory(_SHARED_MEMORY)
-    return over_libp2p(listen=(LISTEN,) if index == 0 else (), network_key=network_key)
+    return over_libp2p(listen=(LISTEN,), network_key=network_key)
 
 
 def _neighbours(nodes: int, start: Start) -> Settings:
