@@ -21,6 +21,7 @@ CASES = (
     "core",
     "simulation",
     "hosts",
+    "network",
     "tcp",
     "fanout",
     "containers",
@@ -29,6 +30,7 @@ CASES = (
     "storing",
     "buckets",
     "urls",
+    "gateway",
     "gateway",
     "killed",
 )
