@@ -31,7 +31,6 @@ CASES = (
     "buckets",
     "urls",
     "gateway",
-    "gateway",
     "killed",
 )
 CASE_SECONDS = 300
