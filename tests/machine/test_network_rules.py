@@ -177,6 +177,30 @@ def test_a_node_with_faults_of_its_own_rests_longer_each_time() -> None:
     assert offers(desk.later(FIRST_REST, ev.RetryTimer(a_job_id()))) == [an_execution(attempt=3)]
 
 
+def test_after_three_faults_in_a_row_a_node_gets_no_more_of_the_job_and_alone_it_ends_it() -> None:
+    """A daemon that is away for good is told of in seconds, however many shards there are."""
+    desk = Desk("n-1")
+    desk(a_job(shards=9))
+    execution, wait = an_execution(), FIRST_REST
+    for _ in range(2):
+        desk.propose("n-1", execution, a_failure("node"), room=1)
+        assert not offers(desk.later(wait - 1, ev.RetryTimer(a_job_id())))
+        [execution] = offers(desk.later(1, ev.RetryTimer(a_job_id())))
+        wait *= 2
+    effects = desk.propose("n-1", execution, a_failure("node"), room=1)
+    assert not offers(effects)
+    assert "no node can run it" in str(effects)
+
+
+def test_shards_that_fail_side_by_side_are_one_fault_of_their_node() -> None:
+    desk = Desk("n-1", room=2)
+    desk(a_job(shards=2))
+    desk.take("n-1", an_execution(0), an_execution(1))
+    for shard in range(2):
+        desk.propose("n-1", an_execution(shard), a_failure("node"))
+    assert desk.machine.book.placement.nodes["n-1"].faults == 1
+
+
 def test_a_shard_goes_elsewhere_at_once_when_its_node_has_a_fault() -> None:
     desk = Desk("n-1")
     desk(a_job())

@@ -87,9 +87,10 @@ class Placement:
             job.unfit.pop(node.id, None)
 
     def fault(self, node: Node, now: float) -> None:
-        """An execution has failed by the node's own fault: it rests."""
-        node.rest = now + min(FIRST_REST * 2**node.faults, LONGEST_REST)
-        node.faults += 1
+        """An execution has failed by the node's own fault: it rests. Others that ran beside it fail of the same."""
+        if now >= node.rest:
+            node.rest = now + min(FIRST_REST * 2**node.faults, LONGEST_REST)
+            node.faults += 1
         node.room = 0
 
     def room(self, node: Node, reported: int, now: float) -> None:
