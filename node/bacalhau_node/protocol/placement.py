@@ -40,6 +40,9 @@ LEASE: Final = 15.0
 MAX_OFFER: Final = 256
 """Shards in one offer: about 30 kB, so that the first ones start before the last are sent (a guess)."""
 
+MAX_FAULTS: Final = 3
+"""Faults of its own in a row, with rests between them, after which a node gets no more of a job (a guess: 9 s)."""
+
 FIRST_REST: Final = 3.0
 LONGEST_REST: Final = 60.0
 """Seconds that a node gets nothing after a fault of its own, doubled with each in a row (a guess: a daemon starts)."""
@@ -86,12 +89,17 @@ class Placement:
         else:
             job.unfit.pop(node.id, None)
 
-    def fault(self, node: Node, now: float) -> None:
-        """An execution has failed by the node's own fault: it rests. Others that ran beside it fail of the same."""
+    def fault(self, node: Node, job: Job, why: str, *, now: float) -> None:
+        """An execution has failed by the node's own fault: it rests. Others that ran beside it fail of the same.
+
+        After some faults in a row it gets no more of the job.
+        """
         if now >= node.rest:
             node.rest = now + min(FIRST_REST * 2**node.faults, LONGEST_REST)
             node.faults += 1
         node.room = 0
+        if node.faults >= MAX_FAULTS:
+            job.never[node.id] = why
 
     def room(self, node: Node, reported: int, now: float) -> None:
         """The node says it has room for `reported` more; offers on their way to it are not counted in that."""

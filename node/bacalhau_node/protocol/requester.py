@@ -79,9 +79,6 @@ from bacalhau_node.protocol.events import (
 )
 from bacalhau_node.protocol.records import Attempt, Ended, Job, Shard
 
-MAX_FAULTS: Final = 3
-"""So many faults of its own in a row, with rests between them, and a node gets no more of a job (a guess: 9 s)."""
-
 FIRST_PATIENCE: Final = 1.0
 LONGEST_PATIENCE: Final = 15.0
 """Seconds until nodes without room are tried again; doubled from first to longest while they stay so (a guess)."""
@@ -327,20 +324,13 @@ class Requester:
         if outcome.ok:
             job.seconds.append(outcome.seconds)
             attempt.node.faults = 0
-        elif theirs and outcome.error is not None:
-            self._faulty(attempt, outcome.error.message)
+        elif outcome.error is not None and theirs:
+            self.book.placement.fault(attempt.node, job, outcome.error.message, now=self.book.now)
         if outcome.ok or not voting.repeats(attempt.shard, outcome, job.spec):
             self.book.vote(job, attempt.shard, Ended(attempt.execution, sender, outcome))
         else:
             self.book.send(sender, Reject(attempt.execution, "the shard is repeated"))
             self.book.give_back(attempt, "to be repeated", forget=not theirs)
-
-    def _faulty(self, attempt: Attempt, why: str) -> None:
-        """An execution has failed by its node's own fault: the node rests; after some in a row it can't run the job."""
-        node = attempt.node
-        self.book.placement.fault(node, self.book.now)
-        if node.faults >= MAX_FAULTS:
-            attempt.job.never[node.id] = why
 
     def _kept(self, execution: Execution) -> None:
         job = self.book.jobs.get(execution.job)
