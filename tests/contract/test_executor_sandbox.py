@@ -58,6 +58,17 @@ def _sandboxes() -> list[int]:
     return [pid for pid in processes_with("--args") if pid in ours]
 
 
+async def test_an_executor_that_is_closed_while_sandboxes_start_is_closed_and_leaves_none(tmp_path: Path) -> None:
+    for turns in range(0, 27, 3):
+        executor = SandboxExecutor(tmp_path / "node", slots=2)
+        assert (await executor.probe()).problem is None
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        async with asyncio.timeout(20):
+            await executor.close()
+        assert _sandboxes() == []
+
+
 class TestSandboxExecutor(ExecutorContract):
     """Every rule."""
 

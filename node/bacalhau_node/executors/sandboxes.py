@@ -29,7 +29,7 @@ from bacalhau_node.executors.plain import AGENT_MEMORY, GROUP_PREFIX
 from bacalhau_node.executors.seccomp import deny_list
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Coroutine
 
     from bacalhau_node.executors.bubblewrap import Bubblewrap, Root
     from bacalhau_node.executors.containers import Recipe
@@ -178,7 +178,7 @@ class Sandboxes:
             words = ["--info-fd", str(tells), "--seccomp", str(given[1]), *inside]
             given.append(_in_memory(b"".join(os.fsencode(word) + b"\0" for word in words)))
             joined = [str(folder / "cgroup.procs") for folder in box.group.folders] if box.group else []
-            await asyncio.get_running_loop().subprocess_exec(
+            starting = asyncio.get_running_loop().subprocess_exec(
                 lambda: streams,
                 *("/bin/sh", "-c", _JOIN, "sh", *joined, "--"),
                 *(self._bubblewrap.program, "--args", str(given[2]), "--"),
@@ -188,6 +188,7 @@ class Sandboxes:
                 cwd="/",
                 start_new_session=True,
             )
+            await _undisturbed(starting)
         except OSError:
             os.close(told)  # no process, no end that would do it
             raise
@@ -231,6 +232,19 @@ class Sandboxes:
     async def close(self) -> None:
         """End all that are left."""
         await asyncio.gather(*map(self.remove, list(self._known)))
+
+
+async def _undisturbed(work: Coroutine[object, object, object]) -> None:
+    """Do `work` to its end, also when cancelled meanwhile.
+
+    When a start is cancelled asyncio kills the outermost process only, and waits for ever if others hold its pipes.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task})
+        raise
 
 
 def _in_memory(data: bytes) -> int:
