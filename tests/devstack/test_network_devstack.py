@@ -102,9 +102,14 @@ async def test_bad_actors_of_a_devstack_are_outvoted(tmp_path: Path) -> None:
         assert membership is not None
         labels = {entry.record.node: entry.record.labels for entry in membership.entries(0.0)}
         assert labels[bad.id][BAD] == "answers wrongly"
-        view = await run(stack, a_command(replicas=3, agree=2, sharding=Sharding(n=12)))
-        assert view.state == "Completed"
-        assert {node for shard in view.shards for node in shard.disagreed} == {bad.id}
+        named: set[str] = set()
+        for _ in range(20):  # a wrong answer that comes after two good ones is not looked at
+            view = await run(stack, a_command(replicas=3, agree=2, sharding=Sharding(n=12)))
+            assert view.state == "Completed"
+            named = {node for shard in view.shards for node in shard.disagreed}
+            if named:
+                break
+        assert named == {bad.id}
         assert not any(shard.outcome and shard.outcome.value.blob.inline for shard in view.shards)
 
 
