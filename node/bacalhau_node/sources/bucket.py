@@ -33,6 +33,7 @@ from bacalhau_node.fetched import Fetched
 from bacalhau_node.literals import nearest
 from bacalhau_node.ports import Access, ContentStore, Told
 from bacalhau_node.sharding import Entry, Reference, Unusable, UrlRef, shown
+from bacalhau_node.sources.stored import stored_file
 from bacalhau_node.spec import InputSource
 
 if TYPE_CHECKING:
@@ -124,13 +125,7 @@ class BucketSource:
         cid = self._known(reference)
         if cid is None:
             raise ContentError(f"{shown(reference.url)} is no longer in this node's store: run the job again")
-        path = self._content.file(cid)
-        if path is None:
-            path = scratch / cid
-            if not path.exists():  # an export appears whole or not at all
-                scratch.mkdir(parents=True, exist_ok=True)
-                self._content.export(cid, path)
-        return path
+        return stored_file(self._content, cid, scratch)
 
     def check(self, reference: Reference) -> None:
         """An object's state was read once and can't change; the store's file that was handed out is looked at again."""

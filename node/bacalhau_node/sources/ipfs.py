@@ -16,6 +16,7 @@ from bacalhau_node.cid import Cid
 from bacalhau_node.errors import BugError, ContentError, NodeUnreachable, SpecError
 from bacalhau_node.ports import Access, ContentStore, Provider, Told
 from bacalhau_node.sharding import ContentRef, Entry, Reference, shown
+from bacalhau_node.sources.stored import stored_file
 from bacalhau_node.spec import InputSource
 
 AT_ONCE: Final = 8
@@ -105,13 +106,7 @@ class ContentSource:
     def open(self, reference: Reference, *, scratch: Path) -> Path:
         """The store's own file where it has one, else one written to `scratch` (once for each CID)."""
         cid = _cid(reference)
-        path = self._store.file(cid)
-        if path is None:
-            path = scratch / cid
-            if not path.exists():  # an export appears whole or not at all
-                scratch.mkdir(parents=True, exist_ok=True)
-                self._store.export(cid, path)
-        return path
+        return stored_file(self._store, cid, scratch)
 
     def check(self, reference: Reference) -> None:
         """Content by CID cannot change, but the store's file that was handed out can: it is looked at again."""

@@ -31,6 +31,7 @@ from bacalhau_node.ports import Access, ContentStore, Told
 from bacalhau_node.sharding import Doubtful, Entry, Reference, UrlRef, shown
 from bacalhau_node.sources import listing
 from bacalhau_node.sources.limits import Limits
+from bacalhau_node.sources.stored import stored_file
 from bacalhau_node.spec import InputSource
 
 if TYPE_CHECKING:
@@ -227,13 +228,7 @@ class UrlSource:
         cid = self._opened(url)
         if cid is None:
             raise ContentError(f"{listing.shown_url(url.url)} is no longer in this node's store: run the job again")
-        path = self._content.file(cid)
-        if path is None:
-            path = scratch / cid
-            if not path.exists():  # an export appears whole or not at all
-                scratch.mkdir(parents=True, exist_ok=True)
-                self._content.export(cid, path)
-        return path
+        return stored_file(self._content, cid, scratch)
 
     def check(self, reference: Reference) -> None:
         """The store's file that was handed out is looked at again: the shard may have written to it."""
