@@ -10,12 +10,14 @@ The `docker` package would give a blocking socket in a thread of its own: hence 
 from __future__ import annotations
 
 import asyncio
+import socket
+import traceback
 from typing import TYPE_CHECKING, Final, cast
 
 from bacalhau_node.errors import NodeUnreachable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 _HEAD: Final = 8
 _MAX_ANSWER: Final = 64 * 1024
@@ -116,3 +118,25 @@ class Stream(asyncio.Protocol):
         self._upgraded.set_exception(DaemonError(f"the Docker daemon refused to attach: {text}"))
         self.close()
         return False
+
+
+def reason(error: BaseException) -> str:
+    """The system's own word for it, inside of what libraries wrap around: "Connection refused"."""
+    *_, inner = _chain(error)
+    return getattr(inner, "strerror", None) or str(error) or type(error).__name__
+
+
+def let_go(error: BaseException) -> None:
+    """Close the socket whose connect failed: the `docker` package leaves it open, in the hands of its error."""
+    for each in _chain(error):
+        for frame, _ in traceback.walk_tb(each.__traceback__):
+            left = frame.f_locals.get("sock") if frame.f_code.co_name == "connect" else None
+            if isinstance(left, socket.socket):
+                left.close()
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and all that it came from, the first cause last."""
+    while error is not None:
+        yield error
+        error = error.__context__

@@ -23,7 +23,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, cast
 from urllib.parse import quote, urlsplit
 
-from bacalhau_node.executors.attach import DaemonError, Stream
+from bacalhau_node.executors.attach import DaemonError, Stream, let_go, reason
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -221,7 +221,7 @@ class Daemon:
                 await self._connect(stream := Stream(receive))
                 await stream.open(f"{head}Connection: Upgrade\r\nUpgrade: tcp\r\nContent-Length: 0\r\n\r\n".encode())
         except OSError as error:  # includes TimeoutError
-            raise DaemonError(f"the Docker daemon at {self.host} does not let us attach: {_reason(error)}") from error
+            raise DaemonError(f"the Docker daemon at {self.host} does not let us attach: {reason(error)}") from error
         return stream
 
     async def start(self, container: str) -> None:
@@ -304,7 +304,8 @@ class Daemon:
             status = error.response.status_code if error.response is not None else 0
             raise DaemonError(str(error.explanation or error), status=status) from error
         except (docker.errors.DockerException, requests.RequestException, OSError) as error:
-            raise DaemonError(f"the Docker daemon at {self.host} does not answer: {_reason(error)}") from error
+            let_go(error)
+            raise DaemonError(f"the Docker daemon at {self.host} does not answer: {reason(error)}") from error
 
     async def _connect(self, protocol: asyncio.BaseProtocol) -> asyncio.Transport:
         loop = asyncio.get_running_loop()
@@ -328,14 +329,6 @@ def split_tag(image: str) -> tuple[str, str]:
     head, slash, last = image.rpartition("/")
     repository, _, tag = last.partition(":")
     return f"{head}{slash}{repository}", tag or "latest"
-
-
-def _reason(error: BaseException) -> str:
-    """The system's own word for it, inside of what libraries wrap around: "Connection refused"."""
-    inner = error
-    while inner.__context__ is not None:
-        inner = inner.__context__
-    return getattr(inner, "strerror", None) or str(error) or type(error).__name__
 
 
 def _pull_problem(line: bytes) -> str:
