@@ -51,8 +51,6 @@ STEP: Final = 128 * 1024
 """Seconds in which so many bytes have to come, or the rest: else one that sends a byte now and then holds a shard for
 ever. A kilobyte a second, as for inputs from the web: a thousand results at once come in time over a slow line."""
 
-_DIALLED = Guard(own=True)  # a requester may name any gateway but those that hand out this machine's credentials
-
 
 class Exchange:
     """One node's part in it. `key`: secret bytes of this node. `secrets`: the values for a job, or why there are none.
@@ -159,7 +157,8 @@ class Exchange:
             return ()
         token = run.grant.token
         named = filter(_is_gateway, run.grant.gateways) if find_spec("aiohttp") is not None else ()
-        over_http = [HttpProvider(url, token=token, sockets=_DIALLED.socket) for url in named]
+        guard = Guard(own=False, near=self._transport.host_of(run.requester))
+        over_http = [HttpProvider(url, token=token, sockets=guard.socket) for url in named]
         return (*over_http, StreamProvider(self._transport, run.requester, token=token))
 
     async def bring(self, root: str, providers: Sequence[Provider], *, limit: int) -> None:

@@ -161,6 +161,18 @@ async def test_peers_are_those_to_whom_there_is_a_link_sorted(join):
     assert list(one.peers()) == []
 
 
+async def test_both_ends_of_a_link_know_from_where_it_is(join, request):
+    one, two = await join("n-one"), await join("n-two")
+    assert one.host_of(two.node) == ""
+    await one.dial(two.addresses()[0])
+    await links(two, 1)
+    host = "127.0.0.1" if request.node.callspec.params["join"] == "libp2p" else ""
+    assert (one.host_of(two.node), two.host_of(one.node)) == (host, host)
+    await two.hang_up(one.node)
+    await links(one, 2)
+    assert one.host_of(two.node) == ""
+
+
 async def test_both_ends_are_told_of_a_link_that_one_closes(join):
     one, two = await join("n-one"), await join("n-two")
     await one.dial(two.addresses()[0])

@@ -47,6 +47,7 @@ from bacalhau_node.sharding import ContentRef, Entry, LocalStamp
 from bacalhau_node.spec import Command, InputSource, JobSpec, PythonCell, Resources
 from bacalhau_node.testing.builders import a_job_id, an_execution
 from bacalhau_node.transports.memory import MemoryHub
+from tests.hostile_http import hostile
 
 SOME = InputSource(source="ipfs://bafkreihdwdcefgh4dqkjv67uzcmw7ojee6xedzdetojuzjevtenxquvyku/x")
 MB = 1_000_000
@@ -343,6 +344,24 @@ async def test_the_gateway_that_a_requester_names_is_a_server_and_no_page_of_it(
     mallory = await meet()
     run = ev.Run(an_execution(), a_script(), "block", 1, mallory.node.id, Grant("t", (url,)))
     assert len(mallory.victim._exchange.providers(run)) == 1 + asked
+
+
+@pytest.mark.parametrize(("linked_from", "asked"), [("", 0), ("10.0.0.5", 0), ("127.0.0.1", 1)])
+async def test_a_gateway_that_only_this_machine_reaches_is_asked_for_nodes_on_it(
+    meet: Meet, monkeypatch: pytest.MonkeyPatch, linked_from: str, asked: int
+) -> None:
+    """What a stranger names may be the printer next door; who is linked over loopback is here, too."""
+    mallory = await meet()
+    root = mallory.node.content.put(b"wanted")
+    mallory.node.content.flush()
+    mallory.node.grants.open("t", [root])
+    monkeypatch.setattr(mallory.victim._exchange._transport, "host_of", lambda _node: linked_from)
+    async with hostile() as printer:
+        run = ev.Run(an_execution(), a_script(), "block", 1, mallory.node.id, Grant("t", (printer.url,)))
+        exchange = mallory.victim._exchange
+        await exchange.bring(root, exchange.providers(run), limit=MB)
+    assert mallory.victim.content.has(root), "its requester sent it over a stream"
+    assert len(printer.asked) == asked
 
 
 class _Drip:

@@ -8,6 +8,7 @@ import gzip
 import hashlib
 import os
 import resource
+import socket
 import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -653,6 +654,30 @@ async def test_what_came_for_the_owner_is_not_there_for_others_who_guess_its_ver
     for guess in (UrlRef(f"{server.url}/x.csv", TAG), UrlRef(f"{server.url}/x.csv", "", checksum)):
         with pytest.raises(ContentError, match="not an address of the public internet"):
             await here.fetch(Entry("x.csv", guess, len(BODY)))
+
+
+@pytest.mark.parametrize(
+    ("near", "asked", "may"),
+    [
+        ("10.1.2.3", "10.1.2.3", True),
+        ("10.1.2.3", "10.1.2.4", False),
+        ("10.1.2.3", "127.0.0.1", False),
+        ("10.1.2.3", "::ffff:10.1.2.3", True),
+        ("::ffff:10.1.2.3", "10.1.2.3", True),
+        ("127.0.0.1", "127.0.1.1", True),
+        ("127.0.0.1", "::1", True),
+        ("127.0.0.1", "10.1.2.3", False),
+        ("fd00::1", "fd00::1", True),
+        ("169.254.169.254", "169.254.169.254", False),
+        ("", "127.0.0.1", False),
+        ("", "8.8.8.8", True),
+    ],
+)
+def test_what_another_node_serves_is_asked_for_where_it_is_linked_from_and_on_the_internet(near, asked, may):
+    family = socket.AF_INET6 if ":" in asked else socket.AF_INET
+    info = (family, socket.SOCK_STREAM, 0, "", (asked, 80))
+    with contextlib.nullcontext() if may else pytest.raises(OSError, match=r"public internet|credentials"):
+        Guard(own=False, near=near).socket(info).close()
 
 
 class OneDoor(Guard):

@@ -61,6 +61,10 @@ class Transport(Protocol):
         """Nodes to which there is a link now, sorted."""
         ...
 
+    def host_of(self, node: NodeId) -> str:
+        """The IP address at the other end of the link to a node; "" without a link, or where it needs no address."""
+        ...
+
     async def dial(self, address: str) -> NodeId:
         """Open a link to a multiaddr and say who is there; raises `NodeUnreachable`, `SpecError` for no multiaddr."""
         ...

@@ -7,7 +7,9 @@ no second look-up happens in between. (A resolver of our own would not be asked 
 text is looked at too, which is all there is where a proxy dials in our place.
 
 For other people's jobs only the public internet is left, and no proxy is used. The owner's own jobs may ask any
-address but those at which clouds hand out the machine's credentials.
+address but those at which clouds hand out the machine's credentials. What another node serves may also be asked for
+at the very address of its link to this one, or anywhere on this machine if the link is from here: in a private
+network it is there, and has shown that it is.
 """
 
 from __future__ import annotations
@@ -66,10 +68,14 @@ class Refused(OSError):
 
 
 class Guard:
-    """The rules for one kind of asker: `own` for the owner of this node, whose jobs may ask nearly everybody."""
+    """The rules for one kind of asker: `own` for the owner of this node, whose jobs may ask nearly everybody.
 
-    def __init__(self, *, own: bool) -> None:
+    `near`: the IP address from which the asker is linked to this node, "" for none; it may be asked, too.
+    """
+
+    def __init__(self, *, own: bool, near: str = "") -> None:
         self.own = own
+        self._near = _meant(ipaddress.ip_address(near)) if near else None
 
     def check_host(self, host: str) -> None:
         """Raise `ContentError` if a URL's host, as it is written, is one that is never asked."""
@@ -93,12 +99,16 @@ class Guard:
         meant = _meant(address)
         if meant in METADATA:
             return f"{address} hands out this machine's credentials"
-        if self.own:
+        if self.own or self._is_near(meant):
             return None
         mapped = isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None
         seen = (meant,) if mapped else (address, meant)
         public = meant.is_global and not any(one in net for one in seen for net in _REFUSED)
         return None if public else f"{address} is not an address of the public internet"
+
+    def _is_near(self, meant: Address) -> bool:
+        near = self._near
+        return near is not None and (meant == near or (meant.is_loopback and near.is_loopback))
 
 
 def _meant(address: Address) -> Address:

@@ -201,6 +201,10 @@ class MemoryTransport:
         """Nodes to which there is a link, sorted; nobody after `close`."""
         return [] if self._place is None else sorted(self._place.links)
 
+    def host_of(self, node: NodeId) -> str:  # noqa: ARG002 - the port's
+        """None: all are in this process."""
+        return ""
+
     async def dial(self, address: str) -> NodeId:
         """Open a link to `/memory/NODE` on the same hub."""
         self._check_open()

@@ -159,6 +159,11 @@ class Host:
         """Nodes to which there is a link. May be called on any thread."""
         return list(self._links)
 
+    def host_of(self, node: NodeId) -> str:
+        """The IP address at the other end of the link to a node, "" for none. May be called on any thread."""
+        one = self._link(node)
+        return one.host if one is not None else ""
+
     async def hang_up(self, node: NodeId) -> None:
         """Close all links to a node."""
         for one in list(self._links.get(node, ())):

@@ -48,6 +48,8 @@ class Link:
 
     def __init__(self, node: NodeId, stream: IMuxedStream, frames: Frames, *, inbound: bool) -> None:
         self.node, self.conn, self.inbound = node, stream.muxed_conn, inbound
+        self.host = (stream.get_remote_address() or ("", 0))[0].partition("%")[0]
+        """The IP address of the other end; "" within this process."""
         self._stream, self._frames = stream, frames
         self._queue: deque[bytes] = deque()
         self._queued = 0

@@ -106,6 +106,10 @@ class LibP2PTransport:
         """Nodes to which there is a link, sorted."""
         return [] if self._inbox.closed else sorted(self._host.peers())
 
+    def host_of(self, node: NodeId) -> str:
+        """The IP address at the other end of the socket to a node."""
+        return "" if self._inbox.closed else self._host.host_of(node)
+
     async def dial(self, address: str) -> NodeId:
         """Open a link to `/ip4/…/tcp/…/p2p/NODE`, or to `/memory/0/p2p/NODE` in this process."""
         self._check_open()
