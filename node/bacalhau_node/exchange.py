@@ -36,7 +36,7 @@ from bacalhau_node.messages import ErrorKind, Grant, Offer, Outcome, Propose, Sh
 from bacalhau_node.packing import Packed, Packing, bundle_of, packed_spec
 from bacalhau_node.ports import ContentStore, Provider, Transport
 from bacalhau_node.protocol.events import ComputeRow, OfferFailed, ResultMissing, Row, Run
-from bacalhau_node.selection import Guests
+from bacalhau_node.selection import Guests, Refusal
 from bacalhau_node.sources.guard import Guard
 from bacalhau_node.spec import JobSpec
 
@@ -147,8 +147,8 @@ class Exchange:
 
     # --- the compute node's side ---
 
-    async def vet(self, requester: NodeId, offer: Offer) -> str:
-        """Why the owner of this node does not want a job of another node; "" if it may be taken."""
+    async def vet(self, requester: NodeId, offer: Offer) -> Refusal | None:
+        """Why the owner of this node does not want a job of another node; None if it may be taken."""
         return await self.guests.vet(requester, offer)
 
     def providers(self, run: Run) -> tuple[Provider, ...]:

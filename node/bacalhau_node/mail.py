@@ -110,8 +110,9 @@ class Mail:
     async def _vetted(self, author: NodeId, offer: Offer, trade: Trade) -> None:
         executions = _executions(offer)
         known = any(execution in self._compute.held for execution in executions)
-        if not known and (reason := await trade.vet(author, offer)):
-            self.links.send(author, Refuse(executions, "never", reason, self._compute.room))
+        if not known and (refusal := await trade.vet(author, offer)) is not None:
+            room = self._compute.room if refusal.kind == "never" else 0  # else it is offered again at once
+            self.links.send(author, Refuse(executions, refusal.kind, refusal.reason, room))
         else:
             self._post(ev.Received(author, offer))
 

@@ -32,11 +32,11 @@ import signal
 import tomllib
 import urllib.error
 import urllib.request
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Container
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal, NamedTuple
 
 import msgspec
 
@@ -67,6 +67,12 @@ MOST_DISK: Final = 100_000_000_000
 
 REMEMBERED: Final = 1_000
 """Offered jobs about which the probe was asked and is not asked again (a guess)."""
+
+MOST_WAITING: Final = 64
+MOST_OF_ONE: Final = 16
+"""Offers of other nodes, and of one of them, that wait for the probe; more are refused for now (guesses)."""
+
+BUSY: Final = "its owner is asked about many jobs already: it may take more in a moment"
 
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=366 * 86_400)]
 
@@ -216,6 +222,13 @@ class Probe:
         return process.returncode == 0, _first_line(printed)
 
 
+class Refusal(NamedTuple):
+    """Why an offer is not taken, and whether that may change."""
+
+    kind: Literal["busy", "never"]
+    reason: str
+
+
 class Guests:
     """What a node does with jobs that other nodes offer it. `refuse`: why no executor can run a job, or None.
 
@@ -236,6 +249,7 @@ class Guests:
         self._executors_refuse, self._usual_memory = refuse, usual_memory
         self._probe = Probe(rules)
         self._asked: OrderedDict[tuple[NodeId, JobId], asyncio.Task[str]] = OrderedDict()
+        self._waiting: Counter[NodeId] = Counter()
 
     def admit(self, requester: NodeId, spec: JobSpec) -> JobSpec:
         """The job as it runs here; raises `SpecError` for what it may not ask for."""
@@ -256,20 +270,34 @@ class Guests:
         except SpecError as error:
             return str(error)
 
-    async def vet(self, requester: NodeId, offer: Offer) -> str:
-        """Why the owner's probe doesn't want a job; "" if it may be taken. It is asked once for each job.
+    async def vet(self, requester: NodeId, offer: Offer) -> Refusal | None:
+        """Why a job may not be taken, as far as the owner has a say; None if it may. A probe is asked once for each.
 
         What is refused anyway is not shown to it.
         """
         if (why := self.refuse(requester, offer.spec)) is not None:
-            return why
+            return Refusal("never", why)
+        if not self._rules.probe:
+            return None
         key = (requester, offer.job)
         task = self._asked.get(key)
-        if task is None:
-            task = self._asked[key] = asyncio.create_task(self._decided(requester, offer))
-            if len(self._asked) > REMEMBERED:
-                self._asked.popitem(last=False)
-        return await asyncio.shield(task)
+        if task is None or not task.done():
+            if self._waiting.total() >= MOST_WAITING or self._waiting[requester] >= MOST_OF_ONE:
+                return Refusal("busy", BUSY)
+            if task is None:
+                task = self._ask(key, offer)
+        self._waiting[requester] += 1
+        try:
+            why = await asyncio.shield(task)
+        finally:
+            self._waiting -= Counter((requester,))
+        return Refusal("never", why) if why else None
+
+    def _ask(self, key: tuple[NodeId, JobId], offer: Offer) -> asyncio.Task[str]:
+        task = self._asked[key] = asyncio.create_task(self._decided(key[0], offer))
+        if len(self._asked) > REMEMBERED:
+            self._asked.popitem(last=False)
+        return task
 
     async def _decided(self, requester: NodeId, offer: Offer) -> str:
         try:

@@ -15,7 +15,6 @@ import asyncio
 import json
 import logging
 import signal
-import socket
 import ssl
 import sys
 import time
@@ -28,6 +27,7 @@ from typing import Any, Final
 import msgspec
 
 from bacalhau_node.api.auth import Caller, own_key, read_keys
+from bacalhau_node.api.door import Door
 from bacalhau_node.api.server import ApiServer, bind, url_of
 from bacalhau_node.client import LocalClient
 from bacalhau_node.errors import SpecError
@@ -106,7 +106,7 @@ async def attend(
     node: Node,
     door: NodeFolder,
     server: ApiServer,
-    bound: socket.socket,
+    bound: Door,
     *,
     ready: Callable[[], None],
     close: Callable[[], Awaitable[None]],

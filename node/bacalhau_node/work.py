@@ -8,6 +8,7 @@ from typing import Protocol
 from bacalhau_node.ids import Execution, JobId, NodeId
 from bacalhau_node.messages import Lines, Offer, Outcome, Propose, Transfer
 from bacalhau_node.protocol import events as ev
+from bacalhau_node.selection import Refusal
 
 
 class Work(Protocol):
@@ -29,8 +30,8 @@ class Work(Protocol):
         """The result of an execution is kept elsewhere or unwanted."""
         ...
 
-    async def keep(self, order: ev.Keep) -> None:
-        """Store an accepted result so that its node may forget it."""
+    def keep(self, order: ev.Keep) -> None:
+        """Store an accepted result so that its node may forget it. Quick; raises `ContentError` and `OSError`."""
         ...
 
     async def seal(self, order: ev.Seal) -> ev.JobSealed:
@@ -41,8 +42,8 @@ class Work(Protocol):
 class Trade(Protocol):
     """What a node on a network does with others: each call is one task of the engine."""
 
-    async def vet(self, requester: NodeId, offer: Offer) -> str:
-        """Why the owner of this node does not want a job of another node; "" if it may be taken."""
+    async def vet(self, requester: NodeId, offer: Offer) -> Refusal | None:
+        """Why the owner of this node does not want a job of another node; None if it may be taken."""
         ...
 
     async def pack(self, to: NodeId, offer: Offer) -> tuple[Offer, list[ev.OfferFailed]]:

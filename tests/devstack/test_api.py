@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import re
 import socket
@@ -18,14 +19,17 @@ import msgspec
 import pytest
 
 from bacalhau_node import dagjson
-from bacalhau_node.api import answers, shapes
+from bacalhau_node.api import answers, jobs, shapes
 from bacalhau_node.api.auth import Caller, own_key
+from bacalhau_node.api.door import SPARE, Seats
 from bacalhau_node.api.server import ApiServer, bind
 from bacalhau_node.cid import DAG_JSON, Cid
 from bacalhau_node.client import LocalClient
 from bacalhau_node.content import car
 from bacalhau_node.executors.process import ProcessExecutor
+from bacalhau_node.http_client import HttpClient
 from bacalhau_node.node import open_node
+from bacalhau_node.selection import Selection
 from bacalhau_node.spec import JobSpec, PythonCell, Sharding
 from bacalhau_node.testing.builders import a_job_id
 
@@ -389,6 +393,123 @@ async def test_a_body_that_stops_in_the_middle_is_given_up(api, impatient):
         async with asyncio.timeout(20):
             assert b"408" in await reader.readline()
         writer.close()
+
+
+async def test_a_body_that_drips_is_given_up(api, monkeypatch):
+    """Each byte comes in time, and the whole would take days."""
+    monkeypatch.setattr(answers, "SLOWEST", 0.5)
+    parts = urlsplit(api.server.url)
+    reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+    writer.write(_head("POST", "/v0/car", 10_000))
+
+    async def drip() -> None:
+        while True:
+            writer.write(b"x")
+            await asyncio.sleep(0.01)
+
+    dripping = asyncio.create_task(drip())
+    async with asyncio.timeout(20):
+        assert b"408" in await reader.readline()
+    dripping.cancel()
+    writer.close()
+
+
+# --- how many ---
+
+
+async def _connected(server: ApiServer) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    parts = urlsplit(server.url)
+    return await asyncio.open_connection(parts.hostname, parts.port)
+
+
+async def _asked(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
+    """What answers on a connection that stays open; b"" if it was closed."""
+    with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+        writer.write(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        async with asyncio.timeout(20):
+            return await reader.readuntil(b"}")
+    return b""
+
+
+async def test_one_connection_too_many_is_told_and_many_more_are_closed(api, monkeypatch):
+    """Whoever is connected goes on, and there is room again when somebody leaves."""
+    monkeypatch.setattr(api.server._door.seats, "most", 10)
+    connected = [await _connected(api.server) for _ in range(10)]
+    assert all([b"200 OK" in await _asked(*one) for one in connected])
+    reader, writer = await _connected(api.server)
+    told = await _asked(reader, writer)
+    assert b"503" in told
+    assert b"Retry-After: 5" in told
+    assert b"as many connections as it takes" in told
+    assert await reader.read() == b"", "and it is closed"
+    writer.close()
+    flood = [await _connected(api.server) for _ in range(100)]
+    assert await _asked(*flood[-1]) == b""
+    assert all([b"200 OK" in await _asked(*one) for one in connected])
+    for _, one in (*connected, *flood):
+        one.close()
+    await _until(lambda: _is_well(api))
+
+
+async def _is_well(api: Api) -> bool:
+    reader, writer = await _connected(api.server)
+    answer = await _asked(reader, writer)
+    writer.close()
+    return b"200 OK" in answer
+
+
+async def test_a_client_that_finds_no_room_waits_for_it(api, monkeypatch, tmp_path):
+    monkeypatch.setattr(api.server._door.seats, "most", 1)
+    reader, writer = await _connected(api.server)
+    assert b"200 OK" in await _asked(reader, writer)
+    client = HttpClient(api.server.url, token="root", folder=tmp_path / "client")
+    asking = asyncio.create_task(client.jobs())
+    await _until(lambda: _counted(api, 503))
+    writer.close()
+    assert await asking == []
+    await client.close()
+
+
+async def _counted(api: Api, status: int) -> bool:
+    return any(count for (_, code), count in api.server._traffic.requests.items() if code == status)
+
+
+@pytest.mark.parametrize(
+    ("host", "free"), [("203.0.113.5", 0), ("::ffff:203.0.113.6", 4), ("2001:db8:1:2::5", 1), ("2001:db8:1:3::5", 4)]
+)
+def test_one_address_has_no_more_connections_than_its_part(host, free):
+    seats = Seats(100, 4)
+    for number in range(4):
+        assert seats.take(("203.0.113.5", number))
+    for number in range(3):
+        assert seats.take(("2001:db8:1:2::9", number, 0, 0))
+    for number in range(200):
+        assert seats.take((host, number, "again")) == (number < free + SPARE)
+        assert seats.is_surplus((host, number, "again")) == (free <= number < free + SPARE)
+    seats.leave((host, 0, "again"))
+    assert seats.take((host, 999))
+
+
+def test_on_loopback_only_all_connections_together_are_counted():
+    seats = Seats(100, 4)
+    assert [seats.take(("127.0.0.1", number)) for number in range(200)].count(True) == 100 + SPARE
+    assert not seats.take(("203.0.113.5", 1))
+
+
+async def test_a_key_has_so_many_unfinished_jobs_and_no_more(api, monkeypatch):
+    monkeypatch.setattr(jobs, "MOST_UNFINISHED", 2)
+    monkeypatch.setattr(api.server._jobs, "_rules", Selection(isolation="none"))
+    spec = await api.spec("import time; time.sleep(60)")
+    for number in (1, 2):
+        assert (await api.ask("POST", "/v0/jobs", {"job": a_job_id(number), "spec": spec}, key="ann"))[0] == 200
+    status, error = await api.ask("POST", "/v0/jobs", {"job": a_job_id(3), "spec": spec}, key="ann")
+    assert (status, error["error"]) == (429, "NoCapacity")
+    assert error["message"].startswith("ann has 2 unfinished jobs on this node, the most at once")
+    for number, key in ((1, "ann"), (4, "ben"), (5, "root"), (6, "root"), (7, "root")):
+        assert (await api.ask("POST", "/v0/jobs", {"job": a_job_id(number), "spec": spec}, key=key))[0] == 200
+    await api.ask("POST", f"/v0/jobs/{a_job_id(1)}/cancel", key="ann")
+    await api.ended(a_job_id(1))
+    assert (await api.ask("POST", "/v0/jobs", {"job": a_job_id(3), "spec": spec}, key="ann"))[0] == 200
 
 
 # --- content ---

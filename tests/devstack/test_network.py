@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from msgspec import structs
 
+from bacalhau_node import selection
 from bacalhau_node.api import metrics
 from bacalhau_node.client import JobView, LocalClient, ShardBytes, Update
 from bacalhau_node.errors import SpecError
@@ -246,6 +247,25 @@ async def test_the_owners_probe_is_asked_once_for_each_job(net: Net, tmp_path: P
     view, _ = await run(first, a_command(sharding=Sharding(n=3)))
     assert "not on a Thursday" in view.reason
     assert (tmp_path / "log").read_text() == "asked\n"
+
+
+async def test_while_the_owners_probe_thinks_few_jobs_wait_and_all_of_them_run(
+    net: Net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selection, "MOST_OF_ONE", 2)
+    first = await net.join("a", FakeExecutor(refusal="it has no hands"))
+    program = tmp_path / "probe"
+    program.write_text(f"#!/bin/sh\nwhile ! test -e {tmp_path}/go; do sleep 0.02; done\n")
+    program.chmod(0o700)
+    rules = Selection(probe=(str(program),), probe_seconds=60.0)
+    second = await net.join("b", FakeExecutor(slots=8, isolation="sandbox"), rules=rules)
+    running = [asyncio.create_task(run(first, a_command(labels={"n": str(n)}))) for n in range(6)]
+    guests = second._exchange.guests  # type: ignore[union-attr]
+    await until(lambda: any("about many jobs" in feed.job.reason for feed in first.engine.feeds.values()))
+    assert guests._waiting == {first.id: 2}
+    (tmp_path / "go").touch()
+    assert [view.state for view, _ in await asyncio.gather(*running)] == ["Completed"] * 6
+    assert not guests._waiting
 
 
 async def test_a_constraint_chooses_nodes_by_their_labels(net: Net) -> None:

@@ -32,6 +32,9 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 IDLE_SECONDS = 30.0
 """How long a client may send or take nothing in the middle of a request."""
 
+SLOWEST, STEP = 120.0, 128 * 1024
+"""Seconds in which so many bytes of a body have to come, or the rest: one that drips would hold a turn for ever."""
+
 TRAFFIC = web.AppKey("traffic", Traffic)
 
 _STATUS: tuple[tuple[type[BacalhauError], int], ...] = (
@@ -84,6 +87,8 @@ def _bug(request: web.Request, error: Exception) -> web.Response:
 def _told(status: int, error: BacalhauError, headers: Mapping[str, str] | None = None) -> web.Response:
     response = answer(shapes.ErrorBody(type(error).__name__, str(error)), status=status)
     response.headers.update(headers or {})
+    if response.headers.get("Connection") == "close":
+        response.force_close()
     return response
 
 
@@ -91,19 +96,23 @@ def _told(status: int, error: BacalhauError, headers: Mapping[str, str] | None =
 
 
 async def body(request: web.Request, *, limit: int) -> AsyncIterator[bytes]:
-    """The request's bytes as they come; raises for too many of them, and for a sender that stops sending."""
-    total = 0
+    """The request's bytes as they come; raises for too many of them, and for a sender that stops, or only drips."""
+    clock, total = asyncio.get_running_loop().time, 0
+    mark, latest = STEP, clock() + SLOWEST
     if request.content_length is not None and request.content_length > limit:
         raise Refused(413, SpecError(f"a body of {request.content_length} bytes: at most {limit} are taken"))
     while True:
         try:
-            async with asyncio.timeout(IDLE_SECONDS):
+            async with asyncio.timeout_at(min(clock() + IDLE_SECONDS, latest)):
                 data = await request.content.readany()
         except TimeoutError as error:
-            raise Refused(408, ProtocolError(f"nothing came for {IDLE_SECONDS:.0f} s")) from error
+            why = f"nothing came for {IDLE_SECONDS:.0f} s, or under {STEP} bytes in {SLOWEST:.0f} s"
+            raise Refused(408, ProtocolError(why)) from error
         if not data:
             return
         total += len(data)
+        if total >= mark:
+            mark, latest = total + STEP, clock() + SLOWEST
         request.app[TRAFFIC].received += len(data)
         if total > limit:
             raise Refused(413, SpecError(f"a body of over {limit} bytes"))

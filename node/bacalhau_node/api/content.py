@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections import defaultdict
 from collections.abc import AsyncIterator, Iterator, Mapping
 
 from aiohttp import web
@@ -19,7 +20,7 @@ from bacalhau_node.content.reader import Reader
 from bacalhau_node.errors import ContentError
 
 IMPORTS = 4
-"""Archives that are taken in at once: each may hold some tens of megabytes in memory."""
+"""Archives of one key that are taken in at once: each may hold some tens of megabytes in memory."""
 
 PART = 1024 * 1024
 """Bytes that are received and then checked at once."""
@@ -33,7 +34,7 @@ class Content:
     def __init__(self, client: LocalClient) -> None:
         self._client = client
         self._store = client.node.content
-        self._imports = asyncio.Semaphore(IMPORTS)
+        self._imports: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(IMPORTS))
 
     def routes(self) -> list[web.RouteDef]:
         """What is answered here."""
@@ -71,7 +72,7 @@ class Content:
             for cid, block in reader.feed(data):
                 taken.take(cid, block)
 
-        async with self._imports:
+        async with self._imports[request[CALLER].name]:
             try:
                 async for data in _gathered(request):
                     await asyncio.to_thread(step, data)

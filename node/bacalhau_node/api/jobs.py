@@ -20,10 +20,10 @@ from bacalhau_node.api import policy, shapes
 from bacalhau_node.api.answers import TRAFFIC, Refused, Stream, answer, read
 from bacalhau_node.api.auth import Caller
 from bacalhau_node.client import JobView, LocalClient, Submission, the_one
-from bacalhau_node.errors import NodeUnreachable, SpecError
+from bacalhau_node.errors import NoCapacity, NodeUnreachable, SpecError
 from bacalhau_node.feed import Feed, Update
 from bacalhau_node.ids import JobId
-from bacalhau_node.protocol.events import CancelRequested
+from bacalhau_node.protocol.events import FINAL_JOB, CancelRequested
 from bacalhau_node.selection import Probe, Selection
 from bacalhau_node.spec import JobSpec, PythonCell
 
@@ -31,6 +31,9 @@ CALLER = web.RequestKey("caller", Caller)
 
 ANSWERS_KEPT = 1_000
 """Answers kept for clients that ask again; older ones are made anew, without the plan's notes."""
+
+MOST_UNFINISHED = 100
+"""Jobs of one key, but the owner's, that have not ended (a guess): each holds its plan and its feed in memory."""
 
 WHOLE_VIEW = 32
 """Up to so many shards a job is one JSON text; with more it is made as it is sent."""
@@ -75,11 +78,27 @@ class Jobs:
             if self.draining:
                 raise NodeUnreachable("this node is shutting down and takes no more jobs: try again, or ask another")
             policy.check_selected(spec, request[CALLER], self._rules, self._client.node.content)
+            self._check_room(request[CALLER])
             self._begin(job, spec, self._start(job, spec, request[CALLER], asked.secrets))
         flying = self._flying.get(job)
         if (flying[0] if flying else _spec(feeds[job])) != spec:
             raise Refused(409, SpecError(f"{job} is another job already: choose an id that is new"))
         return answer(await asyncio.shield(flying[1]) if flying else self._again(job, feeds[job]))
+
+    def _check_room(self, caller: Caller) -> None:
+        """Refuse one more job of who has many that have not ended."""
+        if caller.role == "admin":
+            return
+        flying = [spec for spec, _ in self._flying.values()]
+        going = [_spec(feed) for job, feed in self._unfinished() if job not in self._flying]
+        if sum(policy.owner(spec) == caller.name for spec in (*flying, *going)) >= MOST_UNFINISHED:
+            why = f"{caller.name} has {MOST_UNFINISHED} unfinished jobs on this node, the most at once"
+            error = NoCapacity(f"{why}: wait for one to end, or cancel one")
+            raise Refused(429, error, **{"Retry-After": "10"})
+
+    def _unfinished(self) -> Iterator[tuple[JobId, Feed]]:
+        feeds = self._client.node.engine.feeds
+        return ((job, feed) for job, feed in feeds.items() if feed.job.state not in FINAL_JOB)
 
     async def _with_bundle(self, asked: shapes.SubmitRequest) -> JobSpec:
         """The spec, with the cell's folder that came along stored and named."""

@@ -1,9 +1,10 @@
 """The API of one node, put together: who may ask, what is answered, how it listens and how it stops.
 
-Limits, so that no client can take more than its share: requests' JSON, bundles and archives have sizes (`shapes`),
-a connection that sends nothing is closed after `KEEPALIVE`, one that stops in the middle of a body or takes
-nothing of an answer after `answers.IDLE_SECONDS`, and nobody has a queue (`feed`). Bodies that say they are
-compressed are refused: how large they get would be up to their sender.
+Limits, so that no client can take more than its share: connections are counted (`door`), and unfinished jobs (`jobs`);
+requests' JSON, bundles and archives have sizes (`shapes`), a connection that sends nothing is closed after
+`KEEPALIVE`, one that stops in the middle of a body or takes nothing of an answer after `answers.IDLE_SECONDS`, one
+whose body drips after `answers.SLOWEST`, and nobody has a queue (`feed`). Bodies that say they are compressed
+are refused: how large they get would be up to their sender.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from bacalhau_node.api import metrics, shapes
 from bacalhau_node.api.answers import TRAFFIC, Handler, Refused, answer, errors
 from bacalhau_node.api.auth import Caller, Keys, foreign
 from bacalhau_node.api.content import Content
+from bacalhau_node.api.door import Door
 from bacalhau_node.api.gateway import GatewayRoutes
 from bacalhau_node.api.jobs import CALLER, Jobs
 from bacalhau_node.api.piece import Pieces
@@ -37,6 +39,8 @@ BACKLOG: Final = 128
 
 OPEN: Final = frozenset(("/health", "/ready", "/ipfs/{cid}", "/ipfs/{cid}/{path}", "/piece/{cid}"))
 """Routes that need no key. Those of the gateway look at rights themselves; pieces are there to be pulled by anybody."""
+
+FULL: Final = "this node has as many connections as it takes, in all or from your address: try again in a moment"
 
 _CLOSE_SECONDS = 2.0
 
@@ -56,6 +60,7 @@ class ApiServer:
         self._client, self._keys, self._tls = client, Keys(entries), tls
         self._jobs = Jobs(client, rules)
         self._loopback = True
+        self._door: Door | None = None
         app = web.Application(middlewares=[_counted, errors, self._guarded])
         app[TRAFFIC] = self._traffic = metrics.Traffic()
         gateway = GatewayRoutes(client.node.gateway, client.node.content, self._keys)
@@ -73,8 +78,9 @@ class ApiServer:
             shutdown_timeout=_CLOSE_SECONDS,
         )
 
-    async def start(self, bound: socket.socket) -> None:
+    async def start(self, bound: Door) -> None:
         """Answer at an address that `bind` got."""
+        self._door = bound
         self._loopback = is_loopback(bound.getsockname()[0])
         await self._runner.setup()
         await web.SockSite(self._runner, bound, ssl_context=self._tls).start()
@@ -101,6 +107,8 @@ class ApiServer:
     @web.middleware
     async def _guarded(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Who asks, from where, in which form: before anything of the request is read."""
+        if self._door is not None and self._door.seats.is_surplus(request.get_extra_info("peername")):
+            raise Refused(503, NodeUnreachable(FULL), **{"Retry-After": "5", "Connection": "close"})
         if (why := foreign(request.headers, loopback=self._loopback)) is not None:
             raise Refused(403, SpecError(why))
         route = request.match_info.route.resource
@@ -162,11 +170,11 @@ def url_of(bound: socket.socket, *, secure: bool) -> str:
     return f"{'https' if secure else 'http'}://{name}:{port}"
 
 
-def bind(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int) -> Door:
     """A socket at this address, port 0 for any free one; raises `SpecError` when it can't be had."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        bound = socket.socket(family, kind, protocol)
+        bound = Door(family, kind, protocol)
         try:
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             bound.bind(address)

@@ -42,6 +42,7 @@ BROKEN: Final = (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, Conn
 """What says that a connection broke, or couldn't be made, and that another may do better."""
 
 _GATEWAY_STATUS = frozenset((502, 504))
+_NOT_NOW = 503
 
 
 class Retry:
@@ -161,6 +162,8 @@ class Connection:
                     f"what answers at {self.url} is not a node: HTTP {response.status} {response.reason}"
                 ) from error
             self._met = True
+            if response.status == _NOT_NOW and "Retry-After" in response.headers:
+                raise ConnectionError(body.message)
             raise shapes.raised(body)
         self._met = True
 
