@@ -177,10 +177,10 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         Option("partial", "also when some shards failed"),
         Option(
             "publish",
-            "where results go: local:DIR, s3://…, ipfs, filecoin",
+            "where results go: local:DIR, s3://… (gs, az), ipfs, filecoin",
             metavar="TARGET",
             read=_text,
-            choices=(*literals.TARGETS, literals.LOCAL, "s3://"),
+            choices=(*literals.TARGETS, literals.LOCAL, *(f"{scheme}://" for scheme in literals.BUCKETS)),
         ),
         Option("reuse", "take an equal job's result where there is one"),
     ),

@@ -180,7 +180,7 @@ async def together(work: Callable[[], Coroutine[Any, Any, None]], count: int) ->
 def _answer(text: str) -> str:
     """What the server said, in one line; of a body only its code and message, since some repeat what was signed."""
     parts = [re.search(rf"<{name}>([^<]*)<", text) for name in ("Code", "Message")]
-    if said := ": ".join(part[1].strip() for part in parts if part):
+    if said := ": ".join(part[1].strip().partition("\n")[0] for part in parts if part):
         return said
     status = re.search(r"status code: (\d{3}[ \w]*)", text)
     first = text.partition("\n")[0]

@@ -54,9 +54,9 @@ from bacalhau_node.protocol.fitness import parse_constraint
 from bacalhau_node.protocol.membership import Entry, Membership
 from bacalhau_node.protocol.requester import Requester
 from bacalhau_node.publishers import publisher_for
+from bacalhau_node.publishers.bucket import BucketPublisher
 from bacalhau_node.publishers.filecoin import FilecoinPublisher
 from bacalhau_node.publishers.ipfs import IpfsPublisher
-from bacalhau_node.publishers.s3 import S3Publisher
 from bacalhau_node.publishers.store import StorePublisher
 from bacalhau_node.results import ResultSource, combined, shards
 from bacalhau_node.retention import Retention
@@ -114,7 +114,9 @@ class Node:
         self._sources: tuple[Source, ...] = (url(own=True), *others)
         self._sources_for_others: tuple[Source, ...] = (url(own=False), *others)
         self._unpacker = Unpacker(content, fetched=self._fetched, folder=folder.path / "work")
-        to_s3 = S3Publisher(content, files=partial(shards, content), folder=folder.path / "work", profile=PROFILE)
+        to_bucket = BucketPublisher(
+            content, files=partial(shards, content), folder=folder.path / "work", profile=PROFILE
+        )
         filecoin = FilecoinPublisher(
             folder.store / "pieces",
             archive=lambda root: self.gateway.archive(Want(Cid.parse(root))),
@@ -127,7 +129,7 @@ class Node:
             archive=lambda root: self.gateway.archive(Want(Cid.parse(root))),
             daemon=connected,
         )
-        self._publishers: tuple[Publisher, ...] = (StorePublisher(), to_s3, to_ipfs, filecoin)
+        self._publishers: tuple[Publisher, ...] = (StorePublisher(), to_bucket, to_ipfs, filecoin)
         self._keeping = Keeping(folder.node, content)
         self._exchange = joined.exchange(self, buckets) if joined is not None else None
         self._runner = Runner(

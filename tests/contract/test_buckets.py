@@ -15,6 +15,8 @@ from pathlib import Path
 import aiohttp
 import obstore
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 from msgspec import structs
 
 from bacalhau_node import sharding
@@ -23,7 +25,7 @@ from bacalhau_node.content.blocks import BlockStore
 from bacalhau_node.errors import BugError, ContentError, SpecError
 from bacalhau_node.fetched import Fetched
 from bacalhau_node.ports import Access
-from bacalhau_node.publishers.s3 import S3Publisher
+from bacalhau_node.publishers.bucket import BucketPublisher
 from bacalhau_node.sharding import ContentRef, Entry, LocalStamp, Unusable, UrlRef
 from bacalhau_node.sources import bucket as module
 from bacalhau_node.sources.bucket import BucketSource
@@ -337,12 +339,22 @@ async def test_a_public_bucket_is_read_without_credentials(source, public, monke
         assert await answer.read() == b"1"
 
 
+def google(monkeypatch: pytest.MonkeyPatch, server: str) -> None:
+    """What speaks like Google's storage is at `server`, and asks nobody who they are."""
+    account = {
+        "gcs_base_url": server,
+        "disable_oauth": True,
+        "client_email": "",
+        "private_key": "",
+        "private_key_id": "",
+    }
+    monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT_KEY", json.dumps(account))
+
+
 async def test_a_bucket_of_google_is_read_over_its_own_protocol(source, bucket, public, monkeypatch, tmp_path):
     """Its XML API is close enough to S3's that the same server answers; only signatures differ, so without them."""
     public.put({"gs/a b": b"1", "gs/large": bytes(5_000_000)})
-    account = {"gcs_base_url": os.environ["AWS_ENDPOINT_URL"], "disable_oauth": True}
-    account |= {"client_email": "", "private_key": "", "private_key_id": ""}
-    monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT_KEY", json.dumps(account))
+    google(monkeypatch, os.environ["AWS_ENDPOINT_URL"])
     entries = listed(source, f"gs://{PUBLIC}/gs")
     await fetched(source, entries)
     assert [read(source, entry, tmp_path) for entry in entries] == [b"1", bytes(5_000_000)]
@@ -443,6 +455,11 @@ def test_the_keys_of_a_profile_serve_where_the_environment_has_none(source, buck
             SpecError,
             "refuses this machine's credentials (SignatureDoesNotMatch: No.): set",
         ),
+        (
+            "<Code>AuthorizationFailure</Code><Message>Failed.\nRequestId:KEY</Message> 403 Forbidden",
+            SpecError,
+            "refuses this machine's credentials (AuthorizationFailure: Failed.): set",
+        ),
         ("Generic S3 error: odd https://h/x?X-Amz-Signature=KEY\nDebug source: KEY", ContentError, "odd https://h/x"),
     ],
 )
@@ -491,7 +508,7 @@ ROOT = "bafyreib2rxk3rw6putwp3cqv4ngqygb2u7k3hzhwkuqxvdxn5rmr4inmea"
 class Published:
     """A publisher over a store, and the result that it is given whatever root it is asked for."""
 
-    publisher: S3Publisher
+    publisher: BucketPublisher
     store: BlockStore
     files: list[tuple[str, str, int]]
 
@@ -511,13 +528,13 @@ RESULT = {"shards/0/stdout": b"hello\n", "shards/0/exit_code": b"0\n", "shards/0
 def result(tmp_path) -> Iterator[Published]:
     with contextlib.closing(BlockStore(tmp_path / "store")) as store:
         files = []
-        made = S3Publisher(store, files=lambda root: files, folder=tmp_path / "work", profile="unixfs-v0-2015")
+        made = BucketPublisher(store, files=lambda root: files, folder=tmp_path / "work", profile="unixfs-v0-2015")
         yield Published(made, store, files)
 
 
-def test_it_claims_s3_only(result):
-    assert result.publisher.claims("s3://b/p")
-    assert not any(map(result.publisher.claims, ("store", "ipfs", "gs://b", "local:/x", "s3")))
+def test_it_claims_buckets_only(result):
+    assert all(map(result.publisher.claims, ("s3://b/p", "gs://b", "az://b/p")))
+    assert not any(map(result.publisher.claims, ("store", "ipfs", "local:/x", "s3", "https://b")))
 
 
 @pytest.mark.parametrize("prefix", ["", "/", "/p/q", "/p/q/"])
@@ -607,6 +624,43 @@ async def test_a_name_that_can_not_be_a_key_is_told_before_anything_is_written(r
 async def test_a_check_leaves_nothing_behind(result, bucket):
     await result.publisher.check(f"s3://{bucket.name}/some/prefix")
     assert bucket.read() == {}
+
+
+async def test_a_result_is_created_in_a_bucket_of_google_and_never_overwrites(result, monkeypatch):
+    """Its condition is another one than S3's, and the S3 server of these tests does not know it."""
+    there: dict[str, bytes] = {}
+
+    async def answer(request: web.Request) -> web.Response:
+        if request.method == "PUT":
+            assert request.headers["x-goog-if-generation-match"] == "0"
+            if request.path in there:
+                return web.Response(status=412)
+            there[request.path] = await request.read()
+        if request.method == "DELETE":
+            del there[request.path]
+        headers = {"ETag": '"1"', "Last-Modified": "Thu, 01 Jan 2026 00:00:00 GMT"}
+        return web.Response(body=there.get(request.path, b""), headers=headers)
+
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", answer)
+    async with TestServer(app) as server:
+        google(monkeypatch, str(server.make_url("")).rstrip("/"))
+        result.holds(RESULT)
+        await result.publisher.check("gs://bucket/p")
+        for _ in range(2):
+            assert await result.to("gs://bucket/p") == (f"gs://bucket/p/{JOB}/", f"gs://bucket/p/{JOB}/manifest.json")
+        assert json.loads(there.pop(f"/bucket/p/{JOB}/manifest.json"))["root"] == ROOT
+        assert there == {f"/bucket/p/{JOB}/{path}": result.store.read(cid) for path, cid, _ in result.files}
+        there[f"/bucket/p/{JOB}/shards/0/stdout"] = b"theirs"
+        with pytest.raises(SpecError, match=rf"gs://bucket/p/{JOB}/shards/0/stdout is there already, with other bytes"):
+            await result.to("gs://bucket/p")
+    assert there[f"/bucket/p/{JOB}/shards/0/stdout"] == b"theirs"
+
+
+async def test_an_azure_container_without_an_account_is_no_place_for_results(result, monkeypatch):
+    monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_NAME", raising=False)
+    with pytest.raises(SpecError, match=r"az://container/x can't be opened .*set AZURE_STORAGE_ACCOUNT_NAME"):
+        await result.publisher.check("az://container/x")
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ _RUN_OPTIONS = (
     click.option("-l", "--label", "labels", type=PAIR, multiple=True, metavar="K=V", help="A label of the job."),
     click.option("--raw", is_flag=True, help="FILE is a shell script."),
     click.option("--pin", is_flag=True, help="Give local inputs a CID and keep them."),
-    click.option("--publish", default="store", metavar="TARGET", help="local:DIR, s3://…, ipfs, filecoin."),
+    click.option("--publish", default="store", metavar="TARGET", help="local:DIR, s3://…, gs://…, az://…, ipfs, filecoin."),
     click.option("--reuse", is_flag=True, help="Take the result of an equal job that has completed."),
     click.option("--constraint", default="", metavar="EXPR", help="Which nodes, by their labels."),
     click.option("--download", "target", type=click.Path(path_type=Path), help="Write the results to this folder."),

@@ -1,4 +1,4 @@
-"""`--publish s3://BUCKET/PREFIX`: the result of a job as files in a bucket.
+"""`--publish s3://BUCKET/PREFIX`, `gs://…`, `az://…`: the result of a job as files in a bucket.
 
     PREFIX/JOB/shards/INDEX/{stdout,stderr,exit_code,value…,outputs/…}      as `download` lays them out
     PREFIX/JOB/manifest.json                                                written last: all of the above is there
@@ -6,8 +6,9 @@
 Theory of operation. Objects are only ever created. One that is there already is compared byte by byte: an equal one
 stays as it is, so publishing again (after a crash, say) changes nothing and ends what was begun; a different one is
 somebody else's, and an error. What fits one request is created under a condition that the server checks
-(`If-None-Match`). Larger objects go up in parts, which obstore can't tie to a condition, so they are asked for first:
-two who write one large object at the same moment both succeed, and below a job's own id both write the same bytes.
+(`If-None-Match: *`; with Google, generation 0). Larger objects go up in parts, which obstore can't tie to a condition,
+so they are asked for first: two who write one large object at the same moment both succeed, and below a job's own id
+both write the same bytes.
 
 The manifest names the root of the result, the profile that its CIDs were made with, and each file's CID and size.
 """
@@ -28,7 +29,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from bacalhau_node.buckets import Buckets, Place, asked, explained, is_path, parse, together
+from bacalhau_node.buckets import Buckets, Place, asked, claims, explained, is_path, parse, together
 from bacalhau_node.errors import ContentError, SpecError
 from bacalhau_node.ids import JobId
 from bacalhau_node.ports import ContentStore
@@ -50,8 +51,8 @@ File = tuple[str, str, int]
 """(path, CID, size) of a file of a result; an empty folder's path ends in "/"."""
 
 
-class S3Publisher:
-    """`ports.Publisher` to S3 and what speaks like it.
+class BucketPublisher:
+    """`ports.Publisher` to object stores.
 
     `files` lists a sealed result by its root; `folder` is for files on their way, on the store's file system; `profile`
     is the name of the UnixFS profile of `content`.
@@ -66,8 +67,8 @@ class S3Publisher:
         self._large = threading.Semaphore(_LARGE_AT_ONCE)
 
     def claims(self, target: str) -> bool:
-        """Whether `target` is `s3://…`."""
-        return target.startswith("s3://")
+        """Whether `target` names a bucket."""
+        return claims(target)
 
     async def check(self, target: str) -> None:
         """Create a tiny object of a name of its own below the prefix and remove it: whoever may do that may publish."""
