@@ -102,6 +102,8 @@ class Engine:
         self._work = work
         self._loop = asyncio.get_running_loop()
         self._inbox: deque[ev.Event] = deque()
+        self._within: deque[ev.Event] = deque()
+        """What the machines of this node have said to each other in this turn."""
         self._scheduled = False
         self._closing = False
         self._timers: dict[ev.Timer, asyncio.TimerHandle] = {}
@@ -199,8 +201,8 @@ class Engine:
             return
         effects: list[ev.Effect] = []
         now = self._loop.time()
-        while self._inbox or self._load_has_changed():
-            event = self._inbox.popleft()
+        while self._within or self._inbox or self._load_has_changed():
+            event = (self._within or self._inbox).popleft()
             effects += self._routed(self._machines.step(event, now))
         try:
             self._commit(effects)
@@ -210,13 +212,13 @@ class Engine:
             self._carry_out(effects)
 
     def _routed(self, effects: list[ev.Effect]) -> Iterator[ev.Effect]:
-        """The effects that go outside; what a machine of this node says to the other goes into the inbox."""
+        """The effects that go outside; what a machine of this node says to another of it is heard before all else."""
         for effect in effects:
             if isinstance(effect, ev.Send) and effect.to == self._transport.node:
-                self._inbox.append(ev.Received(effect.to, effect.message))
+                self._within.append(ev.Received(effect.to, effect.message))
             elif isinstance(effect, ev.NodeSeen | ev.NodeGone):
                 if self._machines.placing:
-                    self._inbox.append(effect)
+                    self._within.append(effect)
             else:
                 yield effect
 
@@ -295,7 +297,7 @@ class Engine:
                 if task := self._runs.pop(execution, None):
                     task.cancel()
             case ev.Keep():
-                self._spawn(self._kept(effect))
+                self._keep(effect)
             case ev.Seal():
                 self._spawn(self._sealed(effect))
             case ev.ReleaseJob(job):
@@ -374,8 +376,20 @@ class Engine:
         else:
             self.post(news)
 
+    def _keep(self, keep: ev.Keep) -> None:
+        """Keep a result; a task only where the store does not take it at once."""
+        try:
+            self._work.keep(keep)
+        except (ContentError, OSError):
+            self._spawn(self._kept(keep))
+        else:
+            self.post(ev.ResultKept(keep.execution))
+
     async def _kept(self, keep: ev.Keep) -> None:
-        await self._stored(lambda: self._work.keep(keep))
+        async def again() -> None:
+            self._work.keep(keep)
+
+        await self._stored(again)
         self.post(ev.ResultKept(keep.execution))
 
     async def _sealed(self, seal: ev.Seal) -> None:

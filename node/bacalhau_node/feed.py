@@ -160,6 +160,7 @@ class Feed:
         while self._number <= number:
             if self.ended:
                 return False
+            self._changed.clear()  # who waits already is woken by what has set it
             await self._changed.wait()
         return True
 
@@ -176,7 +177,6 @@ class Feed:
         self._latest.pop(key, None)
         self._latest[key] = (self._number, update)
         self._changed.set()
-        self._changed = asyncio.Event()
 
     def drop_text(self) -> None:
         """Keep no text for watchers to come."""

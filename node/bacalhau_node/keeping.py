@@ -36,6 +36,8 @@ class Keeping:
 
     def __init__(self, node: NodeId, content: ContentStore) -> None:
         self._name, self._content = f"{_PREFIX}{node}", content
+        self._reading: set[Execution] = set()
+        """Executions for which inputs are pinned: most have none."""
 
     # --- jobs of this node ---
 
@@ -70,11 +72,14 @@ class Keeping:
         """Keep what an execution reads by CID, while it runs."""
         for entry in entries:
             if isinstance(entry.reference, ContentRef) and self._content.has(entry.reference.cid):
+                self._reading.add(execution)
                 self._content.pin(entry.reference.cid, owner=self._execution(execution) + _INPUTS)
 
     def ran(self, execution: Execution) -> None:
         """It runs no more."""
-        self._content.release(self._execution(execution) + _INPUTS)
+        if execution in self._reading:
+            self._reading.discard(execution)
+            self._content.release(self._execution(execution) + _INPUTS)
 
     def owed(self, execution: Execution, outcome: Outcome) -> None:
         """Keep its result until it is `settled`."""

@@ -51,6 +51,9 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+ShardEntries = tuple[tuple[Entry, ...], tuple[Entry, ...]]
+"""The files of a shard, and those that go to every shard."""
+
 GONE = "its secrets ({}) are gone with the node's memory: submit it again"
 """Why a job that a restarted node goes on with can't run its shards."""
 
@@ -80,6 +83,8 @@ class _Job:
     problem: SpecError | None = None
     """Why none of its shards can run here."""
     ready: bool = False
+    bare: str = ""
+    """The block of its shards without input, once one of them was read."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
@@ -185,7 +190,7 @@ class Runner:
                 held.layer.close()
             await asyncio.to_thread(shutil.rmtree, held.folder, ignore_errors=True)
 
-    async def keep(self, order: Keep) -> None:
+    def keep(self, order: Keep) -> None:
         """Pin an accepted result: the blocks are in the store that all nodes of this user share."""
         self._keeping.kept(order.execution.job, order.outcome.record)
 
@@ -237,8 +242,8 @@ class Runner:
         await _in_thread_if(heavy, lambda: self._keeping.running(run.execution, (*entries, *shared)))
 
         def stage() -> list[StagedFile]:
-            inputs = self._open(entries, run.spec.inputs, mounts(run.spec)[0], scratch)
-            return inputs + self._open(shared, run.spec.shared, mounts(run.spec)[1], scratch, shared=True)
+            inputs = self._open(entries, run.spec, scratch, shared=False)
+            return inputs + self._open(shared, run.spec, scratch, shared=True)
 
         def check() -> None:
             self._check(entries, run.spec.inputs)
@@ -293,12 +298,12 @@ class Runner:
         if self._exchange is not None and providers:
             await self._exchange.bring(root, providers, limit=limit)
 
-    async def _entries(
-        self, run: Run, job: _Job, providers: Sequence[Provider]
-    ) -> tuple[tuple[Entry, ...], tuple[Entry, ...]]:
-        """The files of the shard, and those that go to every shard."""
+    async def _entries(self, run: Run, job: _Job, providers: Sequence[Provider]) -> ShardEntries:
         if not job.foreign:
-            return read_shard(self._content, run.block)
+            found = ((), ()) if run.block == job.bare else read_shard(self._content, run.block)
+            if found == ((), ()):
+                job.bare = run.block
+            return found
         await self._bring(run.block, providers, limit=strangers.MAX_PLAN)
         entries, shared = await asyncio.to_thread(read_shard, self._content, run.block)
         strangers.check_entries(run.spec, entries, shared)
@@ -314,15 +319,10 @@ class Runner:
         for source, mine in found.items():
             await source.fetch(mine, access=access, told=told)
 
-    def _open(
-        self,
-        entries: Sequence[Entry],
-        sources: Sequence[InputSource],
-        targets: Sequence[str],
-        scratch: Path,
-        *,
-        shared: bool = False,
-    ) -> list[StagedFile]:
+    def _open(self, entries: Sequence[Entry], spec: JobSpec, scratch: Path, *, shared: bool) -> list[StagedFile]:
+        if not entries:
+            return []
+        sources, targets = spec.shared if shared else spec.inputs, mounts(spec)[shared]
         files = []
         for entry in entries:
             source = sources[entry.source]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 from pathlib import Path
 
@@ -27,5 +28,5 @@ def named(path: Path, entry: Entry, folder: Path, mount: str) -> Path:
 
 async def remove(scratch: Path) -> None:
     """Remove an execution's folder, which mostly was never made: removing one can take milliseconds on ext4."""
-    if scratch.exists():  # noqa: ASYNC240 - microseconds
+    if os.path.lexists(scratch):  # noqa: ASYNC240 - microseconds, a third of those of `Path.exists`
         await asyncio.to_thread(shutil.rmtree, scratch, ignore_errors=True)

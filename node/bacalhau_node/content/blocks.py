@@ -26,6 +26,7 @@ import shutil
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Final, Literal
 
@@ -341,6 +342,7 @@ class BlockStore:
             return Collection(self._index, self._files, stop=self._room.closing.is_set).run(keep=keep)
 
 
+@lru_cache(4096)
 def _parsed(cid: str) -> Cid:
     try:
         return Cid.parse(cid)

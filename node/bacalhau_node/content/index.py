@@ -261,10 +261,11 @@ class Index:
                 db.executemany(_MOVE_LINKED, [(row[3], row[4], row[5], row[0]) for row in linked])
                 db.executemany(_PUT_LINKED, linked)
             db.executemany("DELETE FROM pin WHERE owner = ?", [(owner,) for owner in released])
-            if pins:
-                db.executemany(
-                    _PUT_PIN, [(owner, cid, count) for owner, counts in pins.items() for cid, count in counts.items()]
-                )
+            changes = [
+                (owner, cid, count) for owner, counts in (pins or {}).items() for cid, count in counts.items() if count
+            ]
+            db.executemany(_PUT_PIN, changes)
+            if any(count < 0 for _, _, count in changes):  # it looks at all of them
                 db.execute("DELETE FROM pin WHERE count <= 0")
 
     @contextmanager
