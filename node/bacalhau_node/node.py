@@ -117,7 +117,7 @@ class Node:
         to_bucket = BucketPublisher(
             content, files=partial(shards, content), folder=folder.path / "work", profile=PROFILE
         )
-        filecoin = FilecoinPublisher(
+        self._filecoin = FilecoinPublisher(
             folder.store / "pieces",
             archive=lambda root: self.gateway.archive(Want(Cid.parse(root))),
             commit=commit,
@@ -129,7 +129,7 @@ class Node:
             archive=lambda root: self.gateway.archive(Want(Cid.parse(root))),
             daemon=connected,
         )
-        self._publishers: tuple[Publisher, ...] = (StorePublisher(), to_bucket, to_ipfs, filecoin)
+        self._publishers: tuple[Publisher, ...] = (StorePublisher(), to_bucket, to_ipfs, self._filecoin)
         self._keeping = Keeping(folder.node, content)
         self._exchange = joined.exchange(self, buckets) if joined is not None else None
         self._runner = Runner(
@@ -185,9 +185,17 @@ class Node:
     async def forget_old_jobs(self, now: float) -> None:
         """Forget jobs that ended long ago, or long before others; `now` in seconds since 1970."""
         try:
-            await self._retention.apply(now)
+            if await self._retention.apply(now):
+                await self.tidy_pieces(now)
         except ContentError as error:
             log.warning("old jobs can't be forgotten now: %s", error)
+
+    async def tidy_pieces(self, now: float) -> None:
+        """Remove what was packed for Filecoin of results that no job keeps any more."""
+        try:
+            await asyncio.to_thread(self._filecoin.tidy, kept=lambda root: self.content.pins(root) > 0, now=now)
+        except (ContentError, OSError) as error:
+            log.warning("pieces of old jobs can't be removed now: %s", error)
 
     def _blocks(self, plan: str) -> tuple[str, ...]:
         """The shards' blocks of a plan; none when it is damaged: then each shard fails, and says so."""
@@ -369,6 +377,7 @@ async def open_node(
         )
         undo.push_async_callback(node.engine.close)
         await node.forget_old_jobs(time.time())
+        await node.tidy_pieces(time.time())  # of jobs that other nodes of this folder have forgotten, or took along
         undo.pop_all()
     return node
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 
 import pytest
 
-from bacalhau_node import publishers
+from bacalhau_node import publishers, retention
 from bacalhau_node.client import JobView, LocalClient
 from bacalhau_node.errors import ContentError
 from bacalhau_node.executors.process import ProcessExecutor
@@ -34,6 +35,10 @@ async def _ended(client: LocalClient, job: str) -> JobView:
     return await client.job(job)
 
 
+def _pieces(root: Path) -> list[Path]:
+    return sorted((root / "store/pieces").iterdir(), key=lambda path: path.suffix)
+
+
 async def test_a_node_that_stops_while_it_publishes_publishes_when_it_is_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -57,6 +62,13 @@ async def test_a_node_that_stops_while_it_publishes_publishes_when_it_is_back(
     await again.close()
     third = await _open(tmp_path)
     assert (await third.job(job)).published == view.published
+    piece, manifest = _pieces(tmp_path)
+    assert {view.published[0].removeprefix("piece "), Path(view.published[1]).stem} == {piece.stem, manifest.stem}
+    later = time.time() + retention.KEPT_SECONDS + 60
+    await third.node.tidy_pieces(later)
+    assert _pieces(tmp_path) == [piece, manifest]  # the job is remembered
+    await third.node.forget_old_jobs(later)
+    assert _pieces(tmp_path) == []
     await third.close()
 
 

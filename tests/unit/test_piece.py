@@ -5,12 +5,19 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestClient, TestServer
 
+from bacalhau_node.api.answers import TRAFFIC
+from bacalhau_node.api.metrics import Traffic
+from bacalhau_node.api.piece import Pieces
 from bacalhau_node.content import piece
 from bacalhau_node.content.piece import SEGMENT, Piece, commit
 from bacalhau_node.errors import ContentError
@@ -120,3 +127,60 @@ def test_a_piece_that_was_removed_is_packed_again(tmp_path: Path) -> None:
     assert asyncio.run(publisher.publish(a_job_id(), "root-cid", "filecoin")) == places
     assert archive.asked == 2
     assert list(tmp_path.glob("*.car"))
+
+
+ROOTS = [f"baguqeera{letter * 52}" for letter in "ab"]
+DAY = 86_400
+
+
+def _filecoin(folder: Path) -> FilecoinPublisher:
+    return FilecoinPublisher(folder, archive=Archive(), commit=commit, profile="unixfs-v0-2015")
+
+
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def _age(folder: Path) -> None:
+    """As if nothing had been used for years."""
+    for path in folder.iterdir():
+        os.utime(path, (0, 0))
+
+
+def test_a_piece_goes_with_the_last_job_that_keeps_its_result_and_no_other_file_does(tmp_path: Path) -> None:
+    publisher, now = _filecoin(tmp_path), time.time()
+    publisher.tidy(kept=lambda _: False, now=now)  # nothing was published yet
+    for root in ROOTS:
+        asyncio.run(publisher.publish(a_job_id(), root, "filecoin"))
+    (tmp_path / f"{'0' * 32}.tmp").write_bytes(b"of a process that was killed")
+    (tmp_path / "notes.json").write_text("somebody's own")
+    everything = _names(tmp_path)
+    publisher.tidy(kept=lambda _: False, now=now + DAY - 60)
+    assert _names(tmp_path) == everything
+    publisher.tidy(kept=ROOTS[:1].__contains__, now=now + DAY + 60)
+    car = json.loads((tmp_path / f"{ROOTS[0]}.json").read_text())["car"]
+    assert _names(tmp_path) == {f"{ROOTS[0]}.json", car, "notes.json"}
+
+
+def test_a_piece_that_is_published_again_counts_as_used(tmp_path: Path) -> None:
+    publisher = _filecoin(tmp_path)
+    asyncio.run(publisher.publish(a_job_id(), ROOTS[0], "filecoin"))
+    _age(tmp_path)
+    asyncio.run(publisher.publish(a_job_id(1), ROOTS[0], "filecoin"))
+    everything = _names(tmp_path)
+    publisher.tidy(kept=lambda _: False, now=time.time())
+    assert _names(tmp_path) == everything
+
+
+async def test_a_piece_that_is_asked_for_stays(tmp_path: Path) -> None:
+    publisher = _filecoin(tmp_path)
+    place, _ = await publisher.publish(a_job_id(), ROOTS[0], "filecoin")
+    _age(tmp_path)
+    app = web.Application()
+    app[TRAFFIC] = Traffic()
+    app.add_routes(Pieces(tmp_path).routes())
+    async with TestClient(TestServer(app)) as client:
+        for _ in range(2):
+            answer = await client.get(f"/piece/{place.removeprefix('piece ')}", headers={"Range": "bytes=8-"})
+            assert await answer.read() == ROOTS[0].encode()
+            publisher.tidy(kept=lambda _: False, now=time.time())

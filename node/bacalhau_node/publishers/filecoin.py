@@ -4,7 +4,8 @@ Theory of operation. The result becomes a **piece**: a CAR (version 1) of everyt
 links, so the same result is always the same file. Its commitment (`content.piece`) names it to providers, who
 check what they pull against it. File and manifest lie in `pieces/` of the store's folder; the node's HTTP port gives
 them out to everybody who has the piece's CID, whole or in ranges (`GET /piece/{CID}`), as it is done today in
-place of pushing data to a provider. Both stay when the job is forgotten, until somebody removes them.
+place of pushing data to a provider. Both stay as long as a job keeps the result, and go `IDLE` seconds after
+they were last asked for when none does any more: their time of change is that of the last use.
 
 **Packing rules.** A piece takes a power of two of bytes in a sector, 127/128 of them payload; what is over is zeros,
 which are never stored or sent: the CID of version 2 says how many there are. A result is one piece, up to what a
@@ -20,16 +21,23 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import threading
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Protocol
 
 import msgspec
 
 from bacalhau_node.errors import ContentError
 from bacalhau_node.ids import JobId
+
+IDLE: Final = 86_400.0
+"""Seconds: who pulls a large piece in ranges comes back within a day (a guess)."""
+
+_OURS = re.compile(r"b[a-z2-7]{50,120}\.(?:car|json)|[0-9a-f]{32}\.tmp")
 
 
 class Piece(Protocol):
@@ -114,14 +122,29 @@ class FilecoinPublisher:
             stop.set()  # of a thread that nobody waits for any more
         return (f"piece {manifest.piece.cid}", str(self._folder / f"{root}.json"))
 
+    def tidy(self, *, kept: Callable[[str], bool], now: float) -> None:
+        """Remove what belongs to no result that is `kept` (asked by its root) and was not used lately; blocks.
+
+        `now`: seconds since 1970. Files that nobody here has made stay.
+        """
+        with suppress(FileNotFoundError):  # nothing was ever published here, or another process tidies too
+            ours = [path for path in self._folder.iterdir() if _OURS.fullmatch(path.name)]
+            manifests = [path for path in ours if path.suffix == ".json" and kept(path.stem)]
+            needed = {name for path in manifests for name in _names(path)}
+            for path in ours:
+                if path.name not in needed and now - path.stat().st_mtime > IDLE:
+                    path.unlink(missing_ok=True)
+
     def _packed(self, root: str, stop: threading.Event) -> Manifest:
         path = self._folder / f"{root}.json"
         try:
             known = msgspec.json.decode(path.read_bytes(), type=Manifest)
-            if (self._folder / known.car).exists():
-                return known
+            for used in (self._folder / known.car, path):
+                os.utime(used)
         except (FileNotFoundError, msgspec.DecodeError):
             pass  # not packed yet, or by something else
+        else:
+            return known
         self._folder.mkdir(parents=True, exist_ok=True)
         draft = self._folder / f"{uuid.uuid4().hex}.tmp"
         try:
@@ -145,3 +168,10 @@ class FilecoinPublisher:
         draft.write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2))
         draft.replace(path)
         return manifest
+
+
+def _names(manifest: Path) -> tuple[str, ...]:
+    """The files of a piece."""
+    with suppress(msgspec.DecodeError):
+        return manifest.name, msgspec.json.decode(manifest.read_bytes(), type=Manifest).car
+    return ()
