@@ -13,8 +13,8 @@ import msgspec
 
 from bacalhau_node.errors import SpecError
 
-JOB_PATTERN = r"^j-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$"
-NODE_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{2,127}$"
+JOB_PATTERN = r"^j-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z"  # `$` would let a line break pass
+NODE_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{2,127}\Z"
 
 JobId = Annotated[str, msgspec.Meta(pattern=JOB_PATTERN)]
 """`j-` and a UUID, the shape of today's Bacalhau job ids. Ten characters are enough to type."""

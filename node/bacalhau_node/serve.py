@@ -259,11 +259,23 @@ class _JsonLines(logging.Formatter):
 
 
 class _PlainLines(logging.Formatter):
-    """Time, level, message, and what belongs to it."""
+    """Time, level, message, and what belongs to it.
+
+    What strangers sent may be quoted in it: no line of theirs looks like one of the log, and no character acts on a
+    terminal.
+    """
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(message)s")
 
+    def format(self, record: logging.LogRecord) -> str:
+        lines = super().format(record).split("\n")
+        return "\n  ".join("".join(map(_inert, line)) for line in lines)
+
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the name that logging calls
         extra = "".join(f" {name}={value}" for name, value in _extra(record).items())
         return super().formatMessage(record) + extra
+
+
+def _inert(character: str) -> str:
+    return character if character.isprintable() else ascii(character)[1:-1]

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bacalhau_node
-from bacalhau_node.cid import DAG_JSON, DAG_PB, Cid
+from bacalhau_node.cid import DAG_JSON, DAG_PB, RAW, Cid
 from bacalhau_node.content import index as index_module
 from bacalhau_node.content.blocks import ROW, BlockStore
 from bacalhau_node.content.dagpb import PbLink, encode_node, folder_node, leaf_frame
@@ -131,6 +131,14 @@ def test_many_puts_do_not_grow_in_memory_without_bound(store, reopen):
     other = reopen()
     assert sum(map(other.has, cids)) >= 20
     assert all(map(store.has, cids))
+
+
+def test_however_small_blocks_are_few_thousand_of_them_wait(store):
+    """Else an archive of a million tiny ones is a gigabyte of memory and a minute's transaction."""
+    for number in range(5_000):
+        block = number.to_bytes(4, "big")
+        store.keep(Cid.of(block, codec=RAW), block)
+    assert len(store._pending) < 1_000  # 4,096 were written
 
 
 def test_closing_flushes_and_a_closed_store_is_a_bug_to_use(folder, reopen):

@@ -26,8 +26,10 @@ from bacalhau_node.api.server import ApiServer, bind
 from bacalhau_node.cid import DAG_JSON, Cid
 from bacalhau_node.client import LocalClient
 from bacalhau_node.content import car
+from bacalhau_node.errors import SpecError
 from bacalhau_node.executors.process import ProcessExecutor
 from bacalhau_node.http_client import HttpClient
+from bacalhau_node.ids import job_id, node_id
 from bacalhau_node.node import open_node
 from bacalhau_node.selection import Selection
 from bacalhau_node.spec import JobSpec, PythonCell, Sharding
@@ -224,6 +226,16 @@ async def test_what_is_wrong_with_a_body_is_said_in_one_sentence(api, path, body
     assert await api.local.jobs() == []
 
 
+async def test_a_line_break_behind_an_id_is_part_of_it(api):
+    """`$` in a pattern lets it pass: such an id would be a folder's name, and a second line in the log."""
+    spec = await api.spec()
+    status, error = await api.ask("POST", "/v0/jobs", {"job": f"{ID}\n", "spec": spec})
+    assert (status, error["error"]) == (400, "SpecError")
+    for read in (job_id, node_id):
+        with pytest.raises(SpecError):
+            read(f"{ID}\n")
+
+
 async def test_a_cell_may_come_with_its_job(api):
     body = {"job": ID, "spec": {"task": {"type": "cell", "bundle": "any"}}, "files": {"cell.py": b"6 * 7"}}
     assert (await api.ask("POST", "/v0/jobs", body))[0] == 200
@@ -412,6 +424,17 @@ async def test_a_body_that_drips_is_given_up(api, monkeypatch):
         assert b"408" in await reader.readline()
     dripping.cancel()
     writer.close()
+
+
+async def test_garbage_is_refused_and_fills_no_log(api, caplog):
+    host, port = urlsplit(api.server.url).hostname, urlsplit(api.server.url).port
+    for garbage in (b"\x16\x03\x01\x02", b"GET /\xff HTTP/1.1", b"GET / HTTP/9.9", b"X: " + b"a" * 20_000):
+        reader, writer = await asyncio.open_connection(host, port)
+        writer.write(garbage + b"\r\n\r\n")
+        async with asyncio.timeout(20):
+            assert b" 400 " in await reader.readline()
+        writer.close()
+    assert not caplog.records
 
 
 # --- how many ---

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import signal
 import socket
@@ -28,7 +29,7 @@ from bacalhau_node.http_client import HttpClient
 from bacalhau_node.node import open_node
 from bacalhau_node.protocol.events import ShardChanged
 from bacalhau_node.selection import NO_RULES
-from bacalhau_node.serve import Settings, network_of
+from bacalhau_node.serve import Settings, _PlainLines, network_of
 from bacalhau_node.spec import InputSource, JobSpec, PythonCell, Sharding
 from tests.certificate import CERTIFICATE, KEY
 from tests.cutter import Cutter
@@ -178,6 +179,15 @@ def test_beyond_loopback_keys_and_tls_are_needed(environment, tmp_path):
         assert (done.returncode, "certificate" in done.stderr) == (3, True)
         done = _run(environment, tmp_path, "nodes", "--node", url, **{**told, "BACALHAU_API_KEY": "simsalabim"})
         assert (done.returncode, "key" in done.stderr) == (3, True)
+
+
+def test_what_strangers_send_looks_like_no_line_of_the_log():
+    error = ValueError("\n2026-11-26 ERROR forged")
+    record = logging.LogRecord("x", logging.ERROR, "", 0, "%s", ("/a\nb\x1b[31m\u202e",), (ValueError, error, None))
+    record.peer = "x\r\ny"
+    first, *rest = _PlainLines().format(record).split("\n")
+    assert first.endswith("ERROR /a")
+    assert rest == ["  b\\x1b[31m\\u202e peer=x\\r", "  y", "  ValueError: ", "  2026-11-26 ERROR forged"]
 
 
 def test_other_nodes_are_told_a_gateway_only_where_they_reach_it():

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import logging
 import socket
 import ssl
 from collections.abc import Iterable
 from typing import Final
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from bacalhau_node import __version__
 from bacalhau_node.api import metrics, shapes
@@ -45,6 +47,15 @@ FULL: Final = "this node has as many connections as it takes, in all or from you
 _CLOSE_SECONDS = 2.0
 
 
+def _is_ours(record: logging.LogRecord) -> bool:
+    """Whether an error is told in the log: whoever sends garbage would fill it with tracebacks."""
+    return record.exc_info is None or not isinstance(record.exc_info[1], HttpProcessingError)
+
+
+http_log = logging.getLogger(f"{__name__}.http")
+http_log.addFilter(_is_ours)
+
+
 class ApiServer:
     """A listening API. `url` is where it is reached once `start` has returned."""
 
@@ -71,6 +82,7 @@ class ApiServer:
         self._runner = web.AppRunner(
             app,
             access_log=None,
+            logger=http_log,
             handler_cancellation=True,
             keepalive_timeout=KEEPALIVE,
             lingering_time=_CLOSE_SECONDS,

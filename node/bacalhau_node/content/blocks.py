@@ -58,7 +58,10 @@ MAX_READ = 16 * 1024**3
 LIMIT: Final = 20 * 1024**3
 """Bytes that a store may take, or a tenth of its disk where that is less, before it is collected."""
 
-_PENDING = 16 * 1024 * 1024  # bytes put and not flushed: beyond, `put` flushes itself
+_PENDING, _PENDING_BLOCKS = (
+    16 * 1024 * 1024,
+    4_096,
+)  # bytes, blocks put and not flushed: beyond, `put` flushes itself
 _CODECS = {"raw": RAW, "dag-json": DAG_JSON}
 
 
@@ -277,7 +280,7 @@ class BlockStore:
     def keep(self, cid: Cid, block: bytes) -> None:
         """Store a block that came with its CID and was checked against it; what it links to must be here already.
 
-        Quick but for every 16 MiB, which are then written; durable after the next `flush`.
+        Quick but for every 16 MiB or few thousand, which are then written; durable after the next `flush`.
         """
         if len(block) > MAX_BLOCK:
             raise ContentError(f"the block {cid} has {len(block)} bytes, over the limit of {MAX_BLOCK}")
@@ -312,7 +315,7 @@ class BlockStore:
             self._pending[cid[-32:]] = kept
         if before is kept:
             self._pending_bytes += len(data)
-            if self._pending_bytes > _PENDING:
+            if self._pending_bytes > _PENDING or len(self._pending) > _PENDING_BLOCKS:
                 self.flush()
 
     def _add_now(self, data: bytes) -> str:
