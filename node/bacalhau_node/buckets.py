@@ -15,15 +15,17 @@ from __future__ import annotations
 
 import asyncio
 import configparser
+import hmac
 import os
 import re
 import threading
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, parse_qsl, quote, urlsplit, urlunsplit
 
 from bacalhau_node.errors import ContentError, SpecError
 
@@ -129,12 +131,54 @@ def unsigned(place: Place) -> bool:
     return os.environ.get(f"{name}_SKIP_SIGNATURE", "").lower() in {"1", "true", "yes", "on", "y", "t"}
 
 
-def public_url(place: Place) -> str:
+def url_for_others(store: Store, place: Place, version: str | None, *, seconds: int) -> str:
+    """A URL by which anybody can read an object for so long, in this version of it; raises what `asked` does.
+
+    The newest version is read where obstore alone can sign: in the buckets of Google and Azure, and with keys of S3
+    that it gets from others than the environment or a profile.
+    """
+    if place.scheme == "s3" and unsigned(place):
+        return _public_url(place) + (f"?versionId={quote(version, safe='')}" if version else "")
+    import obstore  # noqa: PLC0415 - only who uses buckets has it
+
+    signed = asked(place, lambda: obstore.sign(store, "GET", place.key, timedelta(seconds=seconds)))
+    return _at_version(signed, version) if place.scheme == "s3" and version else signed
+
+
+def _public_url(place: Place) -> str:
     """The plain URL of an object in a public S3 bucket."""
     store = _opened(place, _profile() | {"access_key_id": "nobody", "secret_access_key": "nothing"})
     import obstore  # noqa: PLC0415 - only who uses buckets has it
 
     return obstore.sign(store, "GET", place.key, timedelta(minutes=1)).partition("?")[0]
+
+
+def _at_version(signed: str, version: str) -> str:
+    """A signed URL of S3 made one for this version, as far as its own signature can be made here."""
+    parts = urlsplit(signed)
+    *given, (_, theirs) = parse_qsl(parts.query)
+    secret = _profile().get("secret_access_key") or os.environ.get("AWS_SECRET_ACCESS_KEY", "")
+    if _signature(parts, given, secret) != theirs:
+        return signed
+    named = [*given, ("versionId", version)]
+    return urlunsplit(parts._replace(query=f"{_query(named)}&X-Amz-Signature={_signature(parts, named, secret)}"))
+
+
+def _signature(url: SplitResult, query: Sequence[tuple[str, str]], secret: str) -> str:
+    """Version 4 of S3's signatures, of a GET by these parameters."""
+    said = dict(query)
+    scope = said["X-Amz-Credential"].split("/")[1:]
+    request = "\n".join(("GET", url.path, _query(query), f"host:{url.netloc}", "", "host", "UNSIGNED-PAYLOAD"))
+    digest = sha256(request.encode()).hexdigest()
+    text = "\n".join((said["X-Amz-Algorithm"], said["X-Amz-Date"], "/".join(scope), digest))
+    key = f"AWS4{secret}".encode()
+    for part in (*scope, text):
+        key = hmac.digest(key, part.encode(), "sha256")
+    return key.hex()
+
+
+def _query(pairs: Sequence[tuple[str, str]]) -> str:
+    return "&".join(sorted(f"{name}={quote(value, safe='')}" for name, value in pairs))
 
 
 def explained(error: Exception, place: Place) -> SpecError | ContentError:

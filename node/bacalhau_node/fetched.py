@@ -1,12 +1,15 @@
 """What was fetched already: (URL, version) -> CID, so that a file comes over the network once and a rerun is by CID.
 
 A version is what a server calls one state of a file (an ETag, a version id): the same pair always stands for the same
-bytes. The table is a hint for all processes of a user, in the folder of the store that they share: that the content is
+bytes. A URL into a bucket that is signed has another signature each time; `unsigned` tells what it is a URL of.
+
+The table is a hint for all processes of a user, in the folder of the store that they share: that the content is
 still there must be asked of the store, and losing the table costs only fetching again.
 """
 
 from __future__ import annotations
 
+import re
 import sqlite3
 import threading
 from collections.abc import Iterable, Iterator
@@ -27,6 +30,26 @@ CREATE TABLE IF NOT EXISTS fetched (
 _PUT = """
 INSERT INTO fetched (url, version, cid) VALUES (?, ?, ?) ON CONFLICT (url, version) DO UPDATE SET cid = excluded.cid
 """
+
+_SIGNATURE = re.compile(r"x-(?:amz|goog)-.*", re.IGNORECASE)
+_AZURE = re.compile(r"s[eprstv]|ss|srt|spr|sip|sig|sdd|ses|sk(?:oid|tid|t|e|s|v)|saoid|suoid|scid")
+
+
+def unsigned(url: str) -> str:
+    """The URL without what signing it for a while has added, as S3, Google and Azure do; itself where it is not signed.
+
+    It stands for the same object however often that is signed, but opens nothing: who may know what came by it
+    must be one who had a good signature before.
+    """
+    place, mark, query = url.partition("?")
+    given = query.split("&")
+    azure = {"se", "sig", "sv"} <= {pair.partition("=")[0] for pair in given}
+    kept = [pair for pair in given if not _signs(pair.partition("=")[0], azure=azure)]
+    return f"{place}{mark if kept else ''}{'&'.join(kept)}"
+
+
+def _signs(name: str, *, azure: bool) -> bool:
+    return bool(_SIGNATURE.fullmatch(name) or (azure and _AZURE.fullmatch(name)))
 
 
 class Fetched:

@@ -230,8 +230,9 @@ class Runner:
         if job.problem is not None:
             return self._failed("environment", job.problem)
         entries, shared = await self._entries(run, job, providers)
-        own = run.requester == self._node and OWNER_LABEL not in run.spec.labels
-        access = Access(own=own, providers=providers)
+        owner = run.spec.labels.get(OWNER_LABEL, "")
+        own = run.requester == self._node and not owner
+        access = Access(own=own, whose="" if own else f"{run.requester} {owner}", providers=providers)
 
         def told(name: str, done: int, total: int | None, cid: str) -> None:
             progress(Transfer(run.execution, name, done, total, cid))

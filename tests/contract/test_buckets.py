@@ -317,6 +317,24 @@ async def test_another_node_reads_a_signed_url_in_its_planned_state_only(source,
         await fetched(another("second"), [offered])
 
 
+async def test_a_signed_url_names_the_planned_version_where_the_bucket_keeps_versions(source, bucket, tmp_path):
+    bucket.keep_versions()
+    key = "data/é 日+%~'(1)'.csv"
+    bucket.put({key: b"one"})
+    (entry,) = listed(source, f"s3://{bucket.name}")
+    bucket.put({key: b"two"})
+    offered = structs.replace(entry, reference=await source.presign(entry.reference, seconds=60))
+    assert f"versionId={entry.reference.version.partition(' ')[0]}" in offered.reference.url
+    root = tmp_path / "other"
+    with contextlib.closing(BlockStore(root)) as store, contextlib.closing(Fetched(root)) as table:
+        another = UrlSource(store, fetched=table)
+        await fetched(another, [offered])
+        assert read(another, offered, tmp_path) == b"one"
+    forged = structs.replace(offered.reference, url=offered.reference.url.replace("versionId=", "versionId=0"))
+    async with aiohttp.ClientSession() as session, session.get(forged.url) as answer:
+        assert answer.status == 403
+
+
 @pytest.fixture
 def public(bucket) -> Bucket:
     """A bucket that anybody may read."""

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from bacalhau_node.errors import ContentError
-from bacalhau_node.fetched import Fetched
+from bacalhau_node.fetched import Fetched, unsigned
 
 
 def test_what_is_remembered_is_recalled_by_every_process_and_by_the_next(tmp_path):
@@ -47,3 +47,25 @@ def test_a_damaged_table_is_an_error_that_says_what_to_remove(tmp_path):
     with pytest.raises(ContentError, match=r"fetched\.sqlite.*remove the file") as caught:
         Fetched(tmp_path).recall("u", "")
     assert isinstance(caught.value.__cause__, sqlite3.Error)
+
+
+AMAZON = "X-Amz-Algorithm=A&X-Amz-Credential=K%2F20260101&X-Amz-Date=D&X-Amz-Expires=60&X-Amz-SignedHeaders=host"
+AZURE = "sv=2021-08-06&st=2026&se=2027&sr=b&sp=r&sig=x%3D"
+
+
+@pytest.mark.parametrize(
+    ("query", "left"),
+    [
+        (f"?{AMAZON}&X-Amz-Security-Token=T&X-Amz-Signature=S", ""),
+        (f"?{AMAZON}&versionId=v%2F1&X-Amz-Signature=S", "?versionId=v%2F1"),
+        ("?generation=7&X-Goog-Algorithm=A&X-Goog-Signature=S", "?generation=7"),
+        (f"?{AZURE}", ""),
+        (f"?versionid=1&{AZURE}&skoid=1&ske=2", "?versionid=1"),
+        ("?st=1&sp=2&sr=3", "?st=1&sp=2&sr=3"),
+        ("?signature=mine&b=?&a", "?signature=mine&b=?&a"),
+        ("?", "?"),
+        ("", ""),
+    ],
+)
+def test_a_url_is_told_by_what_it_names_and_not_by_how_it_is_signed(query, left):
+    assert unsigned(f"https://b.example.org/a%20b.csv{query}") == f"https://b.example.org/a%20b.csv{left}"

@@ -25,6 +25,7 @@ from bacalhau_node.errors import BugError, ContentError, SpecError
 from bacalhau_node.fetched import Fetched
 from bacalhau_node.ports import Access
 from bacalhau_node.sharding import ContentRef, Doubtful, Entry, UrlRef
+from bacalhau_node.sources import guard
 from bacalhau_node.sources.guard import Guard
 from bacalhau_node.sources.limits import Limits
 from bacalhau_node.sources.listing import file_name, list_paths, shown_url
@@ -66,13 +67,14 @@ class Here:
         self.fetched = Fetched(root / "store")
         self.source = UrlSource(self.store, fetched=self.fetched, own=own, limits=limits)
         self.told: list[tuple[str, int, int | None, str]] = []
-        self.own, self.scratch = own, root / "scratch"
+        self.own, self.whose, self.scratch = own, "", root / "scratch"
 
     async def list(self, url: str) -> list[Entry]:
         return await asyncio.to_thread(self.source.list, InputSource(source=url), index=0)
 
     async def fetch(self, *entries: Entry) -> None:
-        await self.source.fetch(entries, access=Access(own=self.own), told=lambda *word: self.told.append(word))
+        access = Access(own=self.own, whose=self.whose)
+        await self.source.fetch(entries, access=access, told=lambda *word: self.told.append(word))
 
     async def one(self, url: str) -> bytes:
         (entry,) = await self.list(url)
@@ -689,6 +691,38 @@ class OneDoor(Guard):
 
     def socket(self, info):
         return (Guard(own=True) if info[4][1] == self._port else super()).socket(info)
+
+
+def signed(server: Hostile, signature: str) -> Entry:
+    """An object of a bucket as a requester offers it."""
+    url = URL(server.url).with_host("localhost") / "x.csv"
+    query = f"X-Amz-Date={signature}&X-Amz-Signature={signature}"
+    return Entry("x.csv", UrlRef(f"{url}?{query}", TAG), len(BODY))
+
+
+async def test_an_object_whose_url_is_signed_anew_is_here_already(here, server):
+    server.default = data(BODY, ETag=TAG)
+    for number in range(2):
+        entry = signed(server, str(number))
+        await here.fetch(entry)
+        assert here.read(entry) == BODY
+    assert len(server.asked) == 1
+
+
+async def test_what_came_by_a_signed_url_is_there_for_those_alone_who_had_it_signed(server, tmp_path, monkeypatch):
+    """A requester that knows the name and the ETag of an object need not be one who may read it."""
+    monkeypatch.setattr(guard, "Guard", lambda **_: OneDoor(URL(server.url).port))
+    with contextlib.closing(Here(tmp_path, own=False)) as here:
+        server.default = data(BODY, ETag=TAG)
+        for number, whose in enumerate(("one", "one", "")):
+            here.whose = whose
+            await here.fetch(signed(server, str(number)))
+        assert len(server.asked) == 2
+        server.default = status(403)
+        for whose in ("another", ""):
+            here.whose = whose
+            with pytest.raises(ContentError, match="403"):
+                await here.fetch(signed(server, "forged"))
 
 
 @pytest.mark.parametrize(

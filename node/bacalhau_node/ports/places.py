@@ -18,10 +18,11 @@ class Access(msgspec.Struct, frozen=True, kw_only=True):
     """For whom inputs are fetched, and who is asked first.
 
     `own`: for the owner of this node, whose jobs may ask any address but those of cloud metadata. `providers` are
-    those that the job itself names: its requester, mostly.
+    those that the job itself names: its requester, mostly. `whose`: for whom among the others, "" if that is not known.
     """
 
     own: bool = True
+    whose: str = ""
     providers: tuple[Provider, ...] = ()
 
 

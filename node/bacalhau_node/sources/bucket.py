@@ -20,14 +20,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import cache, partial
 from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
 from weakref import WeakValueDictionary
 
-from bacalhau_node.buckets import Buckets, Place, asked, claims, parse, public_url, together, unsigned
+from bacalhau_node.buckets import Buckets, Place, asked, claims, parse, together, url_for_others
 from bacalhau_node.errors import BugError, ContentError, SpecError
 from bacalhau_node.fetched import Fetched
 from bacalhau_node.literals import nearest
@@ -135,20 +134,15 @@ class BucketSource:
     async def presign(self, reference: UrlRef, *, seconds: int) -> UrlRef:
         """The same object as a URL that anybody can read for so long; its version is the ETag.
 
-        Of an object with versions it reads the newest, and only if that is still the one that was listed. Raises
-        `SpecError` or `ContentError`.
+        Where the URL can't name the version that was listed (see `url_for_others`), it reads the newest, and only if
+        that is still the same. Raises `SpecError` or `ContentError`.
         """
-        place = parse(reference.url)
+        place, (version, etag) = parse(reference.url), _pins(reference)
 
         def sign() -> str:
-            if place.scheme == "s3" and unsigned(place):
-                return public_url(place)
-            store = self._buckets.open(place)
-            import obstore  # noqa: PLC0415 - only who uses buckets has it
+            return url_for_others(self._buckets.open(place), place, version, seconds=seconds)
 
-            return asked(place, lambda: obstore.sign(store, "GET", place.key, timedelta(seconds=seconds)))
-
-        return UrlRef(await asyncio.to_thread(sign), _pins(reference)[1], reference.sha256)
+        return UrlRef(await asyncio.to_thread(sign), etag, reference.sha256)
 
     def _missing(self, entries: Sequence[Entry]) -> Sequence[tuple[Entry, UrlRef]]:
         """What is not here yet."""

@@ -26,7 +26,7 @@ from weakref import WeakValueDictionary
 import msgspec
 
 from bacalhau_node.errors import BugError, ContentError, SpecError
-from bacalhau_node.fetched import Fetched
+from bacalhau_node.fetched import Fetched, unsigned
 from bacalhau_node.ports import Access, ContentStore, Told
 from bacalhau_node.sharding import Doubtful, Entry, Reference, UrlRef, shown
 from bacalhau_node.sources import listing
@@ -135,7 +135,7 @@ class UrlSource:
 
     async def _measured(self, web: Web, entry: Entry) -> tuple[int, UrlRef]:
         """(size, reference) of a file whose size its server does not say: it is brought here to know it."""
-        cid, sha256 = await self._bring(web, entry, told=_nobody, size=None)
+        cid, sha256 = await self._bring(web, entry, Access(own=self._own), told=_nobody, size=None)
         ((_, _, size),) = await asyncio.to_thread(self._content.list, cid)
         reference = _url(entry.reference)
         if _is_mark(reference.version) and sha256:
@@ -183,42 +183,51 @@ class UrlSource:
         """Download what is not in the store yet, several at once; see `ports.Source`."""
         missing = []
         for entry in entries:
-            if (cid := self._known(_url(entry.reference), own=access.own)) is None:
+            if (cid := self._known(_url(entry.reference), access)) is None:
                 missing.append(entry)
             else:
                 told(entry.path, entry.size, entry.size, cid)
         if missing:
             async with self._web(own=access.own) as web:
-                await _all([self._bring(web, entry, told=told, size=_size(entry)) for entry in missing])
+                await _all([self._bring(web, entry, access, told=told, size=_size(entry)) for entry in missing])
 
-    def _known(self, reference: UrlRef, *, own: bool) -> str | None:
+    def _known(self, reference: UrlRef, access: Access) -> str | None:
         """The CID of what is here already of the very file that is meant, as far as those may know who want it."""
-        cid = self._fetched.recall(*_key(reference, own=own))
-        return cid if cid is not None and self._content.has(cid) else None
+        key, *others = _keys(reference, access)
+        for one in (key, *others):
+            cid = self._fetched.recall(*one)
+            if cid is not None and self._content.has(cid):
+                if one != key:
+                    self._fetched.remember(*key, cid)  # `open` is told the reference alone
+                return cid
+        return None
 
     def _opened(self, reference: UrlRef) -> str | None:
         """The CID of what was fetched, for whomever."""
-        return self._known(reference, own=True) or self._known(reference, own=False)
+        return self._known(reference, Access()) or self._known(reference, Access(own=False))
 
-    async def _bring(self, web: Web, entry: Entry, *, told: Told, size: int | None) -> tuple[str, str]:
+    async def _bring(self, web: Web, entry: Entry, access: Access, *, told: Told, size: int | None) -> tuple[str, str]:
         """(CID, sha256 if it was downloaded now) of one file, once however many shards want it at the same time."""
         reference = _url(entry.reference)
-        lock = self._locks.setdefault(_key(reference, own=web.own), asyncio.Lock())
+        lock = self._locks.setdefault(_keys(reference, access)[-1], asyncio.Lock())
         async with lock:
-            if (cid := self._known(reference, own=web.own)) is not None:
+            if (cid := self._known(reference, access)) is not None:
                 told(entry.path, entry.size, entry.size, cid)
                 return cid, ""
-            return await self._turn(reference.url, lambda: self._download(web, entry, told=told, size=size))
+            return await self._turn(reference.url, lambda: self._download(web, entry, access, told=told, size=size))
 
-    async def _download(self, web: Web, entry: Entry, *, told: Told, size: int | None) -> tuple[str, str]:
+    async def _download(
+        self, web: Web, entry: Entry, access: Access, *, told: Told, size: int | None
+    ) -> tuple[str, str]:
         reference, module = _url(entry.reference), _late("download")
         version = "" if _is_mark(reference.version) else reference.version
         wanted: Wanted = module.Wanted(url=reference.url, version=version, size=size, sha256=reference.sha256)
         told(entry.path, 0, size, "")  # a slow one is seen before its first MiB is here
         got: Got = await module.download(web, wanted, self._content, _Telling(entry.path, told, self._loop.time))
-        self._fetched.remember(*_key(UrlRef(reference.url, reference.version), own=web.own), got.cid)
+        keys = _keys(UrlRef(reference.url, reference.version), access)
         if got.sha256:
-            self._fetched.remember(*_key(UrlRef("", "", got.sha256), own=web.own), got.cid)
+            keys += _keys(UrlRef("", "", got.sha256), access)
+        self._fetched.remember_all([(*key, got.cid) for key in keys])
         told(entry.path, got.size, got.size, got.cid)
         return got.cid, got.sha256
 
@@ -286,13 +295,19 @@ def _size(entry: Entry) -> int | None:
     return None if _url(entry.reference).version.startswith(_UNSEEN) else entry.size
 
 
-def _key(reference: UrlRef, *, own: bool) -> tuple[str, str]:
+def _keys(reference: UrlRef, access: Access) -> list[tuple[str, str]]:
     """What `Fetched` calls this file: a checksum says more than a URL and a version.
 
-    What came for the owner's jobs is not there for those of others, who could guess at what they may not ask for.
+    What came for the owner's jobs is not there for those of others, who could guess at what they may not ask for. For
+    the same reason an object whose URL was signed is there again, under another signature, only for the same one.
     """
-    place = "" if own else "others "
-    return (f"{place}sha256:{reference.sha256}", "") if reference.sha256 else (place + reference.url, reference.version)
+    place = "" if access.own else "others "
+    if reference.sha256:
+        return [(f"{place}sha256:{reference.sha256}", "")]
+    keys = [(place + reference.url, reference.version)]
+    if (access.own or access.whose) and (plain := unsigned(reference.url)) != reference.url:
+        keys.append((f"signed {access.whose} {plain}", reference.version))
+    return keys
 
 
 def _is_mark(version: str) -> bool:

@@ -54,7 +54,6 @@ class Web:
 
     def __init__(self, session: aiohttp.ClientSession, guard: Guard, limits: Limits) -> None:
         self._session, self._guard, self.limits = session, guard, limits
-        self.own = guard.own
 
     async def look(self, url: str) -> Found:
         """What `url` is, without its bytes; raises `ContentError`."""
