@@ -231,6 +231,3 @@ GROUPS: dict[str, tuple[Option, ...]] = {
 
 OPTIONS: dict[str, Option] = {option.flag: option for group in GROUPS.values() for option in group}
 SHORT: dict[str, Option] = {f"-{option.short}": option for option in OPTIONS.values() if option.short}
-
-ELSEWHERE = {"--in": "--vars", "--concurrency": "--replicas", "--confidence": "--agree"}
-"""Spellings that people bring along (upstream's, an older draft's) and what they are called here."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from bacalhau_jupyter import words
-from bacalhau_jupyter.option_table import ELSEWHERE, GROUPS, OPTIONS, SHORT, Option
+from bacalhau_jupyter.option_table import GROUPS, OPTIONS, SHORT, Option
 from bacalhau_node import filesystem, literals
 from bacalhau_node.errors import SpecError
 from bacalhau_node.spec import Command, InputSource, Isolation, JobSpec, PythonCell, Resources, Sharding
@@ -158,12 +158,10 @@ def _known(flag: str, *, quoted: bool = False, whole: str = "") -> Option:
     option = OPTIONS.get(flag) or SHORT.get(flag)
     if option and not quoted:
         return option
-    if flag in ELSEWHERE:
-        raise SpecError(f"unknown option {flag}; it is called {ELSEWHERE[flag]} here")
     dashes = "-–—"  # the longer ones come from word processors
     if quoted or flag[:1] not in dashes:
         raise SpecError(f"unexpected word {whole!r}: no option takes it; quote a value that holds blanks")
-    hint = literals.nearest(f"--{flag.strip(dashes)}", OPTIONS)
+    hint = literals.unknown(f"--{flag.strip(dashes)}", OPTIONS)
     raise SpecError(f"unknown option {flag}{hint or '; %bacalhau --help lists them'}")
 
 

@@ -18,7 +18,7 @@ from bacalhau_node.errors import SpecError
 from bacalhau_node.spec import InputSource
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Collection, Iterable
 
 _POWERS = "kmgtp"
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?(?:([kmgtp]?)(i?)b)?", re.IGNORECASE)
@@ -37,6 +37,21 @@ SCHEMES = ("ipfs", "http", "https", "s3", "gs", "az")
 BUCKETS = SCHEMES[3:]
 TARGETS = ("store", "ipfs", "filecoin")
 LOCAL = "local:"
+
+ELSEWHERE = {
+    "--in": "--vars",
+    "--concurrency": "--replicas",
+    "--count": "--replicas",
+    "--confidence": "--agree",
+    "--input-urls": "--input",
+    "--input-volumes": "--input",
+    "--sharding-glob-pattern": "--glob",
+    "--sharding-batch-size": "--batch-size",
+}
+"""Options that people bring along (upstream's, an older draft's) and what they are called here."""
+
+_ABBREVIATION = 4
+"""Characters, dashes included, from which a word may be the beginning of the one that was meant."""
 
 
 def size(text: str) -> int:
@@ -135,10 +150,19 @@ def node_url(text: str) -> str:
 
 
 def nearest(text: str, allowed: Iterable[str]) -> str:
-    """`; did you mean X?` for the allowed word that looks most like `text`, or nothing."""
+    """`; did you mean X?` for the allowed word that looks most like `text`, or what it abbreviates, or nothing."""
     words = {word.lower(): word for word in allowed}
     close = difflib.get_close_matches(text.lower(), words, n=1, cutoff=0.6)
-    return f"; did you mean {words[close[0]]}?" if close else ""
+    longer = [word for word in words if len(text) >= _ABBREVIATION and word.startswith(text.lower())]
+    if longer and not set(close) & set(longer):
+        close = longer
+    return f"; did you mean {' or '.join(words[word] for word in close)}?" if close else ""
+
+
+def unknown(flag: str, allowed: Collection[str]) -> str:
+    """What to say of an option that there is not: what it is called here, or looks most like; or nothing."""
+    here = ELSEWHERE.get(flag)
+    return f"; it is called {here} here" if here in allowed else nearest(flag, allowed)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,9 +30,9 @@ def environment(tmp_path: Path) -> dict[str, str]:
     return {**os.environ, "BACALHAU_DIR": str(tmp_path / "data"), "DOCKER_HOST": f"unix://{tmp_path}/no-daemon"}
 
 
-def _run(environment: dict[str, str], folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+def _run(environment: dict[str, str], folder: Path, *words: str, main: str = MAIN) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", MAIN, *words],
+        [sys.executable, "-c", main, *words],
         cwd=folder,
         env=environment,
         capture_output=True,
@@ -102,7 +102,7 @@ def test_packages_come_from_the_line_and_from_the_script(environment, tmp_path):
 def test_a_failing_shard_is_named_and_the_exit_code_is_1(environment, tmp_path):
     done = _run(environment, tmp_path, "run", _script(tmp_path, "1 / shard.index"), "--shards", "2")
     assert done.returncode == 1
-    assert "shard 0 failed: ZeroDivisionError: division by zero" in done.stderr
+    assert "shard 0 failed: ZeroDivisionError: division by zero (job.py, line 1)" in done.stderr
     assert "1/2 shards, failed: 0" in done.stderr
 
 
@@ -129,7 +129,10 @@ def test_results_are_downloaded_and_equal_names_never_overwrite_each_other(envir
         (("run",), "nothing to run"),
         (("run", "no.py"), "no.py can't be read"),
         (("run", "job.py", "--shards", "0"), "at least 1"),
-        (("run", "job.py", "--shard", "2"), "No such option"),
+        (("run", "job.py", "--shard", "2"), "No such option: --shard; did you mean --shards?"),
+        (("run", "job.py", "--concurrency", "2"), "No such option: --concurrency; it is called --replicas here"),
+        (("job", "list"), "No such command 'job list'. It is called here: bacalhau-node list"),
+        (("docker", "run", "debian", "true"), "bacalhau-node run --image NAME -- COMMAND…"),
         (("run", "job.py", "--memory", "much"), "not a size"),
         (("run", "job.py", "-i", "nowhere"), "no such file or folder"),
         (("run", "bad.py"), "not a Python program"),
@@ -143,6 +146,13 @@ def test_wrong_usage_is_one_message_and_exit_code_2(environment, tmp_path, words
     assert done.returncode == 2, done.stderr
     assert text in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("words", [("serve",), ("devstack",), ("list", "--node", "127.0.0.1:1")])
+def test_what_needs_aiohttp_says_how_to_install_it(environment, tmp_path, words):
+    done = _run(environment, tmp_path, *words, main=f"import sys; sys.modules['aiohttp'] = None; {MAIN}")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "pip install 'bacalhau-jupyter[http]'" in done.stderr
 
 
 def test_packages_are_for_python_files(environment, tmp_path):

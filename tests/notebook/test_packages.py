@@ -66,6 +66,7 @@ def test_a_dry_run_names_the_packages_and_their_layer(shop):
         ("%%bacalhau --require msgspec<0.1\n1", "the cell requires msgspec<0.1, and its environment has msgspec"),
         ("%%bacalhau\n\n# requires: a GPU\n1", "line 3, # requires: 'a GPU' is not a package with versions"),
         ("%%bacalhau\n# /// script\n# requires-python = '<3'\n# ///\n1", "the cell needs Python <3"),
+        ("%%bacalhau\nimport nosuch", "--require PKG installs a package for the job"),
         ("%%bacalhau\n%pip install alpha", "line 2: packages are installed before the shards start"),
     ],
 )

@@ -192,6 +192,8 @@ def test_what_a_request_says_is_in_its_spec():
         ("--in a", "unknown option --in; it is called --vars here"),
         ("--concurrency 3", "it is called --replicas here"),
         ("--confidence 3", "it is called --agree here"),
+        ("--par 3", "unknown option --par; did you mean --partial or --parallel?"),
+        ("--sharding-glob-pattern *.csv", "it is called --glob here"),
         ("--input", "--input needs a value: --input SRC"),
         ("--input --shards 3", "--input needs a value"),
         ("--raw=yes", "--raw=yes: it takes no value"),

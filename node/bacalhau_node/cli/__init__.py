@@ -14,13 +14,14 @@ from bacalhau_node import __version__
 from bacalhau_node.cli import content, jobs
 from bacalhau_node.cli.common import FAILED, finish
 from bacalhau_node.cli.devstack import devstack
+from bacalhau_node.cli.familiar import Group
 from bacalhau_node.cli.network import network
 from bacalhau_node.cli.run import run
 from bacalhau_node.cli.serving import serve
 from bacalhau_node.doctor import Finding, examine, healthy
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
     """Run shards of your data in containers, on this machine or on a network of nodes."""
 

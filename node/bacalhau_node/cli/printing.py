@@ -26,7 +26,7 @@ async def follow(client: Client, job: str, *, many: bool, shard: int | None = No
             if isinstance(update, ShardText):
                 printer.text(update.shard, update.stream, update.text)
             elif isinstance(update, ShardChanged) and update.state == "failed" and update.error:
-                click.echo(f"shard {update.shard} failed: {error_text(update.error)}", err=True)
+                click.echo(f"shard {update.shard} failed: {_failure(update.error)}", err=True)
     printer.end()
     transfers.end()
     return await client.job(job)
@@ -105,6 +105,12 @@ def _shard_summary(shard: ShardView) -> dict[str, object]:
 def error_text(error: ShardError) -> str:
     """One line for an error."""
     return ": ".join(part for part in (error.name, error.message) if part)
+
+
+def _failure(error: ShardError) -> str:
+    """The line, where in the script it was raised, and what is to be done about it."""
+    lines = [f" ({frame.file}, line {frame.line})" for frame in error.frames if frame.in_cell]
+    return "\n".join((error_text(error) + "".join(lines[-1:]), *error.notes))
 
 
 def _value(outcome: Outcome) -> object:

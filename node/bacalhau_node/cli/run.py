@@ -14,6 +14,7 @@ import msgspec
 
 from bacalhau_node import filesystem, literals, masking, requirements
 from bacalhau_node.bundle import script_task
+from bacalhau_node.cli import familiar
 from bacalhau_node.cli.common import FAILED, NODE, Literal, finish, options, reach
 from bacalhau_node.cli.printing import closing_line, follow, summary
 from bacalhau_node.client import Client, JobView
@@ -55,16 +56,19 @@ _RUN_OPTIONS = (
     click.option("-l", "--label", "labels", type=PAIR, multiple=True, metavar="K=V", help="A label of the job."),
     click.option("--raw", is_flag=True, help="FILE is a shell script."),
     click.option("--pin", is_flag=True, help="Give local inputs a CID and keep them."),
-    click.option("--publish", default="store", metavar="TARGET", help="local:DIR, s3://…, gs://…, az://…, ipfs, filecoin."),
+    click.option(
+        "--publish", default="store", metavar="TARGET", help="local:DIR, s3://…, gs://…, az://…, ipfs, filecoin."
+    ),
     click.option("--reuse", is_flag=True, help="Take the result of an equal job that has completed."),
     click.option("--constraint", default="", metavar="EXPR", help="Which nodes, by their labels."),
+    click.option("--wait", is_flag=True, expose_value=False, help="Wait and print, which it does anyway."),
     click.option("--download", "target", type=click.Path(path_type=Path), help="Write the results to this folder."),
     NODE,
     click.option("--json", "as_json", is_flag=True, help="Print one JSON object last."),
 )
 
 
-@click.command(context_settings={"ignore_unknown_options": False})
+@click.command(cls=familiar.Command)
 @click.argument("file", required=False)
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
 @options(*_RUN_OPTIONS)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 import msgspec
 
 from bacalhau_node.cli.common import JSON, finish, needs_http, options
-
-if TYPE_CHECKING:
-    from bacalhau_node.serve import Settings
 
 FILE = click.Path(path_type=Path, dir_okay=False)
 
@@ -38,15 +35,12 @@ def serve(
     *, log_json: bool, as_json: bool, api: str, listen: tuple[str, ...], peers: tuple[str, ...], **files: Any
 ) -> None:
     """Run a node for notebooks, shells and other nodes, here or elsewhere, until it is stopped."""
+    finish(_serve(log_json=log_json, as_json=as_json, api=api, listen=listen, peers=peers, **files))
+
+
+async def _serve(*, log_json: bool, as_json: bool, **settings: Any) -> None:
     needs_http()
-    from bacalhau_node.serve import Settings  # noqa: PLC0415 - aiohttp loads when it is needed
-
-    settings = Settings(api=api, listen=listen, peers=peers, **files)
-    finish(_serve(settings, log_json=log_json, as_json=as_json))
-
-
-async def _serve(settings: Settings, *, log_json: bool, as_json: bool) -> None:
-    from bacalhau_node import serve as service  # noqa: PLC0415 - see above
+    from bacalhau_node import serve as service  # noqa: PLC0415 - aiohttp loads when it is needed
 
     def ready(state: service.Ready) -> None:
         if as_json:
@@ -58,4 +52,4 @@ async def _serve(settings: Settings, *, log_json: bool, as_json: bool) -> None:
             click.echo(f"another node joins by: --peer {state.peer}")
 
     service.start_logging(as_json=log_json)
-    await service.serve(settings, ready)
+    await service.serve(service.Settings(**settings), ready)

@@ -81,6 +81,8 @@ def explained(what: Header, error: BaseException, run: Header) -> Header:
         return {**what, "kind": "disk"}
     if number == errno.EAGAIN:
         what["notes"].append("if it was starting processes: a shard may have at most %d at once" % MAX_PROCESSES)
+    if isinstance(error, ModuleNotFoundError) and "." not in (error.name or "."):
+        what["notes"].append("--require PKG installs a package for the job, --module PATH sends source of your own")
     return what
 
 
