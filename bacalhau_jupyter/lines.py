@@ -14,6 +14,7 @@ with more shards, lines carry `[shard 3]` and come whole.
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from typing import Literal, NamedTuple
 
@@ -28,6 +29,9 @@ LINE_LIMIT = 10_000
 """Characters of one line that are shown; a line can be a gigabyte."""
 TAIL_LINES = 20
 TAIL_WIDTH = 500
+_RESET = "\x1b[0m"
+_CURSOR = re.compile(r"\x1b\[[0-?]*[ -/]*[@-ln-~]")
+"""Control sequences but colours (`m`): they move the cursor or erase, as nested progress bars do."""
 
 
 class Piece(NamedTuple):
@@ -127,7 +131,7 @@ class LineGate:
         if self._single or stream not in self._streams:
             return
         for line in lines:
-            self._admit(shard, stream, f"[shard {shard}] {line}\n", now)
+            self._admit(shard, stream, f"[shard {shard}] {_contained(line)}\n", now)
 
     def ready(self, now: float) -> bool:
         """Whether `take` would return something."""
@@ -187,6 +191,13 @@ class LineGate:
 def _cut(text: str) -> str:
     body = text.rstrip("\n")
     return text if len(body) <= LINE_LIMIT else shortened(body, LINE_LIMIT) + text[len(body) :]
+
+
+def _contained(line: str) -> str:
+    """`line` without escape codes that would reach into the lines of other shards: colours end with it."""
+    if "\x1b" not in line:
+        return line
+    return _CURSOR.sub("", line).removesuffix(_RESET) + _RESET
 
 
 def _by_newline(text: str) -> list[str]:

@@ -74,7 +74,7 @@ def _expression(text: str) -> str:
     try:
         ast.parse(text.strip(), mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # the last two: absurdly nested text
-        raise SpecError(f"not a Python expression: {error}") from error
+        raise SpecError(f"not a Python expression: {getattr(error, 'msg', error)}") from error
     return text.strip()
 
 

@@ -200,7 +200,7 @@ class Result:
         for shard in self._finished()[:_SHOWN]:
             more = f" and {len(shard.inputs) - 2} more" if len(shard.inputs) > 2 else ""
             title = f"shard {shard.index}{': ' if shard.inputs else ''}{', '.join(shard.inputs[:2])}{more}"
-            parts.append(f"<div><b>{html.escape(title)}</b></div>{self._html(shard)}")
+            parts.append(f"<div><b>{html.escape(title)}</b> {self._html(shard)}</div>")
         return "\n".join([*parts, *(f"<div>{html.escape(line)}</div>" for line in self._hidden())])
 
     def _sentence(self) -> str:
@@ -233,20 +233,22 @@ class Result:
             return f"{shard.value.type}, {table.num_rows:,} rows × {table.num_columns} columns ({shown})"
         if shard.value.kind in ("npy", "bytes") or shard.value.blob.size > _LINE * 100:
             return f"{shard.value.type}, {shard.value.blob.size:,} bytes"
-        text = " ".join(repr(self._value(shard)).split())
-        return text if len(text) <= _LINE else f"{text[:_LINE]}…"
+        value = self._value(shard)
+        remark = f"  # {value.remark}" if isinstance(value, values.Repr) else ""
+        text = " ".join((str(value) if remark else repr(value)).split())
+        return (text if len(text) <= _LINE else f"{text[:_LINE]}…") + remark
 
     def _html(self, shard: ShardResult) -> str:
         """A drawing as itself, the beginning of a table, anything else as its line."""
         if shard.value.kind == "mime":
             drawn = self._value(shard).as_html()
             if drawn:
-                return str(drawn)
+                return f"<div>{drawn}</div>"
         if shard.value.kind == "arrow" and self._kind_of(shard) == "table":
             table = values.read_table(self._data(shard))
             head = table.slice(0, _SHOWN).to_pandas().to_html(max_cols=12, border=0)
             return f"{head}<div>{table.num_rows:,} rows × {table.num_columns} columns</div>"
-        return f"<pre>{html.escape(self._short(shard))}</pre>"
+        return f"<code>{html.escape(self._short(shard))}</code>"
 
 
 def reduce(expression: str, frame: pd.DataFrame, namespace: Mapping[str, object]) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,8 @@ from bacalhau_node.errors import BacalhauError, SpecError
 from bacalhau_node.ids import JobId, short
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from bacalhau_jupyter.job import Job
     from bacalhau_jupyter.lines import Stream
     from bacalhau_jupyter.options import CellRequest
@@ -56,16 +59,24 @@ class Running:
 
     def go_on(self) -> Job:
         """Show the job from a thread of its own, under the present cell, and return it at once."""
-        parent = self.shell.get_parent() if hasattr(self.shell, "kernel") else None
-        name = f"cell of {short(self.job.id)}"
-        self.job.follower = threading.Thread(target=self._behind, args=(parent,), name=name, daemon=True)
-        self.job.follower.start()
+        self.job.follower = self._aside(self._behind)
         return self.job
 
-    def _behind(self, parent: object) -> None:
-        if parent is not None:
-            # Without it, what a thread prints goes to whichever cell runs at that moment.
-            getattr(self.shell, "set_thread_parent", self.shell.set_parent)(parent)
+    def _aside(self, work: Callable[[], None]) -> threading.Thread:
+        """Do `work` in a thread whose output stands under the present cell."""
+        parent = self.shell.get_parent() if hasattr(self.shell, "kernel") else None
+
+        def begin() -> None:
+            if parent is not None:
+                # Without it, what a thread prints goes to whichever cell runs at that moment.
+                getattr(self.shell, "set_thread_parent", self.shell.set_parent)(parent)
+            work()
+
+        thread = threading.Thread(target=begin, name=f"cell of {short(self.job.id)}", daemon=True)
+        thread.start()
+        return thread
+
+    def _behind(self) -> None:
         painter = self._painter(cancel=True)
         painters.follow(self.job.monitor, painter)
         self.job.wait()
@@ -108,22 +119,29 @@ class Running:
         return frame
 
     def _interrupted(self, painter: painters.Painter) -> JobInterrupted:
-        """Cancel, wait a moment, and say what is left; a second interrupt leaves at once."""
+        """Cancel, wait a moment, and say what is left; a second interrupt leaves at once, and the view follows."""
         job, name = self.job, short(self.job.id)
         if self.request.on_interrupt == "detach":
             painter.finish(job.record())
             return JobInterrupted(f"detached; the job goes on: %bacalhau attach {name}", job=job.id)
         job.cancel_soon()
-        try:
-            ended = painters.follow(job.monitor, painter, seconds=STOP_SECONDS)
-            record = job.record()
-            painter.finish(record)
-        except KeyboardInterrupt:
-            return JobInterrupted(f"left while it stops: %bacalhau attach {name}", job=job.id)
+        ended = False
+        with suppress(KeyboardInterrupt):
+            if painters.follow(job.monitor, painter, seconds=STOP_SECONDS):
+                painter.finish(job.record())
+                ended = True
+        if not ended and self.way in {"widget", "html"}:
+            self._aside(lambda: self._put_away(painter))
         what = "stopped" if ended else "is stopping"
-        done, count = record.states.count(DONE), len(record.states)
+        states = job.monitor.snapshot().states
+        done, count = states.count(DONE), len(states)
         kept = f"; {done:,} of {count:,} shards finished: {job.handle}.result(partial=True)" if done else ""
         return JobInterrupted(f"job {name} {what}{kept}", job=job.id)
+
+    def _put_away(self, painter: painters.Painter) -> None:
+        """Replace the view of a job that was left by its record, once there is one."""
+        painters.follow(self.job.monitor, painter)
+        painter.finish(self.job.record())
 
 
 def run(shell: Any, request: CellRequest, body: str) -> object:

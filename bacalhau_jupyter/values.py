@@ -46,8 +46,13 @@ class Repr(str):
         self.type = type_name
         return self
 
+    @property
+    def remark(self) -> str:
+        """What is to be known of it."""
+        return f"repr of a {self.type}; the object itself stayed in the shard"
+
     def __repr__(self) -> str:
-        return f"{self!s}  # repr of a {self.type}; the object itself stayed in the shard"
+        return f"{self!s}  # {self.remark}"
 
 
 @dataclass(frozen=True)

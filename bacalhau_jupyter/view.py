@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import anywidget
 import traitlets
 
+from bacalhau_node.ids import short
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -42,6 +44,11 @@ class ShardGrid(anywidget.AnyWidget):
     states = traitlets.Bytes().tag(sync=True)
     summary = traitlets.Dict().tag(sync=True)
     inputs = traitlets.List(traitlets.Unicode()).tag(sync=True)
+
+    def __repr__(self) -> str:
+        """What a page without widgets, or without the kernel, shows in its place."""
+        job = short(self.summary["job"])
+        return f"job {job}: {self.summary['title']}; %bacalhau attach {job}"
 
 
 class LiveView:

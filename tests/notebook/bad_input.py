@@ -282,7 +282,7 @@ VALUES = (
     Item(
         name="an object that can't travel",
         cell=f"%%bacalhau --shards 3 -o j\n{LOCK}",
-        says=("repr of a lock; the object itself stayed in the s",),
+        says=("repr of a lock; the object itself stayed in the shard",),
         kept="[0, <unlocked _thread.lock",
     ),
     Item(

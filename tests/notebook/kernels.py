@@ -60,6 +60,12 @@ class Shown:
         return "".join(content["data"]["text/plain"] for content in self.of("execute_result"))
 
     @property
+    def record(self) -> str:
+        """The plain form of what was displayed last; "" if nothing was."""
+        shown = self.of("display_data", "update_display_data")
+        return shown[-1]["data"].get("text/plain", "") if shown else ""
+
+    @property
     def error(self) -> str:
         """The error's traceback without colours; "" if there is none."""
         return COLOUR.sub("", "\n".join(line for content in self.of("error") for line in content["traceback"]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import nbformat
 import papermill
@@ -34,6 +35,7 @@ def test_the_view_is_replaced_by_a_record_that_needs_no_kernel(kernel):
     (first,) = shown.of("display_data")
     *_, last = updates_of(shown, first)
     assert WIDGET in first["data"]
+    assert re.match(r"job (j-\w+): 2 shards on .*; %bacalhau attach \1$", first["data"]["text/plain"])
     assert WIDGET not in last["data"]
     assert last["data"]["text/plain"].startswith("job j-")
     assert "2/2 shards" in last["data"]["text/plain"]

@@ -156,3 +156,14 @@ def test_streams_that_are_not_wanted_are_silent(streams):
     one = gate(streams=streams)
     one.lines(0, "stdout", ["x"], 0.0)
     assert one.end(0.0) == []
+
+
+def test_escape_codes_of_a_shard_end_with_its_line():
+    many = gate()
+    many.lines(0, "stdout", ["\x1b[32mgreen", "\x1b[31mred\x1b[0m", "\x1b[2K\x1b[1Aabove", "plain"], 0.0)
+    assert text_of(many.take(0.0)).splitlines() == [
+        "[shard 0] \x1b[32mgreen\x1b[0m",
+        "[shard 0] \x1b[31mred\x1b[0m",
+        "[shard 0] above\x1b[0m",
+        "[shard 0] plain",
+    ]

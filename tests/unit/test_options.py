@@ -220,7 +220,7 @@ def test_what_a_request_says_is_in_its_spec():
         ("--vars inputs", "`inputs` is what the job gives the cell"),
         ("--vars a.b", "--vars a.b: not a Python name"),
         ("--df class", "--df class: not a Python name"),
-        ("--df a --reduce 'df +'", "--reduce df +: not a Python expression"),
+        ("--df a --reduce 'df +'", "--reduce df +: not a Python expression: invalid syntax"),
         ("--reduce df", "add --df NAME"),
         ("--df a --out a", "two different names"),
         ("--raw --require a", "--raw makes the cell a shell script; --require is for Python cells"),

@@ -371,7 +371,7 @@ def test_html_shows_tables_and_pictures_and_escapes_the_rest():
     text = Result(shards, UNUSED)._repr_html_()
     assert "data:image/png;base64,iVBO" in text
     assert "shard 0: &lt;a&gt;, b and 1 more" in text
-    assert "&lt;script&gt;" in text
+    assert "<div><b>shard 1</b> <code>&#x27;&lt;script&gt;&#x27;</code></div>" in text
     assert pd.read_html(io.StringIO(text))[0]["a"].tolist() == [1] if _can_read_html() else "<table" in text
 
 
