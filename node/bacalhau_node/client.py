@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol
@@ -101,7 +101,10 @@ class Client(Protocol):
         ...
 
     def cat(self, cid: str, path: str = "") -> AsyncIterator[bytes]:
-        """The bytes of a file, part by part, verified: of `cid` itself, or at `path` below that folder or result."""
+        """The bytes of a file, part by part, verified: of `cid` itself, or at `path` below that folder or result.
+
+        What the node does not have comes from whom the environment here names: an IPFS daemon, gateways.
+        """
         ...
 
     async def file(self, cid: str) -> Path | None:
@@ -109,7 +112,7 @@ class Client(Protocol):
         ...
 
     async def download(self, cid: str, target: Path) -> None:
-        """Write a file or folder of the content store to `target`, which must not exist."""
+        """Write a file or folder to `target`, which must not exist; it comes from where `cat` has it from."""
         ...
 
     async def nodes(self) -> Sequence[NodeView]:
@@ -126,10 +129,10 @@ class Client(Protocol):
 
 
 class LocalClient:
-    """A `Client` of a node in this process."""
+    """A `Client` of a node in this process. `received` is told how many bytes came of content from elsewhere."""
 
-    def __init__(self, node: Node) -> None:
-        self._node = node
+    def __init__(self, node: Node, *, received: Callable[[int], None] | None = None) -> None:
+        self._node, self._received = node, received
         self._inputs: dict[JobId, tuple[tuple[str, ...], ...]] = {}
         self._warned: set[str] = set()
 
@@ -213,6 +216,8 @@ class LocalClient:
 
     async def cat(self, cid: str, path: str = "") -> AsyncIterator[bytes]:
         """See `Client`."""
+        if not await asyncio.to_thread(self._node.content.has, cid):
+            cid, path = await self._node.elsewhere.get(cid, path, told=self._received), ""
         async for part in in_parts(self._node.content, cid, path):
             yield part
 
@@ -226,6 +231,8 @@ class LocalClient:
 
     async def download(self, cid: str, target: Path) -> None:
         """See `Client`."""
+        if not await asyncio.to_thread(self._node.content.has, cid):
+            await self._node.elsewhere.get(cid, told=self._received)
         await asyncio.to_thread(self._node.content.export, cid, target)
 
     async def nodes(self) -> Sequence[NodeView]:
@@ -267,9 +274,9 @@ def the_one(prefix: str, jobs: Iterable[JobId]) -> JobId:
     return found[0]
 
 
-async def open_local(*, folder: Path | None = None) -> LocalClient:
+async def open_local(*, folder: Path | None = None, received: Callable[[int], None] | None = None) -> LocalClient:
     """A client of a new node in this process, on the running loop; `close` ends both."""
-    return LocalClient(await open_node(folder))
+    return LocalClient(await open_node(folder), received=received)
 
 
 async def open_member(peer: str) -> LocalClient:

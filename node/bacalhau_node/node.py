@@ -106,7 +106,8 @@ class Node:
         transport.serve(self.gateway.answering())
         self.facilities = facilities
         self._journal, self._transport, self._joined = journal, transport, joined
-        files = ContentSource(content, Elsewhere(content))
+        self.elsewhere = Elsewhere(content)
+        files = ContentSource(content, self.elsewhere)
         self._fetched = Fetched(folder.store)
         buckets = BucketSource(content, fetched=self._fetched, folder=folder.path / "work")
         url = partial(UrlSource, content, fetched=self._fetched)

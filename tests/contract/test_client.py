@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,14 +12,18 @@ from msgspec import structs
 
 from bacalhau_node.api.auth import own_key
 from bacalhau_node.api.server import ApiServer, bind
+from bacalhau_node.cid import Cid
 from bacalhau_node.client import Client, JobView, LocalClient, ShardText, Stored, Update
 from bacalhau_node.content.blocks import BlockStore
+from bacalhau_node.content.unixfs import PROFILES, import_folder
 from bacalhau_node.errors import BacalhauError, ContentError, SpecError
 from bacalhau_node.executors.process import ProcessExecutor
 from bacalhau_node.http_client import HttpClient
-from bacalhau_node.node import open_node
+from bacalhau_node.node import PROFILE, open_node
 from bacalhau_node.protocol.events import JobChanged, ShardChanged
 from bacalhau_node.spec import Command, InputSource, JobSpec, PythonCell, Resources, Sharding
+from tests import rpc_daemon
+from tests.rpc_daemon import Simulated
 
 SUM = "sum(int(line) for path in inputs for line in path.read_text().split())"
 UNKNOWN = "j-00000000-0000-0000-0000-000000000000"
@@ -345,6 +349,48 @@ async def test_files_are_read_by_their_path_below_what_was_put(client: Client, t
     for path, says in (("", "folder"), ("d", "folder"), ("nothing", "nothing")):
         with pytest.raises(ContentError, match=says):
             await cat(stored.cid, path)
+
+
+@pytest.fixture
+def daemon(monkeypatch: pytest.MonkeyPatch) -> Iterator[Simulated]:
+    """An IPFS daemon that the environment names."""
+    with rpc_daemon.simulated() as one:
+        monkeypatch.setenv("BACALHAU_IPFS_CONNECT", one.address)
+        yield one
+
+
+def _only_there(daemon: Simulated, folder: Path) -> str:
+    root = import_folder(
+        _tree(folder),
+        lambda cid, block: daemon.blocks.update({cid[-32:]: block}),
+        profile=PROFILES[PROFILE],
+        hidden=True,
+    )
+    return str(Cid(root.cid))
+
+
+async def test_content_that_the_node_lacks_comes_from_the_daemon_that_the_environment_names(
+    client: Client, daemon: Simulated, tmp_path: Path
+) -> None:
+    cid = _only_there(daemon, tmp_path / "tree")
+    assert b"".join([part async for part in client.cat(cid, "a.txt")]) == b"a"
+    assert len([call for call in daemon.calls if call.startswith("block/get")]) == 2  # the folder and the file
+    await client.download(cid, tmp_path / "got")
+    assert (tmp_path / "got/d/big").read_bytes() == bytes(range(256)) * 4000
+
+
+async def test_content_that_nobody_has_is_an_error_that_says_who_was_asked_and_how_long(
+    client: Client, daemon: Simulated, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    who = rf"{NOWHERE} could not be fetched.*Asked: kubo at {daemon.address} \(\d+\.\d s\): .*could not find"
+    with pytest.raises(ContentError, match=who):
+        await client.download(NOWHERE, tmp_path / "got")
+    with pytest.raises(ContentError, match=who):
+        [part async for part in client.cat(NOWHERE)]
+    assert not (tmp_path / "got").exists()
+    monkeypatch.delenv("BACALHAU_IPFS_CONNECT")
+    with pytest.raises(ContentError, match=r"nobody is known who has it: name an|Asked: the node at http"):
+        await client.download(NOWHERE, tmp_path / "got")
 
 
 async def test_an_unknown_profile_is_told_with_those_that_there_are(client: Client, tmp_path: Path) -> None:

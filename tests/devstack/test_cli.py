@@ -224,6 +224,11 @@ def test_content_goes_into_the_store_and_comes_back(environment, tmp_path):
         (("cat", stored["cid"]), 1, "folder"),
         (("cat", f"{stored['cid']}/b.txt"), 1, "b.txt"),
         (("cat", "hello"), 2, "hello"),
+        (
+            ("get", "bafkreigh2akiscaildcqabsyg3dfr6chu3fgpregiymsck7e7aqa4s52zy"),
+            1,
+            "nobody is known who has it: name an IPFS daemon (BACALHAU_IPFS_CONNECT=",
+        ),
         (("put", "nothing"), 2, "does not exist"),
     ):
         done = _run(environment, tmp_path, *words)

@@ -81,7 +81,7 @@ def _complain(error: BacalhauError, code: int) -> int:
 async def reach(node: str | None) -> AsyncIterator[Client]:
     """The client of the node to talk to; which one that is is told on stderr unless it was named."""
     url = node or _from_environment() or _served()
-    client = await open_local() if url is None else _remote(url)
+    client = await open_local(received=_Received()) if url is None else _remote(url)
     if not node:
         where = url or f"a node in this process, over {data_folder()} (no server of yours runs)"
         click.echo(f"node: {where}", err=True)

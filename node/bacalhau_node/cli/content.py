@@ -41,7 +41,10 @@ def put(path: Path, profile: str, node: str | None, as_json: bool) -> None:  # n
 @click.argument("where", metavar="CID[/PATH]")
 @options(NODE, JSON)
 def cat(where: str, node: str | None, as_json: bool) -> None:  # noqa: FBT001 - click passes flags by name
-    """Write a file of the content store to stdout, every block of it checked. As JSON: in base64."""
+    """Write a file to stdout, every block of it checked. As JSON: in base64.
+
+    It comes from the content store, else from the IPFS daemon or the gateways that the environment names.
+    """
     data = bytearray()
 
     async def copy() -> None:

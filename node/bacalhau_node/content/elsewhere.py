@@ -71,6 +71,15 @@ class Elsewhere:
             root, limit = Cid.parse(cid), size + MAX_BLOCK  # a folder may tell the size of a small file wrongly
             await fetch(self._store, root, providers, limit=limit, told=told, patience=PATIENCE)
 
+    async def get(self, cid: str, path: str = "", *, told: Callable[[int], None] | None = None) -> str:
+        """Have all of what `path` below `cid` leads to here, from whom the environment names; returns its CID.
+
+        `told` hears how many bytes came. Raises `ContentError` that says who was asked, and for how long.
+        """
+        if not (providers := self._again()):
+            raise _nobody(cid)
+        return (await fetch(self._store, Cid.parse(cid), providers, path=path, told=told, patience=PATIENCE)).cid
+
     def _again(self) -> tuple[Provider, ...]:
         """Whom the environment names, the same ones as long as it does: files that come together share connections."""
         settings = (os.environ.get(CONNECT), os.environ.get(GATEWAYS))
@@ -82,5 +91,5 @@ class Elsewhere:
 def _nobody(cid: str) -> ContentError:
     return ContentError(
         f"{cid} is not in this node's content store, and nobody is known who has it: name an IPFS daemon"
-        f" ({CONNECT}=127.0.0.1:5001) or gateways ({GATEWAYS}=https://HOST,…), or the folder or file with the data"
+        f" ({CONNECT}=127.0.0.1:5001) or gateways ({GATEWAYS}=https://HOST,…)"
     )

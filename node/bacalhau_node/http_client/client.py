@@ -30,7 +30,7 @@ from bacalhau_node.errors import BacalhauError, ContentError, SpecError
 from bacalhau_node.folders import data_folder, servers
 from bacalhau_node.http_client import upload
 from bacalhau_node.http_client.connection import BROKEN, LONG, PATIENCE, Connection, part
-from bacalhau_node.http_client.fetch import Memory, fetch
+from bacalhau_node.http_client.fetch import Memory, fetch, fetch_anywhere
 from bacalhau_node.ids import JobId
 from bacalhau_node.literals import is_loopback, node_url
 from bacalhau_node.node import PROFILE
@@ -214,9 +214,9 @@ class HttpClient:
             fresh = await asyncio.to_thread(BlockStore, Path(name))
             try:
                 if root.codec == DAG_JSON:  # of a result all is needed to know what is where in it
-                    await self._fetch(root, fresh)
+                    await self._fetch_anywhere(root, fresh)
                 else:
-                    cid, path = await self._fetch(root, fresh, path), ""
+                    cid, path = await self._fetch_anywhere(root, fresh, path), ""
                 async for part in in_parts(fresh, cid, path):
                     yield part
             finally:
@@ -228,7 +228,7 @@ class HttpClient:
         if await asyncio.to_thread(store.has, cid):
             return await asyncio.to_thread(store.read, cid)
         root, memory = _parsed(cid), Memory()
-        await self._fetch(root, memory)
+        await fetch(self._connection, root, memory, told=self._received)
         return await asyncio.to_thread(lambda: b"".join(Reader(memory, root).chunks(root)))
 
     async def file(self, cid: str) -> Path | None:
@@ -252,14 +252,14 @@ class HttpClient:
         with tempfile.TemporaryDirectory(prefix="bacalhau-", dir=store.folder / "tmp") as name:
             await self._fetch_to(cid, target, Path(name))
 
-    async def _fetch(self, root: Cid, shelf: Shelf, path: str = "") -> str:
-        return await fetch(self._connection, root, shelf, path=path, told=self._received)
+    async def _fetch_anywhere(self, root: Cid, shelf: Shelf, path: str = "") -> str:
+        return await fetch_anywhere(self._connection, root, shelf, path=path, told=self._received)
 
     async def _fetch_to(self, cid: str, target: Path, blocks: Path) -> None:
         """Fetch a file or folder and write it to `target`; `blocks`: room for what it is made from."""
         store = await asyncio.to_thread(BlockStore, blocks)
         try:
-            await self._fetch(_parsed(cid), store)
+            await self._fetch_anywhere(_parsed(cid), store)
             await asyncio.to_thread(store.export, cid, target)
         finally:
             await asyncio.to_thread(store.close)

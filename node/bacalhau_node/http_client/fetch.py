@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Final
 
 from bacalhau_node.cid import Cid
+from bacalhau_node.content.elsewhere import PATIENCE, named
 from bacalhau_node.content.fetch import fetch as fetch_from
 from bacalhau_node.content.incoming import Shelf
 from bacalhau_node.content.providers import HttpProvider
@@ -101,3 +102,18 @@ async def fetch(
     `told` hears how many bytes came. Raises `ContentError` for what does not come, or not right.
     """
     return (await fetch_from(shelf, cid, [_Patient(connection)], path=path, told=told, patience=SILENCE)).cid
+
+
+async def fetch_anywhere(
+    connection: Connection, cid: Cid, shelf: Shelf, *, path: str = "", told: Callable[[int], None] | None = None
+) -> str:
+    """`fetch`, and what the node does not give comes from whom the environment here names."""
+    try:
+        return await fetch(connection, cid, shelf, path=path, told=told)
+    except ContentError as error:
+        if not (others := named()):
+            raise
+        try:
+            return (await fetch_from(shelf, cid, others, path=path, told=told, patience=PATIENCE)).cid
+        except ContentError as further:
+            raise ContentError(f"{error}. And {further}") from further
