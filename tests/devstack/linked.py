@@ -4,8 +4,9 @@
 
 It says what happens as JSON lines: `{"ready": ID, …}`, then for each line `N` on its standard input `{"job": ID}` for a
 new job of N shards, and `{"ended": ID, "state": …}`, also for jobs of an earlier life; a shard only waits. An empty
-line is answered by `{"known": N}`, the nodes that are known. With `--hurry` all times after which something counts as
-lost are a tenth of what they are, or so. It tells its log on stderr.
+line is answered by `{"known": N}`, the nodes that are known, and `graph` by `{"graph": …}`, the network as they see it.
+With `--hurry` all times after which something counts as lost are a tenth of what they are, or so. It tells its log on
+stderr.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from bacalhau_node import devstack, engine
 from bacalhau_node.client import LocalClient
@@ -62,6 +65,8 @@ async def opened(asked: argparse.Namespace, executor: FakeExecutor) -> list[Node
 
         LibP2PTransport.open = behind  # type: ignore[method-assign]
     if asked.nodes > 1:
+        if asked.listen:
+            devstack.LISTEN = asked.listen[0]  # type: ignore[misc]
         stack = await devstack.open_devstack(asked.nodes, root=asked.folder, work=executor, peers=asked.peer)
         return stack.nodes
     network = NetworkSettings(
@@ -103,6 +108,9 @@ async def run(asked: argparse.Namespace) -> None:
         async for count in _lines():
             if not count:
                 tell(known=len(node.membership or ()))
+                continue
+            if count == "graph":
+                tell(graph=msgspec.to_builtins(await client.network()))
                 continue
             spec = JobSpec(task=Command(argv=("true",)), sharding=Sharding(n=int(count)))
             job = (await client.submit(spec)).job

@@ -107,10 +107,12 @@ class Ledger:
         self.states: dict[JobId, str] = {}
 
     def read(self, folder: Path) -> None:
-        """Read a copy of the journal in a node's folder, whose process has died."""
+        """Read a copy of the journal in a node's folder, whether its process lives or has died."""
         with tempfile.TemporaryDirectory() as name:
-            for path in folder.glob("journal.sqlite*"):
-                shutil.copy(path, name)
+            copied = None
+            while copied != (copied := _stamps(folder)):  # a node that lives may have written meanwhile
+                for path in folder.glob("journal.sqlite*"):
+                    shutil.copy(path, name)
             journal = SqliteJournal(Path(name) / "journal.sqlite")
             rows = journal.load()
             journal.close()
@@ -129,6 +131,12 @@ class Ledger:
             elif found[key] != before:
                 self.report.doubled.append(f"{key} had the outcome {before}, and has {found[key]}")
         self.outcomes |= found
+
+
+def _stamps(folder: Path) -> list[tuple[str, int, int]]:
+    """What changes with every write to a journal."""
+    found = [(path.name, path.stat()) for path in sorted(folder.glob("journal.sqlite*"))]
+    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
 
 
 class Server:

@@ -17,8 +17,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
+from bacalhau_node.topology import Graph
 from tests.devstack.linked import LEASE
 from tests.devstack.storm import Ledger, Report
 from tests.wire import Wire
@@ -29,10 +31,10 @@ SECONDS = 60.0
 
 
 class Process:
-    """A node in a process (`linked`), below `folder`."""
+    """A node in a process (`linked`), below `folder`. `through`: the command that runs its command."""
 
-    def __init__(self, folder: Path, *words: str) -> None:
-        self.folder, self._words = folder, words
+    def __init__(self, folder: Path, *words: str, through: tuple[str, ...] = ()) -> None:
+        self.folder, self._words, self._through = folder, words, through
         self.log = folder.with_suffix(".log")
         self.id, self.address, self.journal = "", "", Path()
         self.nodes: set[str] = set()
@@ -40,6 +42,7 @@ class Process:
         self.ended: dict[str, dict[str, Any]] = {}
         self.errors: list[str] = []
         self._submitted: asyncio.Queue[str] = asyncio.Queue()
+        self._graphs: asyncio.Queue[Graph] = asyncio.Queue()
         self._news = asyncio.Event()
         self._process: asyncio.subprocess.Process | None = None
         self._hearing: asyncio.Task[None] | None = None
@@ -49,7 +52,7 @@ class Process:
         paths = os.pathsep.join([str(ROOT), str(ROOT / "node"), os.environ.get("PYTHONPATH", "")])
         with self.log.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "tests.devstack.linked", str(self.folder), *self._words,
+                *self._through, sys.executable, "-m", "tests.devstack.linked", str(self.folder), *self._words,
                 env=os.environ | {"PYTHONPATH": paths}, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
                 stderr=log,
             )  # fmt: skip
@@ -59,26 +62,32 @@ class Process:
 
     async def submit(self, shards: int) -> str:
         """Start a job; its id."""
-        assert self._process is not None
-        assert self._process.stdin is not None
-        self._process.stdin.write(b"%d\n" % shards)
+        self._say(str(shards))
         return await self._submitted.get()
 
     async def knows(self, count: int) -> None:
         """Wait until it knows so many others."""
-        assert self._process is not None
-        assert self._process.stdin is not None
         while self.known < count:
-            self._process.stdin.write(b"\n")
+            self._say("")
             await asyncio.sleep(0.1)
 
-    async def end_of(self, job: str) -> dict[str, Any]:
+    async def graph(self) -> Graph:
+        """The network as it sees it."""
+        self._say("graph")
+        return await self._graphs.get()
+
+    async def end_of(self, job: str, *, seconds: float = SECONDS) -> dict[str, Any]:
         """How the job ended."""
-        async with asyncio.timeout(SECONDS):
+        async with asyncio.timeout(seconds):
             while job not in self.ended:
                 self._news.clear()
                 await self._news.wait()
         return self.ended[job]
+
+    def _say(self, line: str) -> None:
+        assert self._process is not None
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{line}\n".encode())
 
     def take_identity_of(self, other: Process) -> None:
         """Be somebody else, before it is started."""
@@ -112,6 +121,8 @@ class Process:
                 self.known = known
             case {"job": job}:
                 self._submitted.put_nowait(job)
+            case {"graph": graph}:
+                self._graphs.put_nowait(msgspec.convert(graph, Graph))
             case {"ended": job} as end:
                 self.ended[job] = end
             case {"error": error}:
