@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from bacalhau_jupyter import asking, options, painters, words
 from bacalhau_jupyter.job import ANSWER_SECONDS
+from bacalhau_jupyter.option_table import OPTIONS
 from bacalhau_jupyter.record import size
 from bacalhau_jupyter.running import Running
 from bacalhau_jupyter.session import session
@@ -30,8 +31,7 @@ def run(shell: Any, line: str) -> object:
     """Do what the line asks for; raises `SpecError` for what it can't."""
     name, *arguments = [word.text for word in words.split(line)] or ["status"]
     if name not in COMMANDS:
-        hint = nearest(name, COMMANDS) or f"; it knows {', '.join(COMMANDS)}"
-        raise SpecError(f"%bacalhau {name}: no such command{hint}")
+        raise SpecError(f"%bacalhau {name}: {_unknown(name)}")
     least, most, command = COMMANDS[name]
     if not least <= len(arguments) <= most:
         raise SpecError(f"%bacalhau {line.strip()}: {name} takes {_counted(name, least, most)}")
@@ -40,6 +40,20 @@ def run(shell: Any, line: str) -> object:
         return answer
     print(answer)  # noqa: T201  a cell's output
     return None
+
+
+def completions(text: str) -> list[str]:
+    """What `text`, all that stands between the magic and the cursor, can become."""
+    return [name for name in COMMANDS if name.startswith(text)]
+
+
+def _unknown(name: str) -> str:
+    if name.partition("=")[0] in OPTIONS:
+        return f"options belong to a cell: %%bacalhau {name} above its code"
+    if name in ELSEWHERE:
+        return f"no such command; here it is {ELSEWHERE[name]}"
+    known = ", ".join(COMMANDS)
+    return f"no such command{nearest(name, COMMANDS) or f'; it knows {known}'}"
 
 
 def _counted(name: str, least: int, most: int) -> str:
@@ -88,6 +102,8 @@ def _attach(shell: Any, job: str) -> object:
 
 def _cancel(_shell: Any, job: str) -> str:
     found = asking.attach(job)
+    if (state := found.view().state) in FINAL_JOB:
+        return f"job {short(found.id)} has ended already: {state}"
     found.cancel()
     return f"job {short(found.id)}: asked to stop; what is finished is kept"
 
@@ -140,3 +156,18 @@ COMMANDS: dict[str, tuple[int, int, Callable[..., object]]] = {
     "--help": (0, 0, _help),
 }
 """Name -> (fewest arguments, most arguments, what does it)."""
+
+ELSEWHERE = {
+    "create": "%%bacalhau above the code of a cell",
+    "describe": "attach ID",
+    "devstack": "bacalhau_jupyter.devstack(nodes=3).connect()",
+    "docker": "%%bacalhau --image NAME --raw above a shell script",
+    "get": "bacalhau_jupyter.attach(ID).result().files()",
+    "job": "jobs, attach ID, logs ID or cancel ID",
+    "list": "jobs",
+    "node": "nodes",
+    "run": "%%bacalhau above the code of a cell",
+    "serve": "bacalhau-node serve, in a shell",
+    "stop": "cancel ID",
+}
+"""Commands that people bring along, from upstream or from `bacalhau-node`, and what to type here."""

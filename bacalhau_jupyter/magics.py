@@ -36,8 +36,8 @@ class BacalhauMagics(Magics):
         of the result, and the value of the last expression comes back. The cell's own value is the joined
         DataFrame with `--df`, else the `Result`. `%bacalhau --help` lists all options.
 
-        As a line: `%bacalhau status | jobs | logs ID [SHARD] | attach ID | cancel ID | nodes | connect URL | config |
-        --help`.
+        As a line: `%bacalhau status | jobs | logs ID [SHARD] | attach ID | cancel ID | nodes | network | connect URL |
+        config | --help`.
         """
         try:
             return self._command(line) if cell is None else self._cell(line, cell)
@@ -115,11 +115,13 @@ def _tell_unfinished(shell: Any, answer: Future[tuple[str, ...]]) -> None:
 
 @context_matcher()  # type: ignore[untyped-decorator]  # IPython has no types
 def complete_options(context: CompletionContext) -> SimpleMatcherResult:
-    """Options and their choices, on the line of the magic only."""
-    if context.cursor_line != 0 or not context.line_with_cursor.startswith("%%bacalhau "):
+    """Options and their choices, on the line of the magic only; the commands of `%bacalhau`."""
+    magic, blank, line = context.line_with_cursor[: context.cursor_position].partition(" ")
+    if blank and magic == "%%bacalhau" and context.cursor_line == 0:
+        from bacalhau_jupyter.options import line_completions as completions
+    elif blank and magic == "%bacalhau":
+        from bacalhau_jupyter.commands import completions
+    else:
         return {"completions": []}
-    from bacalhau_jupyter.options import line_completions
-
-    line = context.line_with_cursor[: context.cursor_position].removeprefix("%%bacalhau ")
-    found = [SimpleCompletion(name, type="param") for name in line_completions(line)]
+    found = [SimpleCompletion(name, type="param") for name in completions(line)]
     return {"completions": found, "suppress": bool(found)}

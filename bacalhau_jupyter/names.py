@@ -184,7 +184,8 @@ def explain(missing: Sequence[Missing], namespace: Mapping[str, object]) -> str:
 def _verdict(name: str, namespace: Mapping[str, object]) -> tuple[str, str]:
     """(what is wrong with the name, what to do)."""
     if name in NOTEBOOK_ONLY:
-        return "exists only in a notebook, not in the job", ""
+        remedy = "print the object, or make it the last line" if name == "display" else ""
+        return "exists only in a notebook, not in the job", remedy
     if name not in namespace:
         close = difflib.get_close_matches(name, [*JOB_NAMES, *namespace, *ALWAYS], n=1, cutoff=0.75)
         return "is not defined, neither in the cell nor in the notebook", f"did you mean `{close[0]}`?" if close else ""

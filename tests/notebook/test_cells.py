@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+import pytest
+
 
 def test_a_cell_returns_the_value_of_its_last_expression(kernel):
     shown = kernel.run("%%bacalhau\n1 + 1")
@@ -134,6 +136,21 @@ def test_commands_about_jobs(kernel):
     assert "--shards" in kernel.run("%bacalhau --help").text()
     assert "no job with an id" in kernel.run("%bacalhau logs j-ffffffff").text("stderr")
     assert "takes a job's id" in kernel.run("%bacalhau cancel").text("stderr")
+    assert "has ended already: Completed" in kernel.run(f"%bacalhau cancel {name}").text()
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("%bacalhau list", "no such command; here it is jobs"),
+        ("%bacalhau job describe j-1", "here it is jobs, attach ID, logs ID or cancel ID"),
+        ("%bacalhau jbos", "did you mean jobs?"),
+        ("%bacalhau --shards=3", "options belong to a cell: %%bacalhau --shards=3 above its code"),
+        ("%bacalhau what", "it knows status, jobs, logs"),
+    ],
+)
+def test_a_word_that_is_no_command_is_answered_with_one(kernel, line, told):
+    assert told in kernel.run(line).text("stderr")
 
 
 def test_a_job_from_python_can_be_awaited(kernel):
@@ -146,6 +163,7 @@ def test_a_job_from_python_can_be_awaited(kernel):
 def test_options_are_completed_and_names_in_the_body_still_are(kernel):
     assert {"--shards", "--shard-size"} <= set(kernel.complete("%%bacalhau --sh"))
     assert "container" in kernel.complete("%%bacalhau --isolation ")
+    assert kernel.complete("%bacalhau ne") == ["network"]
     assert "path" in str(kernel.complete("%%bacalhau --shards 2\nimport os\nos.pat"))
 
 

@@ -229,7 +229,7 @@ def test_variables_lie_in_vars_by_name_and_format(notebook):
         ("A", "line 2: `A` is defined in your notebook, not in the job: add --vars A"),
         ("dff", "line 2: `dff` is not defined, neither in the cell nor in the notebook: did you mean `df`?"),
         ("inptus", "did you mean `inputs`?"),
-        ("display(1)", "line 2: `display` exists only in a notebook, not in the job"),
+        ("display(1)", "line 2: `display` exists only in a notebook, not in the job: print the object, or"),
         ("df, f", "All of them: --vars df,f"),
         ("df", "(--no-check skips this check)"),
     ],

@@ -171,14 +171,15 @@ async def _job_of(client: Client, result: str) -> JobId:
 def cancel(job: str, node: str | None, as_json: bool) -> None:  # noqa: FBT001 - click passes flags by name
     """Ask a job to stop; what is finished is kept."""
 
-    async def ask() -> str:
+    async def ask() -> JobView:
         async with reach(node) as client:
-            found = await client.find(job)
-            await client.cancel(found)
-            return found
+            view = await client.job(await client.find(job))
+            await client.cancel(view.job)
+            return view
 
-    found = finish(ask())
-    click.echo(msgspec.json.encode({"id": found}) if as_json else f"job {found}: asked to stop")
+    view = finish(ask())
+    told = f"has ended already: {view.state}" if view.state in FINAL_JOB else "asked to stop"
+    click.echo(msgspec.json.encode({"id": view.job}) if as_json else f"job {view.job}: {told}")
 
 
 @click.command()
