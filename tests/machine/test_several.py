@@ -94,6 +94,27 @@ def test_a_distrusted_node_that_is_alone_is_asked() -> None:
     assert list(where(desk(a_job(1)))) == [one]
 
 
+def test_a_shard_whose_last_execution_comes_to_nothing_when_no_more_can_agree_has_failed() -> None:
+    """Late results have used up what it may have: it must not wait for ever."""
+    desk = Desk("n-1", "n-2")
+    waiting = where(desk(a_job(replicas=2, agree=2)))
+    for answer in ("one", "two"):
+        node, (execution,) = waiting.popitem()
+        waiting |= where(desk.propose(node, execution, a_result(answer=answer), room=1))
+    for answer in ("three", "four"):
+        node, (execution,) = waiting.popitem()
+        waiting = where(desk.later(LEASE, ev.LeaseTimer(a_job_id())))
+        for other in ("n-1", "n-2"):
+            waiting |= where(desk(ev.NodeSeen(other, 1)))
+        desk.propose(node, execution, a_result(answer=answer))
+    node, (execution,) = waiting.popitem()
+    desk.hear(node, Refuse((execution,), "busy", "full"))
+    assert desk.row(0).state == "failed"
+    error = desk.row(0).outcome.error  # type: ignore[union-attr]
+    assert error is not None
+    assert error.name == "Disagreement"
+
+
 def test_different_answers_are_followed_by_a_bounded_number_of_others() -> None:
     """Then the shard has failed, and the error names every node with its answer."""
     desk = Desk(*(f"n-{n}" for n in range(9)))

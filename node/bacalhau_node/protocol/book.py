@@ -160,7 +160,7 @@ class Book:
         if not shard.live and shard.lost >= MAX_LOST * job.spec.replicas:
             self.fail(job, shard, Ended(attempt.execution, attempt.node.id, _lost(shard, why)))
             return
-        self._fall_back(job, shard, why)
+        self._fall_back(attempt.execution, attempt.node.id, why)
 
     def lose(self, attempt: Attempt, why: str) -> None:
         """The attempt's node is silent, or gone, or does not do what it took."""
@@ -179,9 +179,15 @@ class Book:
         attempt.job.busy = f"{attempt.node.id} can't be reached: {reason}"
         self.give_back(attempt, attempt.job.busy, forget=False)
 
-    def _fall_back(self, job: Job, shard: Shard, why: str) -> None:
-        """The shard is as far as what is left of its live attempts."""
+    def _fall_back(self, last: Execution, node: NodeId, why: str) -> None:
+        """The shard is as far as what is left of its live attempts; undecided if `last` was all that it may have."""
+        job = self.jobs[last.job]
+        shard = job.shards[last.shard]
         self._rate(job, shard)
+        if not shard.live and not shard.wants:
+            error = voting.undecided(shard.votes, job.spec)
+            self.fail(job, shard, Ended(last, node, Outcome(ok=False, exit_code=-1, error=error)))
+            return
         if (reached := shard.reached) != shard.state:
             job.move(shard, "return", self.now, why)
             for verb in _TO_PHASE[reached]:
@@ -223,12 +229,7 @@ class Book:
         if (chosen := voting.winner(shard.votes, agree=job.spec.agree)) is not None:
             self._accept(job, shard, chosen)
             return
-        self._rate(job, shard)
-        if not shard.live and not shard.wants:
-            error = voting.undecided(shard.votes, job.spec)
-            self.fail(job, shard, Ended(ended.execution, ended.node, Outcome(ok=False, exit_code=-1, error=error)))
-            return
-        self._fall_back(job, shard, "voted")
+        self._fall_back(ended.execution, ended.node, "voted")
 
     def _accept(self, job: Job, shard: Shard, accepted: Ended) -> None:
         """This outcome counts; what else there is of the shard is dismissed."""
