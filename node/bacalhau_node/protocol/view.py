@@ -142,8 +142,9 @@ class View:
 
     def lot(self, spared: Callable[[NodeId], bool]) -> NodeId | None:
         """A known node by lot, to be forgotten; None when all that were drawn are spared."""
-        nodes = self._chance.sample(list(self.held), 4) if self.held else []
-        return next((node for node in nodes if not spared(node)), None)
+        nodes = list(self.held)
+        drawn = (self._chance.pick(nodes) for _ in range(4 if nodes else 0))
+        return next((node for node in drawn if not spared(node)), None)
 
     def dialable(self, count: int, spared: Callable[[NodeId], bool]) -> list[Held]:
         """Records of up to so many other nodes that can be dialled, by lot."""

@@ -265,8 +265,13 @@ class Mesh:
         self._later(self.now + after, happen)
 
     def _perform(self, node: NodeId, effects: Iterable[ev.Effect]) -> None:
+        told = self.told[node]
         for effect in effects:
             match effect:
+                case ev.NodeSeen(other, room):
+                    told[other] = room
+                case ev.NodeGone(other):
+                    told.pop(other, None)
                 case ev.Send(to, message):
                     self._post(node, to, message)
                 case ev.SetTimer(_, at):
@@ -281,10 +286,6 @@ class Mesh:
                     self._later(self._delay(), partial(self._break, node, other))
                 case ev.Complain(other, reason):
                     self.complaints.append((node, other, reason))
-                case ev.NodeSeen(other, room):
-                    self.told[node][other] = room
-                case ev.NodeGone(other):
-                    self.told[node].pop(other, None)
 
     def _ring(self, node: NodeId, at: float, life: int) -> None:
         member = self.members[node]

@@ -1,9 +1,10 @@
-"""A table of what membership costs: `python -m bacalhau_node.testing.mesh_report [NODES] [VIEW]`.
+"""A table of what membership costs: `python -m bacalhau_node.testing.mesh_report [NODES] [VIEW] [CALM]`.
 
 One network in virtual time, by one seed, in phases that follow each other: all join through one node, a hundred a
-second; they settle; one node says something new; the node they joined through and a tenth of the others are killed;
-half of them are out of reach for thirty seconds; a twentieth of all messages is lost. The table is the same on every
-machine and run. Dead nodes are noticed at once by those who deal with them, by all others when their records are stale.
+second; they settle for `CALM` seconds; one node says something new; the node they joined through and a tenth of the
+others are killed; half of them are out of reach for thirty seconds; a twentieth of all messages is lost, for as long.
+The table is the same on every machine and run. Dead nodes are noticed at once by those who deal with them, by all
+others when their records are stale.
 """
 
 from __future__ import annotations
@@ -23,10 +24,13 @@ SEED: Final = 12
 JOINS: Final = 100
 """Nodes that join in a second."""
 
-SETTLED: Final = 300.0
-CHURNED: Final = 120.0
+CALM: Final = 300.0
+CHURNED: Final = 60.0
 CUT: Final = 30.0
 STEP: Final = 5.0
+PATIENCE: Final = 900.0
+"""Seconds after which a phase is over in any case."""
+
 SHARE: Final = 0.999
 
 
@@ -50,13 +54,13 @@ class Phase:
 
 
 class Trial:
-    """A network and its phases. `rows`: those that are over."""
+    """A network and its phases. `calm`: seconds of those in which nothing new happens. `rows`: those that are over."""
 
-    def __init__(self, nodes: int, *, view: int = 1024) -> None:
+    def __init__(self, nodes: int, *, view: int = 1024, calm: float = CALM) -> None:
         self.mesh = Mesh(seed=SEED, settings=Settings(view=view))
         self.names: list[NodeId] = [f"n-{n:05d}" for n in range(nodes)]
         self.rows: list[Phase] = []
-        self._bound = view
+        self._bound, self._calm = view, calm
         self._dead: set[NodeId] = set()
         for n, node in enumerate(self.names):
             self.mesh.start(node, self.names[:1] if n else (), at=n / JOINS)
@@ -68,7 +72,7 @@ class Trial:
 
     def settle(self) -> Phase:
         """Nothing happens."""
-        return self._phase("nothing happens", SETTLED)
+        return self._phase("nothing happens", self._calm)
 
     def news(self) -> Phase:
         """One node has no room any more; over when every view that holds the node knows."""
@@ -101,7 +105,7 @@ class Trial:
     def lose(self) -> Phase:
         """A twentieth of the messages is lost."""
         self.mesh.lost = 0.05
-        row = self._phase("5 % lost", SETTLED)
+        row = self._phase("5 % lost", self._calm)
         self.mesh.lost = 0.0
         return row
 
@@ -115,8 +119,8 @@ class Trial:
         return min(self._living(node) for node in self.mesh.alive) / max(1, most)
 
     def _living(self, node: NodeId) -> int:
-        held = self.mesh.machine(node).view.held
-        return len(held) - sum(dead in held for dead in self._dead)
+        held = self.mesh.machine(node).view.held.keys()
+        return len(held) - len(held & self._dead)
 
     def _knowing(self, node: NodeId, version: int) -> float:
         views = [self.mesh.machine(other).view.held.get(node) for other in self.mesh.alive if other != node]
@@ -134,7 +138,7 @@ class Trial:
         mesh, begin = self.mesh, self.mesh.now
         messages, volumes = mesh.messages.copy(), mesh.bytes.copy()
         mesh.run(until=begin + least)
-        while not over() and mesh.now < begin + least + 3 * SETTLED:
+        while not over() and mesh.now < begin + least + PATIENCE:
             mesh.run(until=mesh.now + STEP)
         seconds = mesh.now - begin
         messages, volumes = mesh.messages - messages, mesh.bytes - volumes
@@ -155,9 +159,9 @@ class Trial:
         return row
 
 
-def measure(nodes: int, *, view: int = 1024) -> list[Phase]:
+def measure(nodes: int, *, view: int = 1024, calm: float = CALM) -> list[Phase]:
     """All phases with so many nodes, whose views hold at most `view` others."""
-    trial = Trial(nodes, view=view)
+    trial = Trial(nodes, view=view, calm=calm)
     return [phase() for phase in (trial.join, trial.settle, trial.news, trial.churn, trial.cut, trial.lose)]
 
 
