@@ -33,6 +33,8 @@ class Machines:
         self._requester, self._compute, self._membership = requester, compute, membership
         self.placing = bool(requester.book.jobs)
         self._told: set[NodeId] = set()
+        if membership is not None:
+            membership.look_after(lambda node: requester.book.placement.works(node) or compute.serves(node))
 
     def step(self, event: ev.Event, now: float) -> list[ev.Effect]:
         """What the machine says that the event is for; a message of another node that breaks it costs only itself."""

@@ -179,7 +179,8 @@ class World(RuleBasedStateMachine):
         book = self.hosts[REQUESTER].requester.book
         job = book.jobs[offer.job]
         able = [node.id for node in book.placement.nodes.values() if not node.suspect and node.id not in job.never]
-        trusted = [node for node in able if node not in self.referee.outvoted]
+        liars = {node.id for node in book.placement.nodes.values() if node.distrusted}
+        trusted = [node for node in able if node not in self.referee.outvoted and node not in liars]
         for one in offer.shards:
             shard, execution = job.shards[one.shard], Execution(offer.job, one.shard, one.attempt)
             if execution in self.offers:
@@ -426,14 +427,14 @@ class World(RuleBasedStateMachine):
                 runs[execution] = True
                 self.feed(node, ev.ExecutionStarted(execution))
 
-    @rule(node=NODE, gone=st.booleans())
+    @rule(node=NODE, gone=st.booleans(), dialled=st.booleans())
     @precondition(lambda self: self.mischief)
-    def gossip(self, node: int, *, gone: bool) -> None:
-        """The membership view is told of a node, or takes it for dead."""
+    def gossip(self, node: int, *, gone: bool, dialled: bool) -> None:
+        """The membership view is told of a node, has dialled it in vain, or takes it for dead."""
         self.mischief -= 1
         name = self.compute[node % len(self.compute)]
         if gone:
-            self.feed(REQUESTER, ev.NodeGone(name))
+            self.feed(REQUESTER, ev.NodeSeen(name, 0, unreached=True) if dialled else ev.NodeGone(name))
         else:
             self.announce(name)
 

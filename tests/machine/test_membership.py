@@ -520,6 +520,59 @@ def test_a_node_that_can_not_be_reached_is_a_suspect_unless_it_has_a_link() -> N
     assert (desk.state("n-one"), desk.state("n-two")) == ("suspect", "known")
 
 
+def unreached(effects: list[ev.Effect]) -> list[str]:
+    return [one.node for one in matching(effects, ev.NodeSeen) if one.unreached]
+
+
+@pytest.mark.parametrize("near", [True, False])
+def test_a_node_at_work_whose_link_breaks_is_dialled_at_once_and_doubted_when_nobody_opens(near: bool) -> None:
+    desk = Desk(low=0)
+    desk.machine.look_after(lambda node: node == "n-one")
+    if near:
+        desk.befriend("n-one")
+    else:
+        desk.know("n-one")
+        desk(ev.LinkUp("n-one", inbound=False))
+    effects = desk(ev.LinkDown("n-one"))
+    (dial,) = matching(effects, ev.Dial, node="n-one")
+    assert not unreached(effects), "links break for a moment"
+    effects = desk(ev.DialFailed(dial.address, "n-one", "refused"))
+    assert unreached(effects) == ["n-one"]
+    assert desk.state("n-one") == "suspect"
+    effects = desk(ev.LinkUp("n-one", inbound=True))
+    assert [(one.room, one.unreached) for one in matching(effects, ev.NodeSeen)] == [(4, False)]
+
+
+def test_a_link_to_a_node_at_work_is_not_closed_for_want_of_a_use() -> None:
+    desk = Desk()
+    at_work = {"n-one"}
+    desk.machine.look_after(at_work.__contains__)
+    for node in ("n-one", "n-two"):
+        desk.befriend(node)
+        desk.hear(node, Records((), parting=True))
+    assert [one.node for one in matching(desk.later(10), ev.HangUp)] == ["n-two"]
+
+
+def test_nobody_can_have_a_node_shunned() -> None:
+    """Whatever a bad actor says of a node that it does not like: only this node's own link and dial count."""
+    desk = Desk()
+    desk.machine.look_after(lambda node: node == "n-one")
+    desk.know("n-one", version=EPOCH + 5)
+    desk(ev.LinkUp("n-one", inbound=False))
+    said = (
+        copy_of("n-one", EPOCH + 4, room=0, addresses=()),
+        copy_of("n-one", EPOCH + 5, age=int(PASSABLE)),
+        copy_of("n-evil", neighbours=()),
+        Copy(signed(a_record("n-one", EPOCH + 9, leaving=True), by="n-evil"), 0),
+    )
+    effects = [desk.hear("n-evil", Records((one,))) for one in said]
+    effects.append(desk(ev.LinkDown("n-evil")))
+    effects.append(desk(ev.DialFailed("", "n-evil", "refused")))
+    assert all(one.node != "n-one" for each in effects for one in matching(each, ev.NodeSeen))
+    assert not [one for each in effects for one in matching(each, ev.NodeGone)]
+    assert desk.state("n-one") == "known"
+
+
 def test_a_suspect_that_can_not_be_dialled_is_waited_for() -> None:
     desk = Desk()
     desk(ev.LinkUp("n-one", inbound=True))

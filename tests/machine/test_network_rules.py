@@ -4,30 +4,39 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from bacalhau_node.errors import SpecError
 from bacalhau_node.ids import Execution
+from bacalhau_node.machines import Machines
 from bacalhau_node.messages import (
     Announce,
     Bid,
+    Copy,
     Engine,
     Grant,
     NodeRecord,
     Offer,
+    Records,
     Refuse,
     Reject,
     ShardError,
     ShardOffer,
+    Signed,
 )
 from bacalhau_node.protocol import announcing
 from bacalhau_node.protocol import events as ev
+from bacalhau_node.protocol.archive import Archive
 from bacalhau_node.protocol.compute import Compute
 from bacalhau_node.protocol.fitness import UNNAMED, parse_constraint, unfit
+from bacalhau_node.protocol.membership import Membership, Settings
 from bacalhau_node.protocol.placement import FIRST_REST, LEASE
+from bacalhau_node.protocol.requester import Requester
 from bacalhau_node.protocol.watch import LATE_START, OVERTIME
 from bacalhau_node.spec import Command, InputSource, PythonCell, Resources
 from bacalhau_node.testing.builders import a_failure, a_job, a_job_id, a_result, a_spec, an_execution, matching, sent
+from bacalhau_node.testing.mesh import EPOCH, sign_as, verify
 from tests.machine.test_rules import Desk, job_end, offers, states
 
 GIB = 1024**3
@@ -426,3 +435,95 @@ def test_what_is_not_begun_is_tried_elsewhere_though_somebody_refused_to_before(
     desk(ev.NodeSeen("n-3", 1))
     late = desk.later(1, ev.WatchTimer(a_job_id()))
     assert offers(late, to="n-3") == [an_execution(attempt=3)]
+
+
+# --- nodes that die ---
+
+
+def unreached(node: str) -> ev.NodeSeen:
+    return ev.NodeSeen(node, 0, a_record(node), unreached=True)
+
+
+def test_what_a_node_has_that_was_dialled_in_vain_is_tried_elsewhere_at_once_and_the_first_end_counts() -> None:
+    """Its lease goes on: a link that broke for a moment costs no attempt, and no shard counts twice."""
+    desk = Desk("n-1")
+    desk(a_job(shards=1))
+    desk.take("n-1", an_execution())
+    desk(ev.NodeSeen("n-2", 1))
+    assert offers(desk(unreached("n-1")), to="n-2") == [an_execution(attempt=2)]
+    assert desk.row(0).lost == 0
+    assert not offers(desk(unreached("n-1"))), "once for each shard"
+    assert matching(desk.propose("n-1", an_execution()), ev.Keep), "it was out of reach only"
+    assert sent(desk.propose("n-2", an_execution(attempt=2)), Reject, to="n-2")
+
+
+def test_what_a_node_has_that_was_dialled_in_vain_waits_for_room_elsewhere() -> None:
+    desk = Desk("n-1")
+    desk(a_job(shards=1))
+    desk.take("n-1", an_execution())
+    desk(ev.NodeSeen("n-2", 0))
+    assert not offers(desk(unreached("n-1")))
+    desk(ev.NodeSeen("n-2", 1))
+    assert offers(desk.later(1, ev.WatchTimer(a_job_id())), to="n-2") == [an_execution(attempt=2)]
+
+
+def test_a_node_that_was_dialled_in_vain_gets_nothing_while_there_are_others() -> None:
+    """Its record may say that it has room; whoever hears it again believes it again."""
+    desk = Desk("n-1", "n-2")
+    desk(unreached("n-1"))
+    assert not offers(desk(a_job(shards=2)), to="n-1")
+    assert offers(desk(ev.NodeSeen("n-1", 1, a_record("n-1", version=2))), to="n-1")
+
+
+def test_a_shard_whose_nodes_all_die_fails_after_its_attempts() -> None:
+    """A cell that kills whatever runs it must not go around the network."""
+    desk = Desk("n-0")
+    desk(a_job(shards=1))
+    for n in range(1, 9):
+        desk(ev.NodeSeen(f"n-{n}", 1))
+    killed = 0
+    while desk.machine.book.jobs:
+        (attempt, *_) = desk.machine.book.jobs[a_job_id()].live.values()
+        desk.take(attempt.node.id, attempt.execution)
+        desk(unreached(attempt.node.id))
+        desk(ev.NodeGone(attempt.node.id))
+        killed += 1
+        assert killed < 9
+    assert desk.row(0).state == "failed"
+
+
+def whole_node(*near: str) -> tuple[Machines, Requester]:
+    """A node that knows some others."""
+    requester = Requester("n-me")
+    own = NodeRecord(node="n-me", version=0, addresses=("/memory/n-me",), slots=1)
+    membership = Membership(
+        own,
+        archive=Archive(verify),
+        sign=lambda data: sign_as("n-me", data),
+        seed=1,
+        epoch_ns=EPOCH,
+        now=0.0,
+        settings=Settings(low=0),
+    )
+    machines = Machines(requester, bidder("n-me"), membership)
+    records = (a_record(node, version=EPOCH, addresses=(f"/memory/{node}",)) for node in near)
+    encoded = [(one.node, msgspec.msgpack.encode(one)) for one in records]
+    copies = tuple(Copy(Signed(data, sign_as(node, data)), 0) for node, data in encoded)
+    machines.step(ev.Received("n-else", Records(copies)), 0.0)
+    return machines, requester
+
+
+def test_a_node_at_work_whose_link_breaks_is_dialled_at_once_though_it_is_no_neighbour() -> None:
+    machines, requester = whole_node("n-1", "n-2")
+    for node in ("n-1", "n-2"):
+        machines.step(ev.LinkUp(node, inbound=False), 0.0)
+    effects = machines.step(a_job(shards=1), 0.0)
+    ((offered, execution),) = [(send.to, one) for send in matching(effects, ev.Send) for one in offers([send])]
+    machines.step(ev.OfferPacked((execution,)), 0.0)
+    idle = "n-2" if offered == "n-1" else "n-1"
+    assert not matching(machines.step(ev.LinkDown(idle), 1.0), ev.Dial)
+    (dial,) = matching(machines.step(ev.LinkDown(offered), 1.0), ev.Dial)
+    (seen,) = matching(machines.step(ev.DialFailed(dial.address, offered, "refused"), 1.0), ev.NodeSeen)
+    assert (seen.node, seen.room, seen.unreached) == (offered, 0, True)
+    assert offers(machines.step(seen, 1.0), to=idle) == [an_execution(attempt=2)]
+    requester.check()

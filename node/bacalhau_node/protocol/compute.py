@@ -186,6 +186,10 @@ class Compute:
         """How many more executions this node would take now."""
         return max(0, self.slots + self.prefetch - self.active)
 
+    def serves(self, requester: NodeId) -> bool:
+        """Whether something of this requester's is held."""
+        return requester in self._owners
+
     def requester(self, execution: Execution) -> NodeId | None:
         """Whose execution this is, while it is held."""
         held = self.held.get(execution)

@@ -118,12 +118,13 @@ class Received(msgspec.Struct, frozen=True):
 class NodeSeen(msgspec.Struct, frozen=True):
     """A node is known, with `room` for so many executions now. `record`: what it says about itself; None for this one.
 
-    For a requester; membership asks for it to be told.
+    `unreached`: this node has dialled it in vain. For a requester; membership asks for it to be told.
     """
 
     node: NodeId
     room: int
     record: NodeRecord | None = None
+    unreached: bool = False
 
 
 class NodeGone(msgspec.Struct, frozen=True):
@@ -353,10 +354,7 @@ class Dial(msgspec.Struct, frozen=True):
 
 
 class HangUp(msgspec.Struct, frozen=True):
-    """Close the links to `node`. `reason`: what it did wrong, to be told once in the log.
-
-    "": nothing; membership just needs no link to it, so it stays open for those executions that still need it.
-    """
+    """Close the links to `node`. `reason`: what it did wrong, to be told once in the log, "" for nothing new."""
 
     node: NodeId
     reason: str = ""

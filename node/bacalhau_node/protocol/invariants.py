@@ -12,8 +12,10 @@ from typing import Protocol
 from bacalhau_node.errors import BugError
 from bacalhau_node.ids import Execution, NodeId
 from bacalhau_node.messages import Outcome
+from bacalhau_node.protocol.neighbours import Neighbours
 from bacalhau_node.protocol.records import LIVE, Job, Node, Shard
 from bacalhau_node.protocol.tables import Story, told
+from bacalhau_node.protocol.view import View
 from bacalhau_node.protocol.voting import winner
 
 DECIDED = ("accepted", "kept", "failed")
@@ -84,3 +86,22 @@ def check_held(held: Iterable[_Held], *, active: int, most: int) -> None:
             raise BugError(f"execution {one.execution} is {one.state}", story=told(one.story))
     if found != active or found > most:
         raise BugError(f"{found} executions at work, counted {active}, at most {most} are possible")
+
+
+def check_circle(view: View, others: Neighbours, *, most: int, now: float) -> None:
+    """Raise `BugError` if a rule of membership is broken; `most`: neighbours that are allowed."""
+    near = others.near
+    node = view.own.node
+    dead = [node for node, grave in view.graves.items() if not grave.left]
+    rules = {
+        "a view is within its bound": len(view.held) <= view.bound and len(view.graves) <= view.bound,
+        "a node does not know itself": node not in view.held and node not in others.peers,
+        "nobody is known and buried": not view.held.keys() & view.graves.keys(),
+        "no neighbour or suspect is dead": not others.peers.keys() & set(dead),
+        "every record has its time": view.held.keys() == view.born.keys(),
+        "there are no more neighbours than allowed": len(near) <= most,
+        "no neighbour did wrong lately": not any(others.is_banned(peer.id, now) for peer in near),
+    }
+    for rule, holds in rules.items():
+        if not holds:
+            raise BugError(f"membership of node {node}: {rule}, and now it is not so")

@@ -13,7 +13,7 @@ less than `low` neighbours dials nodes of its view; with nobody to dial it asks 
 view has grown by half dials one more: two networks that meet by one link become one mesh, not two with a bridge.
 
 **Death.** Nobody is told of a suspicion (`circle.py`), as it would be slander: those who deal with a node find out
-themselves that it is dead, all others when its last record is stale.
+themselves that it is dead, as their links to it break; all others when its last record is stale.
 
 **Misbehaviour.** A record that was not signed by its node, or is malformed, and a flood of messages end the link of
 whoever sent them, with a reason, and nobody listens to that node for ten minutes. An old record changes nothing. A
@@ -23,7 +23,7 @@ of a newer record of itself (from before a restart, by a faster clock) makes one
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
 import msgspec
@@ -108,6 +108,10 @@ class Membership:
             self._own.changed, self._circle.moved = self._own.changed or self._circle.moved, False
             self._arm()
         return out
+
+    def look_after(self, works_with: Callable[[NodeId], bool]) -> None:
+        """Be told with which nodes executions are under way: their links count."""
+        self._circle.works_with = works_with
 
     # --- what others may ask; nothing changes ---
 

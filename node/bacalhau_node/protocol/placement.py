@@ -16,7 +16,7 @@ gave it back, or runs it as another replica) gets it again only when no other ca
 replicas also when it has waited a lease for them. A **distrusted** node, whose answer was outvoted, gets
 something only when all others are out of the question.
 
-Nodes that were **suspected** (silent for a lease) or full have no room; `probe` lets one shard
+Nodes that were **suspected** (silent for a lease, or dialled in vain) or full have no room; `probe` lets one shard
 try them again when a job's patience is over. A node where executions fail by its own fault **rests**, longer each time,
 so that a daemon which is away for a moment does not burn the attempts of a job.
 """
@@ -120,6 +120,11 @@ class Placement:
         self.nodes.pop(node.id, None)
         self._order.remove(node.id)
         self._open.pop(node.id, None)
+
+    def works(self, node_id: NodeId) -> bool:
+        """Whether the node has an execution that may still end well."""
+        node = self.nodes.get(node_id)
+        return node is not None and bool(node.live)
 
     def idle(self) -> list[Node]:
         """The nodes that have room, in the order of the queue."""

@@ -39,7 +39,7 @@ class Node:
 
     `room`: how many more shards to offer it now. `unanswered` of our offers are neither taken nor
     refused yet: what it reports as room was counted without them. `suspect`: it was silent for a
-    lease and has not been heard since. `distrusted`: its answer was outvoted; never forgotten.
+    lease, or dialled in vain, and has not been heard since. `distrusted`: its answer was outvoted; never forgotten.
     `record`: what it says about itself, None for this node and for one that only bid. `faults`: so many executions
     in a row have failed by its own fault; it gets no more before `rest`.
     """

@@ -15,8 +15,8 @@ while its shard still wants one.
 others are not answered: their nodes propose them again, now and then, so a requester that was
 restarted hears of them once more. What a node is told, and what the clients see, is only what was decided.
 
-**Leases.** A live attempt must be heard of (take, started, heartbeat) within a lease. An offer that
-is not answered is sent again; nodes answer a repeated offer alike. The node of a lost attempt is
+**Leases.** A live attempt must be heard of (take, started, heartbeat) within a lease. An offer that is not answered is
+sent again; nodes answer a repeated offer alike. The node of a lost attempt, or one that was dialled in vain, is
 suspected: it gets no offer while there are others, until it is heard again. See `watch.py`.
 
 **How a node hears the requester.** Each heartbeat is answered by one `Cancel` that names what
@@ -160,10 +160,7 @@ class Requester:
         return self, self._settled()
 
     def live(self, execution: Execution, sender: NodeId) -> bool:
-        """Whether lines of this execution, sent by `sender`, are for the job's clients.
-
-        Of several live attempts of a shard only the first is heard: the others print the same.
-        """
+        """Whether its lines, sent by `sender`, are for the job's clients: of several live attempts only the first's."""
         match self.book.verdict(sender, execution):
             case Attempt() as attempt:
                 return next(iter(attempt.shard.live)) == execution.attempt
@@ -202,7 +199,9 @@ class Requester:
         node.suspect = False
         if event.record is not None:
             self.book.placement.record(node, event.record, self.book.jobs.values())
-        if event.record is None or not node.live:  # else it tells its room itself, and sooner
+        if event.unreached:
+            watch.unreached(self.book, node)
+        elif event.record is None or not node.live:  # else it tells its room itself, and sooner
             self.book.placement.room(node, event.room, self.book.now)
 
     def _gone(self, node_id: NodeId) -> None:

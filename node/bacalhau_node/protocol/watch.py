@@ -11,9 +11,10 @@ some of them have room that no job can fill, it moves work there:
   half of itself, and no more than there is room elsewhere; so a fast node that runs dry takes from a slow one
   again and again, and the end comes for both at once. The node answers with a refusal for what
   it had not started, and that goes to others first.
-- **A second try.** When half of the job is done, a shard that has been at work for longer than `SLOW` times the
-  median of those gets one more attempt on a node that has not tried it. The first end counts, the other
-  attempt is cancelled. It is made once for each shard.
+- **A second try.** A shard gets one more attempt, on a node that has not tried it, when its node was dialled in vain
+  (its link broke), when its node took it and begins nothing, or when half of the job is done and it has been at work
+  for longer than `SLOW` times the median of those. The first end counts, the other attempt is cancelled: so a link
+  that broke for a moment costs no attempt. It is made once for each shard.
 """
 
 from __future__ import annotations
@@ -70,9 +71,15 @@ def watch(book: Book, job: Job) -> None:
         return
     room = {node.id: node.room for node in book.placement.idle() if not (node.distrusted or job.excludes(node.id))}
     if room:
-        _late(book, job, room)
         _try_again(book, job, room)
         _recall(book, job, room)
+
+
+def unreached(book: Book, node: Node) -> None:
+    """Try elsewhere what a node has that was dialled in vain; where others have no room, `watch` does it later."""
+    node.suspect, node.room = True, 0
+    for job in {attempt.job.id: attempt.job for attempt in node.live.values()}.values():
+        watch(book, job)
 
 
 def _stuck(attempt: Attempt, now: float) -> str | None:
@@ -91,27 +98,34 @@ def _runs_something(node: Node) -> bool:
     return any(attempt.phase == "running" for attempt in node.live.values())
 
 
-def _late(book: Book, job: Job, room: dict[str, int]) -> None:
-    """Try elsewhere what a node took and does not begin, though it says that it is at work."""
-    for attempt in list(job.live.values()):
-        waits = attempt.phase == "taken" and not attempt.coming and book.now - attempt.since > LATE_START
-        if waits and not attempt.shard.extra and job.free and not _runs_something(attempt.node):
-            _second(book, job, attempt, room)
-
-
 def _try_again(book: Book, job: Job, room: dict[str, int]) -> None:
-    if 2 * len(job.seconds) < min(len(job.shards), job.seconds.maxlen or 0):
-        return
-    durations = sorted(job.seconds)
-    limit = max(SLOW * durations[len(durations) // 2], SLOW_AT_LEAST) if durations else 0.0
+    limit = _limit(job)
     for attempt in list(job.live.values()):
-        slow = limit and attempt.phase != "offered" and not attempt.coming and book.now - attempt.since > limit
-        if slow and not attempt.shard.extra and job.free:
+        late = attempt.node.suspect or _never_begins(book, attempt) or _is_slow(book, attempt, limit)
+        if late and not (attempt.packing or attempt.coming or attempt.shard.extra) and job.free:
             _second(book, job, attempt, room)
+
+
+def _never_begins(book: Book, attempt: Attempt) -> bool:
+    """Whether a node took it and does not begin, though it says that it is at work."""
+    waits = attempt.phase == "taken" and book.now - attempt.since > LATE_START
+    return waits and not _runs_something(attempt.node)
+
+
+def _is_slow(book: Book, attempt: Attempt, limit: float) -> bool:
+    return 0 < limit < book.now - attempt.since and attempt.phase != "offered"
+
+
+def _limit(job: Job) -> float:
+    """The seconds after which a shard is slow; 0 while too few are done."""
+    if 2 * len(job.seconds) < min(len(job.shards), job.seconds.maxlen or 0):
+        return 0.0
+    durations = sorted(job.seconds)
+    return max(SLOW * durations[len(durations) // 2], SLOW_AT_LEAST) if durations else 0.0
 
 
 def _second(book: Book, job: Job, attempt: Attempt, room: dict[str, int]) -> None:
-    """One more attempt of a slow shard, on an idle node that has not tried it."""
+    """One more attempt of a shard, on an idle node that has not tried it."""
     shard = attempt.shard
     for name, left in room.items():
         node = book.placement.nodes[name]
