@@ -21,7 +21,7 @@ from bacalhau_jupyter.record import Place, Record
 from bacalhau_jupyter.result import Reader, Result, ShardResult
 from bacalhau_jupyter.session import Session
 from bacalhau_node.errors import JobFailed, NodeUnreachable, SpecError
-from bacalhau_node.ids import JobId, short
+from bacalhau_node.ids import JobId, NodeId, short
 from bacalhau_node.messages import ShardError
 from bacalhau_node.protocol.events import FINAL_JOB
 
@@ -171,7 +171,8 @@ class Job:
         done = sum(CODES[shard.state] == DONE for shard in view.shards)
         if view.state != "Completed" and not (partial and done):
             raise self.failure() or JobFailed(f"job {short(self.id)} has not ended: {self.monitor.broken}")
-        return Result([_shard_result(shard) for shard in view.shards], self._reader(), cid=view.cid)
+        asked = self.monitor.submission.node
+        return Result([_shard_result(shard, asked) for shard in view.shards], self._reader(), cid=view.cid)
 
     @property
     def widget(self) -> ShardGrid:
@@ -332,10 +333,16 @@ def _shard_record(shard: ShardView) -> ShardRecord:
     )
 
 
-def _shard_result(shard: ShardView) -> ShardResult:
+def _shard_result(shard: ShardView, asked: NodeId) -> ShardResult:
     outcome = shard.outcome
     if CODES[shard.state] == DONE and outcome is not None:
-        return ShardResult(index=shard.index, value=outcome.value, outputs=outcome.outputs, inputs=shard.inputs)
+        return ShardResult(
+            index=shard.index,
+            value=outcome.value,
+            outputs=outcome.outputs,
+            inputs=shard.inputs,
+            foreign=shard.node != asked,
+        )
     error = outcome.error if outcome and outcome.error else ShardError("node", "Stopped", "stopped before it finished")
     return ShardResult(index=shard.index, inputs=shard.inputs, error=error)
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from bacalhau_jupyter import join, rows, values
-from bacalhau_node.errors import JobFailed, SpecError
+from bacalhau_node.errors import ContentError, JobFailed, SpecError
 from bacalhau_node.messages import Value
 
 if TYPE_CHECKING:
@@ -42,13 +42,17 @@ _COUNTED = 64_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class ShardResult:
-    """What one shard left: its value and the CID of its folder of outputs, or its error. `inputs` are logical paths."""
+    """What one shard left: its value and the CID of its folder of outputs, or its error. `inputs` are logical paths.
+
+    `foreign`: it ran on another node than the one that was asked, whose value is taken for anything (see `values`).
+    """
 
     index: int
     value: Value = field(default_factory=Value)
     outputs: str | None = None
     inputs: tuple[str, ...] = ()
     error: ShardError | None = None
+    foreign: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +113,13 @@ class Result:
         return self._reader.blob(shard.value.blob) if inline is None else inline
 
     def _value(self, shard: ShardResult) -> Any:
-        return values.decode(shard.value.kind, shard.value.type, self._data(shard))
+        return values.decode(shard.value.kind, shard.value.type, self._data(shard), foreign=shard.foreign)
+
+    def _table(self, shard: ShardResult) -> pa.Table:
+        try:
+            return values.read_table(self._data(shard), foreign=shard.foreign)
+        except ContentError as error:
+            raise ContentError(f"the value of shard {shard.index}: {error}") from error
 
     # --- as one ---
 
@@ -187,7 +197,7 @@ class Result:
             return file.read(1)
 
     def _parts(self, having: Sequence[ShardResult]) -> list[join.Part]:
-        return [join.Part(shard.index, values.read_table(self._data(shard))) for shard in having]
+        return [join.Part(shard.index, self._table(shard)) for shard in having]
 
     # --- shown ---
 
@@ -227,7 +237,7 @@ class Result:
     def _short(self, shard: ShardResult) -> str:
         """One line about a value; a large one is named, not read."""
         if shard.value.kind == "arrow":
-            table = values.read_table(self._data(shard))
+            table = self._table(shard)
             names = table.column_names
             shown = ", ".join(names[:8]) + ("…" if len(names) > 8 else "")
             return f"{shard.value.type}, {table.num_rows:,} rows × {table.num_columns} columns ({shown})"
@@ -245,7 +255,7 @@ class Result:
             if drawn:
                 return f"<div>{drawn}</div>"
         if shard.value.kind == "arrow" and self._kind_of(shard) == "table":
-            table = values.read_table(self._data(shard))
+            table = self._table(shard)
             head = table.slice(0, _SHOWN).to_pandas().to_html(max_cols=12, border=0)
             return f"{head}<div>{table.num_rows:,} rows × {table.num_columns} columns</div>"
         return f"<code>{html.escape(self._short(shard))}</code>"

@@ -3,6 +3,10 @@
 The formats are those of `messages.Value`; the agent reads and writes the same ones. An Arrow file
 says in its schema's metadata, under `MARK`, what it was written from: {"library", "type", "named"}.
 pandas and pyarrow are imported when the first value needs them.
+
+Whoever ran a shard wrote its value. One that is `foreign`, of another node than the one that the notebook talks to, is
+taken for anything: its lengths may lie (Arrow reads where they point, and the kernel dies), and its HTML may hold
+scripts, which a page would run with all that its user may do.
 """
 
 # ruff: noqa: PLC0415 - pandas, numpy and pyarrow are imported when the first value needs them
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
     from bacalhau_node.messages import ValueKind
 
 MARK = b"bacalhau"
+_FRAME = "width: 100%; height: 24em; border: 0"
 LIMIT = 1_000_000_000
 """Bytes of one variable: the bundle is built in memory, and a larger one belongs into a file and `--with`."""
 
@@ -62,6 +67,14 @@ class Drawing:
     type: str
     data: dict[str, str | bytes]
 
+    def contained(self) -> Drawing:
+        """The same without what could act: pictures, text, and HTML in a frame that runs no scripts."""
+        text, plain = self.as_html(), self.data.get("text/plain")
+        if text and self._picture() is None:
+            text = f'<iframe sandbox srcdoc="{html.escape(text)}" style="{_FRAME}"></iframe>'
+        shown = {"text/html": text} if text else {}
+        return Drawing(self.type, {**shown, "text/plain": plain if isinstance(plain, str) else repr(self)})
+
     def _repr_mimebundle_(self, **_options: object) -> dict[str, Any]:
         return {
             kind: base64.b64encode(part).decode() if isinstance(part, bytes) else part
@@ -70,13 +83,16 @@ class Drawing:
 
     def as_html(self) -> str:
         """HTML that shows it: a picture as data, else its own HTML; empty if it has neither."""
-        for kind in ("image/png", "image/jpeg", "image/svg+xml"):
-            part = self.data.get(kind)
-            if part is not None:
-                raw = part if isinstance(part, bytes) else part.encode()
-                return f'<img alt="{html.escape(self.type)}" src="data:{kind};base64,{base64.b64encode(raw).decode()}">'
+        if (picture := self._picture()) is not None:
+            kind, part = picture
+            raw = part if isinstance(part, bytes) else part.encode()
+            return f'<img alt="{html.escape(self.type)}" src="data:{kind};base64,{base64.b64encode(raw).decode()}">'
         own = self.data.get("text/html", "")
         return own if isinstance(own, str) else ""
+
+    def _picture(self) -> tuple[str, str | bytes] | None:
+        kinds = ("image/png", "image/jpeg", "image/svg+xml")
+        return next(((kind, self.data[kind]) for kind in kinds if kind in self.data), None)
 
     def __repr__(self) -> str:
         text = self.data.get("text/plain")
@@ -194,12 +210,29 @@ def _file(table: pa.Table) -> bytes:
 # --- shard to notebook ---
 
 
-def decode(kind: ValueKind, type_name: str, data: bytes | Path) -> Any:
+def decode(kind: ValueKind, type_name: str, data: bytes | Path, *, foreign: bool = False) -> Any:
     """The value that a shard sent; a `Path` is mapped where the format allows it. Raises `ContentError` for damage."""
     try:
-        return _READERS[kind](type_name, data)
-    except (AttributeError, EOFError, KeyError, OSError, TypeError, ValueError) as error:  # all that damage leads to
+        if kind == "arrow":
+            return from_table(read_table(data, foreign=foreign), type_name)
+        value = _READERS[kind](type_name, data)
+        return value.contained() if foreign and isinstance(value, Drawing) else value
+    except _DAMAGE as error:
         raise ContentError(f"the value of a shard ({kind}, {type_name}) can't be read: {error}") from error
+
+
+_DAMAGE = (
+    AttributeError,
+    ContentError,
+    EOFError,
+    KeyError,
+    MemoryError,
+    OSError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+"""All that damage leads to."""
 
 
 def _bytes(data: bytes | Path) -> bytes:
@@ -218,12 +251,20 @@ def _read_array(data: bytes | Path) -> Any:
     return np.load(source, allow_pickle=False)
 
 
-def read_table(data: bytes | Path) -> pa.Table:
-    """The table of an Arrow file, mapped when it lies on disk."""
+def read_table(data: bytes | Path, *, foreign: bool = False) -> pa.Table:
+    """The table of an Arrow file, mapped when it lies on disk; raises `ContentError` for one that can't be meant.
+
+    Of a `foreign` one every offset is looked at, which takes as long again as making a frame of text.
+    """
     import pyarrow as pa
 
     source = pa.memory_map(str(data)) if isinstance(data, Path) else pa.BufferReader(data)
-    return pa.ipc.open_file(source).read_all()
+    try:
+        table = pa.ipc.open_file(source).read_all()
+        table.validate(full=foreign)
+    except pa.ArrowException as error:
+        raise ContentError(f"it can't be read as a table: {error}") from error
+    return table
 
 
 def mark(table: pa.Table) -> dict[str, Any]:
@@ -262,5 +303,4 @@ _READERS: dict[str, Callable[[str, bytes | Path], Any]] = {
     "repr": lambda type_name, data: Repr(_bytes(data).decode("utf-8", "replace"), type_name),
     "mime": _read_drawing,
     "npy": lambda _type, data: _read_array(data),
-    "arrow": lambda type_name, data: from_table(read_table(data), type_name),
 }

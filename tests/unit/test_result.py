@@ -1,5 +1,6 @@
 import decimal
 import io
+import json
 
 import numpy as np
 import pandas as pd
@@ -373,6 +374,15 @@ def test_html_shows_tables_and_pictures_and_escapes_the_rest():
     assert "shard 0: &lt;a&gt;, b and 1 more" in text
     assert "<div><b>shard 1</b> <code>&#x27;&lt;script&gt;&#x27;</code></div>" in text
     assert pd.read_html(io.StringIO(text))[0]["a"].tolist() == [1] if _can_read_html() else "<table" in text
+
+
+def test_values_of_other_nodes_act_on_no_page():
+    evil = json.dumps({"text/html": "<script>alert(1)</script>"}).encode()
+    value = Value("mime", "T", Blob(len(evil), evil))
+    mine, others = ShardResult(index=0, value=value), ShardResult(index=1, value=value, foreign=True)
+    assert "<script>" in Result([mine], UNUSED)._repr_html_(), "one's own charts need theirs"
+    assert "<script>" not in Result([others], UNUSED)._repr_html_()
+    assert "<script>" not in str(Result([others], UNUSED)[0]._repr_mimebundle_())
 
 
 def _can_read_html():

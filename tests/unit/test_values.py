@@ -1,4 +1,6 @@
+import contextlib
 import datetime as dt
+import html
 import json
 import subprocess
 import sys
@@ -184,3 +186,88 @@ def test_importing_the_notebook_side_loads_nothing_heavy():
         [sys.executable, "-c", f"import sys; sys.path[:0] = {path}\n{code}"], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+# --- values of nodes that nobody here knows ---
+
+EVIL = "<script>alert(1)</script><img src=x onerror='alert(2)'>"
+
+
+def _mime(**parts):
+    bundle = {kind.replace("_", "/", 1).replace("svg", "svg+xml"): part for kind, part in parts.items()}
+    return values.decode("mime", '"><script>', json.dumps(bundle).encode(), foreign=True)
+
+
+def test_html_of_another_node_is_shown_in_a_frame_that_runs_no_scripts():
+    drawing = _mime(text_html=EVIL, application_javascript="alert(3)", text_plain="a chart")
+    assert drawing._repr_mimebundle_() == {
+        "text/html": f'<iframe sandbox srcdoc="{html.escape(EVIL)}" style="{values._FRAME}"></iframe>',
+        "text/plain": "a chart",
+    }
+    assert drawing.as_html() == drawing.data["text/html"]
+    assert values.decode("mime", "T", json.dumps({"text/html": EVIL}).encode()).as_html() == EVIL
+
+
+@pytest.mark.parametrize(("kind", "part"), [("image_png", "iVBO"), ("image_svg", f"<svg>{EVIL}</svg>")])
+def test_pictures_of_another_node_are_images_which_act_on_nothing(kind, part):
+    shown = _mime(**{kind: part}, text_html=EVIL)._repr_mimebundle_()
+    assert set(shown) == {"text/html", "text/plain"}
+    assert shown["text/html"].startswith('<img alt="&quot;&gt;&lt;script&gt;" src="data:image/')
+    assert "<script" not in shown["text/html"]
+
+
+@pytest.mark.parametrize("part", [7, ["x"], {"a": EVIL}, None])
+def test_a_drawing_of_another_node_that_is_none_is_told_or_empty(part):
+    for kind in ("text_html", "image_svg", "image_png", "text_plain"):
+        with contextlib.suppress(ContentError):
+            assert EVIL not in _mime(**{kind: part}).as_html()
+
+
+def _lying(what: str) -> bytes:
+    """Files of Arrow whose lengths lead out of their buffers; reading one kills the process."""
+    numbers = np.array([0, 2**30, 5], dtype="int32")
+    if what == "offsets":
+        column = pa.StringArray.from_buffers(2, pa.py_buffer(numbers), pa.py_buffer(b"abcde"))
+    elif what == "indices":
+        kind = pa.dictionary(pa.int32(), pa.string())
+        column = pa.DictionaryArray.from_buffers(kind, 3, [None, pa.py_buffer(numbers)], pa.array(["a", "b"]))
+    else:
+        column = pa.array(np.arange(10))
+    table = pa.table({"a": column})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    data = sink.getvalue().to_pybytes()
+    ten, million = (number.to_bytes(8, "little") for number in (10, 1_000_000))
+    return data.replace(ten, million) if what == "rows" else data
+
+
+@pytest.mark.parametrize("way", ["mapped", "in memory"])
+@pytest.mark.parametrize("what", ["offsets", "indices", "rows"])
+def test_a_table_whose_lengths_lie_is_refused_and_kills_nobody(what, way, tmp_path):
+    data = _lying(what)
+    if way == "mapped":
+        data = tmp_path / "value.arrow"
+        data.write_bytes(_lying(what))
+    with pytest.raises(ContentError, match="can't be read"):
+        values.decode("arrow", "DataFrame", data, foreign=True)
+
+
+def _npy(descr: str, shape: str) -> bytes:
+    header = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {shape}}}"
+    return b"\x93NUMPY\x01\x00v\x00" + header.ljust(118).encode()
+
+
+@pytest.mark.parametrize(
+    ("kind", "data"),
+    [
+        ("json", b"[" * 1_000_000),
+        ("npy", _npy("<f8", "(1000000000000,)")),
+        ("npy", _npy("<f8", "(-1,)")),
+        ("npy", _npy("|O", "(1,)")),
+        ("arrow", b"ARROW1" + b"\xff" * 100),
+    ],
+)
+def test_what_is_damaged_on_purpose_is_an_error_that_names_the_value(kind, data):
+    with pytest.raises(ContentError, match="can't be read"):
+        values.decode(kind, "T", data, foreign=True)
