@@ -49,8 +49,8 @@ def test_pieces_have_the_cids_that_others_give_them(vector: dict[str, str], tmp_
 def test_the_roots_of_zeros_are_known_up_to_the_largest_sector() -> None:
     zeros = VECTORS["zeros"]
     height = zeros["height"]
-    assert Piece(piece._ZEROS[height], height, 127 << height - 2).cid_v2 == zeros["piece_cid_v2"]
-    assert len(piece._ZEROS) == piece.MAX_HEIGHT + 1
+    assert Piece(piece.ZEROS[height], height, 127 << height - 2).cid_v2 == zeros["piece_cid_v2"]
+    assert len(piece.ZEROS) == piece.MAX_HEIGHT + 1
 
 
 @pytest.mark.parametrize("segments", [2, 3])
@@ -59,12 +59,12 @@ def test_a_file_of_several_segments_is_hashed_by_helpers(segments: int, tmp_path
     data, rest = c(SEGMENT), b"" if segments == 2 else b"end"
     found = commit(_file(tmp_path, data * 2 + rest), NEVER)
     one = commit(_file(tmp_path, data), NEVER).root
-    expected = piece._above(one + one)
+    expected = piece.above(one + one)
     if rest:
         last = commit(_file(tmp_path, rest), NEVER).root
         for height in range(2, 19):
-            last = piece._above(last + piece._ZEROS[height])
-        expected = piece._above(expected + last)
+            last = piece.above(last + piece.ZEROS[height])
+        expected = piece.above(expected + last)
     assert (found.root, found.height) == (expected, 17 + segments)
 
 

@@ -20,7 +20,7 @@ import os
 import subprocess
 import sys
 import threading
-from base64 import b32encode
+from base64 import b32decode, b32encode
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
@@ -68,6 +68,20 @@ class Piece(msgspec.Struct, frozen=True):
         """Zeros that follow the payload."""
         return (self.padded >> 7) * _QUAD - self.payload
 
+    @classmethod
+    def known(cls, cid_v1: str, *, padded: int, payload: int) -> Piece:
+        """The piece that a manifest describes; raises `ContentError` for numbers that can't be one's."""
+        try:
+            cid = b32decode(f"{cid_v1[1:].upper()}{'=' * (-(len(cid_v1) - 1) % 8)}")
+        except ValueError:
+            cid = b""
+        piece = cls(cid[len(_V1) :], padded.bit_length() - 6, payload)
+        if piece.cid_v1 != cid_v1 or len(piece.root) != 32 or not _QUAD_HEIGHT <= piece.height <= MAX_HEIGHT:
+            raise ContentError(f"{cid_v1!r:.100} is not the CID (version 1) of a piece of {padded} bytes")
+        if piece.padded != padded or piece.padding < 0:
+            raise ContentError(f"no piece has {payload} bytes of payload in {padded}")
+        return piece
+
     @property
     def cid_v1(self) -> str:
         """`baga6ea4seaq…`: the root alone."""
@@ -109,7 +123,7 @@ def segment_root(path: Path, index: int) -> bytes:
     quads = SEGMENT // _QUAD if index else 1 << (_height(len(data)) - _QUAD_HEIGHT)
     level = _fr32(data.ljust(quads * _QUAD, b"\0"))
     while len(level) > 32:
-        level = _above(level)
+        level = above(level)
     return level
 
 
@@ -124,7 +138,7 @@ def _fr32(data: bytes) -> bytes:
     return leaves.to_bytes(128 * quads, "little")
 
 
-def _above(level: bytes) -> bytes:
+def above(level: bytes) -> bytes:
     """The level of the tree above this one."""
     digests = b"".join([sha256(level[at : at + 64]).digest() for at in range(0, len(level), 64)])
     mask = int.from_bytes(_DIGEST_MASK * (len(digests) // 32), "little")
@@ -135,10 +149,10 @@ def _zeros() -> Iterator[bytes]:
     node = bytes(32)
     for _ in range(MAX_HEIGHT + 1):
         yield node
-        node = _above(node + node)
+        node = above(node + node)
 
 
-_ZEROS: Final = tuple(_zeros())
+ZEROS: Final = tuple(_zeros())
 """The roots of trees over zeros, by height."""
 
 
@@ -146,8 +160,8 @@ def _raised(roots: list[bytes], low: int, high: int) -> bytes:
     """The root at height `high` over these at height `low`, with zeros behind them."""
     for height in range(low, high):
         if len(roots) % 2:
-            roots = [*roots, _ZEROS[height]]
-        roots = [_above(roots[at] + roots[at + 1]) for at in range(0, len(roots), 2)]
+            roots = [*roots, ZEROS[height]]
+        roots = [above(roots[at] + roots[at + 1]) for at in range(0, len(roots), 2)]
     return roots[0]
 
 

@@ -11,10 +11,12 @@ they were last asked for when none does any more: their time of change is that o
 which are never stored or sent: the CID of version 2 says how many there are. A result is one piece, up to what a
 sector of 64 GiB holds. Providers want large pieces (most of 1 MiB at least, many of some GiB): smaller ones are
 aggregated (FRC-0058), each at an offset that is a multiple of its own padded size, with an index at the end. The
-aggregate is the work of who makes the deal, and the manifest has what it needs of each piece (`cid_v1`, `padded`).
+aggregate is the work of who makes the deal: `content.aggregate` has the rules and the proofs, and the manifest what
+they need of each piece (`cid_v1`, `padded`, `payload`).
 
 **What is tried.** File, commitment, manifest and the port: by the vectors of FRC-0069 and an independent reader of
-CARs. **What is not:** no deal is made, and nothing here speaks to a provider or a chain.
+CARs; aggregates: by the figures that FRC-0058's first implementation has published. **What is not:** no deal is made,
+and nothing here speaks to a provider or a chain.
 """
 
 from __future__ import annotations
