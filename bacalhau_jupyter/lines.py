@@ -30,8 +30,11 @@ LINE_LIMIT = 10_000
 TAIL_LINES = 20
 TAIL_WIDTH = 500
 _RESET = "\x1b[0m"
-_CURSOR = re.compile(r"\x1b\[[0-?]*[ -/]*[@-ln-~]")
-"""Control sequences but colours (`m`): they move the cursor or erase, as nested progress bars do."""
+_ACTS = re.compile(
+    r"\x1b\[[0-?]*[ -/]*[@-ln-~]|\x1b[PX\]^_][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b(?!\[)|[\x07\x08\x0b\x0c\x80-\x9f]"
+)
+"""Control sequences but colours (`m`): they move the cursor or erase, as nested progress bars do, name the window, fill
+the clipboard, or take what follows for theirs until they end."""
 
 
 class Piece(NamedTuple):
@@ -195,9 +198,8 @@ def _cut(text: str) -> str:
 
 def _contained(line: str) -> str:
     """`line` without escape codes that would reach into the lines of other shards: colours end with it."""
-    if "\x1b" not in line:
-        return line
-    return _CURSOR.sub("", line).removesuffix(_RESET) + _RESET
+    clean = _ACTS.sub("", line)
+    return clean.removesuffix(_RESET) + _RESET if "\x1b" in line else clean
 
 
 def _by_newline(text: str) -> list[str]:

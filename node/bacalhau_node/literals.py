@@ -76,6 +76,11 @@ def size_text(count: int) -> str:
     return f"{value:.3g} {unit}"
 
 
+def inert(text: str) -> str:
+    """`text` on one line, with every character escaped that ends a line, acts on a terminal or hides others."""
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
+
+
 def seconds(text: str) -> float:
     """Seconds: `90`, `10m`, `1h30m`, `500ms`."""
     match = _TIME.fullmatch(text) if text else None

@@ -17,6 +17,7 @@ from msgspec import structs
 
 from bacalhau_node.ids import Execution, NodeId
 from bacalhau_node.links import Links, Spawn
+from bacalhau_node.literals import inert
 from bacalhau_node.messages import Lines, Message, Offer, Propose, Refuse, ShardError, Transfer
 from bacalhau_node.ports import Transport
 from bacalhau_node.protocol import events as ev
@@ -74,7 +75,11 @@ class Mail:
                     self._coming.add(execution)
                     self._spawn(self._collected(author, message, self._trade))
             case Refuse(reason=reason):
-                self._post(ev.Received(author, structs.replace(message, reason=reason[:LONGEST_REASON])))
+                self._post(
+                    ev.Received(
+                        author, structs.replace(message, reason=inert(reason[:LONGEST_REASON])[:LONGEST_REASON])
+                    )
+                )
             case _:
                 self._post(ev.Received(author, message))
 

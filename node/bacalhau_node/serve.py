@@ -32,7 +32,7 @@ from bacalhau_node.api.server import ApiServer, bind, url_of
 from bacalhau_node.client import LocalClient
 from bacalhau_node.errors import SpecError
 from bacalhau_node.folders import Address, NodeFolder, data_folder
-from bacalhau_node.literals import is_loopback
+from bacalhau_node.literals import inert, is_loopback
 from bacalhau_node.network import NetworkSettings, over_libp2p
 from bacalhau_node.node import Node, open_node
 from bacalhau_node.selection import Selection, read_selection
@@ -269,13 +269,8 @@ class _PlainLines(logging.Formatter):
         super().__init__("%(asctime)s %(levelname)s %(message)s")
 
     def format(self, record: logging.LogRecord) -> str:
-        lines = super().format(record).split("\n")
-        return "\n  ".join("".join(map(_inert, line)) for line in lines)
+        return "\n  ".join(map(inert, super().format(record).split("\n")))
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the name that logging calls
         extra = "".join(f" {name}={value}" for name, value in _extra(record).items())
         return super().formatMessage(record) + extra
-
-
-def _inert(character: str) -> str:
-    return character if character.isprintable() else ascii(character)[1:-1]

@@ -399,12 +399,14 @@ async def test_who_sends_a_byte_now_and_then_is_given_up(meet: Meet, monkeypatch
         await one
 
 
-async def test_a_refusal_of_a_megabyte_is_cut(meet: Meet) -> None:
+async def test_a_refusal_is_cut_and_is_one_line(meet: Meet) -> None:
     mallory = await meet()
     heard: list[Any] = []
     mallory.victim.engine._mail._post = heard.append  # type: ignore[method-assign]
     mallory.victim.engine._mail._heard(mallory.node.id, Refuse((), "never", "x" * MB))
-    assert [len(event.message.reason) for event in heard] == [LONGEST_REASON]
+    mallory.victim.engine._mail._heard(mallory.node.id, Refuse((), "never", "\x1b[2J\nnode n-1: all is well"))
+    assert [len(event.message.reason) for event in heard[:1]] == [LONGEST_REASON]
+    assert heard[1].message.reason == "\\x1b[2J\\nnode n-1: all is well", "it acts on no terminal"
 
 
 async def test_a_cell_whose_unpacking_was_cancelled_is_unpacked_again(

@@ -167,3 +167,15 @@ def test_escape_codes_of_a_shard_end_with_its_line():
         "[shard 0] above\x1b[0m",
         "[shard 0] plain",
     ]
+
+
+CODES = ["]52;c;aGk=\x07", "]0;title\x1b\\", "]8;;http://x", "Pq", "c", "", "(0"]
+
+
+@pytest.mark.parametrize("code", [*(f"\x1b{code}" for code in CODES), "\b\b\b", "\x9b2J", "\f"])
+def test_no_code_of_a_shard_names_the_window_fills_the_clipboard_or_takes_the_next_lines(code):
+    many = gate()
+    many.lines(0, "stdout", [f"{code}", "next"], 0.0)
+    first, second = text_of(many.take(0.0)).splitlines()
+    assert first.removesuffix("\x1b[0m") in {f"[shard 0] {left}" for left in ("", "c", "(0", "2J")}
+    assert second == "[shard 0] next"
