@@ -1,6 +1,8 @@
 """Two devstacks in two processes that one `--peer` joins: a job of one runs on nodes of both.
 
-python -m tests.devstack.peered --nodes 100
+    python -m tests.devstack.peered [--nodes 100] [--picture FILE.png]
+
+The picture is drawn from what node 0 of the second knows when the job is over.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from bacalhau_node.topology import Graph
+from tests.devstack.pictures import save
 from tests.devstack.storm import Ledger, Report
 from tests.devstack.test_links import Process
 
@@ -31,6 +35,7 @@ class Found:
     other: int
     kept: int
     wrong: int
+    graph: Graph
 
     def __str__(self) -> str:
         """For people."""
@@ -58,6 +63,7 @@ async def measure(folder: Path, nodes: int) -> Found:
         end = await second.end_of(job)
         took = time.monotonic() - started
         used = set(end["nodes"])
+        graph = await second.graph()
     finally:
         for process in (second, first):
             await process.kill()
@@ -66,16 +72,20 @@ async def measure(folder: Path, nodes: int) -> Found:
     kept = sum(name == job for name, _ in ledger.outcomes)
     wrong = SHARDS - kept + len(ledger.report.doubled)
     own, other = len(used & second.nodes), len(used & first.nodes)
-    return Found(nodes, opened, known, took, end["state"], own, other, kept, wrong)
+    return Found(nodes, opened, known, took, end["state"], own, other, kept, wrong, graph)
 
 
 def main() -> None:
     """Measure from the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--nodes", type=int, default=100)
+    parser.add_argument("--picture", type=Path)
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="peered-") as folder:
-        print(asyncio.run(measure(Path(folder), asked.nodes)))
+        found = asyncio.run(measure(Path(folder), asked.nodes))
+    print(found)
+    if asked.picture:
+        save(asked.picture, f"two devstacks of {asked.nodes} in two processes, joined by one --peer", found.graph)
 
 
 if __name__ == "__main__":
