@@ -1,7 +1,8 @@
 """Measure the product's files and functions against the budgets of CONTRIBUTING.md.
 
 A file of more than 400 lines needs a reason in its first lines ("Longer than 400 lines because …");
-without one this script fails. Function lengths are printed as a trend, with the five longest named.
+without one this script fails. So does a broad `except` that neither raises again nor says in its line whose faults
+it takes. Function lengths are printed as a trend, with the five longest named.
 """
 
 from __future__ import annotations
@@ -67,8 +68,22 @@ def too_long(path: Path) -> str | None:
     return f"{path.relative_to(ROOT)} has {len(lines)} lines: split it, or say why ('{EXCUSE} …' {where})"
 
 
+def too_broad(path: Path) -> list[str]:
+    """Each `except` of a Python file that takes every error for itself and doesn't say why."""
+    source = path.read_text()
+    lines = source.splitlines()
+    return [
+        f"{path.relative_to(ROOT)}:{node.lineno} takes every error: name those that are meant, or say whose these are"
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.ExceptHandler)
+        and (node.type is None or ast.unparse(node.type) in {"Exception", "BaseException"})
+        and not (isinstance(last := node.body[-1], ast.Raise) and last.exc is None)
+        and "  # " not in lines[node.lineno - 1]
+    ]
+
+
 def main() -> int:
-    """Print the numbers; 1 when a file is too long without a reason."""
+    """Print the numbers; 1 when a file is too long, or an `except` too broad, without a reason."""
     files = product_files()
     found = sorted((one for path in files if path.suffix == ".py" for one in functions(path)), reverse=True)
     if found:
@@ -78,6 +93,7 @@ def main() -> int:
     for one in found[:5]:
         print(f"  {one.lines:4} {one.place}")
     problems = list(filter(None, map(too_long, files)))
+    problems += [problem for path in files if path.suffix == ".py" for problem in too_broad(path)]
     print(*problems, sep="\n", end="\n" if problems else "")
     return 1 if problems else 0
 

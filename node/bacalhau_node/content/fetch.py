@@ -264,7 +264,7 @@ class _Fetch:
             async with asyncio.TaskGroup() as group:
                 for number in range(max(AT_ONCE, len(left))):
                     group.create_task(self._worker(left[number % len(left)]))
-        except BaseExceptionGroup as errors:
+        except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
         for asked in left:
             if not asked.out:

@@ -116,7 +116,7 @@ class Cell:
             source = "\n" * line_offset + read_bytes(os.path.join(self.bundle, "cell.py")).decode("utf-8")
             linecache.cache[self.name] = (len(source), None, source.splitlines(keepends=True), self.name)
             self.parts = compile_cell(source, self.name)
-        except Exception as error:
+        except Exception as error:  # anybody's text
             self.problem = error
 
     def prepare(self, run: Header) -> None:

@@ -24,7 +24,7 @@ def safe_repr(value: Any) -> str:
     """`repr`, also of an object whose own fails."""
     try:
         return repr(value)
-    except Exception as error:
+    except Exception as error:  # the user's own object
         return "<%s object whose repr failed with %s>" % (type(value).__name__, type(error).__name__)
 
 
@@ -34,7 +34,7 @@ def safe_message(error: BaseException) -> str:
         if isinstance(error, SyntaxError) and error.msg:
             return error.msg
         return str(error)
-    except Exception as second:
+    except Exception as second:  # the user's own class
         return "<its message could not be made: %s>" % type(second).__name__
 
 

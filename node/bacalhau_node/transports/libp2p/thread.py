@@ -199,5 +199,5 @@ async def guarded(work: Callable[..., Any], *args: Any) -> None:
     """The task boundary of the network's thread: what was not foreseen is told with its traceback."""
     try:
         await work(*args)
-    except Exception:
+    except Exception:  # see above
         log.exception("a task of the network failed")

@@ -200,7 +200,7 @@ class LibP2PTransport:
             reason = str(error)
         except BacalhauError as error:
             reason = str(error)
-        except Exception:
+        except Exception:  # see above
             log.exception("an answer to %s failed", answer.node)
             reason = "it has a fault of its own"
         with contextlib.suppress(NodeUnreachable):
