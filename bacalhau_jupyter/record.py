@@ -159,10 +159,10 @@ class Record:
         if self.seconds is not None:
             facts.append(duration(self.seconds))
         place = f" on {escape(self.place.brief)}" if self.place.name else ""
-        reason = f" {escape(self._reason)}." if self._reason else ""
+        reason = f": {escape(self._reason)}" if self._reason else ""
         return (
             f'<b style="color: {colour}">{mark} {escape(self.state)}</b> '
-            f"{escape(', '.join(facts))}{place}.{reason} "
+            f"{escape(', '.join(facts))}{place}{reason}. "
             f'<code style="opacity: 0.7" title="{escape(self.job)}">{escape(short(self.job))}</code>'
         )
 

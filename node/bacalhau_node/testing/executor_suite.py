@@ -265,6 +265,24 @@ class ValueContract:
         assert (outcome.value.kind, bundle["image/png"]) == ("mime", "iVBORw==")
         assert "Figure object" in bundle["text/plain"]
 
+    async def test_what_pyplot_has_drawn_travels_where_there_is_no_other_value(self, bench: ShardBench) -> None:
+        """As a notebook shows it below a cell that ends with `plt.show()` or `plt.plot(…)`."""
+        pyplot = (
+            "import sys, types\n"
+            "class Figure:\n  def savefig(self, file, **_): file.write(b'\\x89PNG')\n"
+            "sys.modules['matplotlib.figure'] = types.SimpleNamespace(Figure=Figure)\n"
+            "sys.modules['matplotlib.pyplot'] = types.SimpleNamespace(get_fignums=lambda: [1], gcf=Figure)\n"
+        )
+        for source, kind in (
+            ("None", "mime"),
+            ("[object()]", "mime"),
+            ("x = 1", "none"),
+            ("5;", "none"),
+            ("5", "json"),
+        ):
+            outcome = await bench.run(pyplot + source)
+            assert (outcome.ok, outcome.value.kind) == (True, kind), source
+
     async def test_large_values_lie_in_the_scratch_folder(self, bench: ShardBench) -> None:
         """50 MB of bytes, and a text over the inline limit."""
         outcome = await bench.run("b'abcdefgh' * (50 * 1024 * 128)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import sys
 
 from .travel import Value, is_a
 from .words import safe_repr
@@ -46,6 +47,12 @@ def figure_bundle(value: Any) -> dict[str, Any]:
     sink = io.BytesIO()
     figure.savefig(sink, format="png", bbox_inches="tight")
     return {"image/png": sink.getvalue()}
+
+
+def drawn_figure() -> Any:
+    """The figure that pyplot works on, which a notebook would show below the cell; None where nothing is drawn."""
+    pyplot = sys.modules.get("matplotlib.pyplot")
+    return pyplot.gcf() if pyplot is not None and pyplot.get_fignums() else None
 
 
 def own_bundle(value: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import math
 import os
 import sys
 
-from .pictures import encode_mime
+from .pictures import drawn_figure, encode_mime
 from .tables import encode_table
 from .travel import INLINE, CannotTravel, Muted, Value, is_a
 from .words import safe_message, safe_repr, shorten
@@ -48,17 +48,24 @@ def travelling(value: Any, scratch: str) -> tuple[Header, bytes]:
 
 
 def encode_value(value: Any) -> Value:
-    """`value` in the first form that fits it. Raises `CannotTravel` for a table that Arrow can't hold."""
+    """`value` in the first form that fits it; what pyplot has drawn where none fits, as a notebook would show.
+
+    Raises `CannotTravel` for a table that Arrow can't hold.
+    """
     name = type(value).__name__
-    if value is None or value is Muted:
+    if value is Muted:
         return Value("none", "NoneType")
+    if value is None:
+        return encode_mime(drawn_figure(), "Figure") or Value("none", "NoneType")
     if isinstance(value, (bytes, bytearray, memoryview)):
         return Value("bytes", name, bytes(value))
     for attempt in (encode_table, encode_array, encode_json, encode_mime):
         result = attempt(value, name)
         if result is not None:
             return result
-    return Value("repr", name, safe_repr(value).encode("utf-8", "backslashreplace"))
+    return encode_mime(drawn_figure(), "Figure") or Value(
+        "repr", name, safe_repr(value).encode("utf-8", "backslashreplace")
+    )
 
 
 def encode_array(value: Any, _name: str) -> Value | None:
