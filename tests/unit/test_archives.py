@@ -120,6 +120,15 @@ def with_null() -> tarfile.TarInfo:
     return info
 
 
+def crowded(count: int) -> bytes:
+    """A zip that is a list of members and hardly anything else: a few bytes each here, hundreds when it is read."""
+    data = zipped(("x", b""))
+    start, end = data.index(b"PK\1\2"), data.index(b"PK\5\6")
+    listed = data[start:end] * count
+    size = len(listed).to_bytes(4, "little")
+    return data[:start] + listed + data[end : end + 8] + b"\xff\xff" * 2 + size + data[end + 16 :]
+
+
 LEADS_OUT = "leads out of it"
 EVIL: dict[str, tuple[Callable[[], bytes], str]] = {
     "a name with ..": (lambda: tar(("../x", b"1")), LEADS_OUT),
@@ -159,6 +168,7 @@ EVIL: dict[str, tuple[Callable[[], bytes], str]] = {
     "too many members": (lambda: tar(*((str(n), b"") for n in range(101))), "more than 100 files"),
     "nothing": (tar, "without anything in it"),
     "nothing zipped": (zipped, "without anything in it"),
+    "a list of many members": (lambda: crowded(3_000), "a list of members of over 100000 bytes"),
     "a bomb": (lambda: gzip.compress(tar(("zeros", bytes(9_000_000)))), "refused as a bomb"),
     "a zip bomb": (lambda: zipped(("zeros", bytes(9_000_000))), "refused as a bomb"),
     "many small bombs": (lambda: zipped(*((str(n), bytes(900_000)) for n in range(10))), "refused as a bomb"),
@@ -177,6 +187,7 @@ EVIL: dict[str, tuple[Callable[[], bytes], str]] = {
 def test_a_bad_archive_is_one_clear_error_and_nothing_lies_beside_it(tmp_path, name, monkeypatch):
     monkeypatch.setattr(unpacking, "MAX_MEMBERS", 100)
     monkeypatch.setattr(unpacking, "RATIO_FREE", 8_000_000)
+    monkeypatch.setattr(unpacking, "MAX_DIRECTORY", 100_000)
     make, problem = EVIL[name]
     with pytest.raises(ContentError) as caught:
         unpacked(tmp_path, make())

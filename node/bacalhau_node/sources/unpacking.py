@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import IO, Final, Protocol
+from typing import IO, Final, Protocol, cast
 
 from bacalhau_node.errors import ContentError
 from bacalhau_node.sharding import shown
@@ -36,6 +36,9 @@ MAX_NAME: Final = 255
 MAX_PATH: Final = 4_096
 MAX_HEADER: Final = 1 << 20
 """Bytes that a tar may spend on the names of one member."""
+
+MAX_DIRECTORY: Final = 32 << 20
+"""Bytes of a zip's list of its members, which is read whole and takes seven times as much memory."""
 
 MAX_RATIO: Final = 500
 RATIO_FREE: Final = 64 << 20
@@ -173,8 +176,23 @@ def _tar_member(tar: tarfile.TarFile, member: tarfile.TarInfo, name: str) -> Mem
     raise ContentError(f"{name} holds {shown(path[:200])}, which is no file, folder or link: it is not unpacked")
 
 
+class _Sparing:
+    """A zip's file, of which nobody reads more at once than a list of members may have."""
+
+    def __init__(self, file: IO[bytes], name: str) -> None:
+        self._file, self._name = file, name
+        self.seek, self.tell, self.seekable = file.seek, file.tell, file.seekable
+
+    def read(self, size: int = -1) -> bytes:
+        """The next bytes."""
+        data = self._file.read(size if 0 <= size <= MAX_DIRECTORY else MAX_DIRECTORY + 1)
+        if len(data) > MAX_DIRECTORY:
+            raise ContentError(f"{self._name} has a list of members of over {MAX_DIRECTORY} bytes")
+        return data
+
+
 def _zip(file: IO[bytes], name: str) -> Iterator[Member]:
-    with zipfile.ZipFile(file) as archive:
+    with zipfile.ZipFile(cast("IO[bytes]", _Sparing(file, name))) as archive:
         for info in archive.infolist():
             mode = info.external_attr >> 16
             if info.is_dir():
