@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -226,6 +227,23 @@ async def test_a_bucket_with_versions_gives_the_planned_ones(source, bucket, tmp
     bucket.s3.delete_object(Bucket=bucket.name, Key="y", VersionId=version)
     with pytest.raises(ContentError, match="/y is gone: it was removed"):
         await fetched(source, entries)
+
+
+@pytest.mark.parametrize("size", [2_000_000, 5_000_000])
+async def test_a_disk_that_takes_no_more_is_an_error_and_nothing_is_left(source, bucket, tmp_path, size):
+    body = os.urandom(size)
+    bucket.put({"x": body})
+    (entry,) = listed(source, f"s3://{bucket.name}/x")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limit[1]))
+    try:
+        with pytest.raises(ContentError, match=r"File too large"):
+            await fetched(source, [entry])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert not list((tmp_path / "work").glob("*"))
+    await fetched(source, [entry])
+    assert read(source, entry, tmp_path) == body
 
 
 async def test_the_jobs_of_others_are_never_served_by_this_machines_credentials(source, bucket):

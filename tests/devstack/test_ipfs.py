@@ -118,14 +118,38 @@ async def test_a_cid_that_nobody_has_is_one_error_that_says_who_was_asked_and_ho
     assert await LocalClient(node).jobs() == []
 
 
-async def test_a_file_that_the_daemon_has_lost_fails_its_shard_alone(daemon, join, tmp_path):
+@pytest.mark.parametrize(("block", "told"), [(None, "could not find"), (b"a lie", "its sender lies: it is not to be")])
+async def test_a_file_that_the_daemon_has_lost_or_lies_about_fails_its_shard_alone(daemon, join, tmp_path, block, told):
     cid = hundred(daemon, tmp_path / "in")
-    del daemon.blocks[Cid(hash_path(tmp_path / "in/042.bin", profile=V1).cid).digest]
-    view, _ = await run(await join("a"), TOTAL, f"ipfs://{cid}", sharding=Sharding(n=10))
+    digest = Cid(hash_path(tmp_path / "in/042.bin", profile=V1).cid).digest
+    daemon.blocks |= {digest: block}
+    if block is None:
+        del daemon.blocks[digest]
+    node = await join("a")
+    view, _ = await run(node, TOTAL, f"ipfs://{cid}", sharding=Sharding(n=10))
     assert [shard.index for shard in view.shards if shard.state == "failed"] == [4]
+    assert {shard.state for shard in view.shards} == {"kept", "failed"}
     error = view.shards[4].outcome.error
     assert (error.kind, error.message.partition(":")[0]) == ("input", "042.bin")
     assert f"kubo at {daemon.address}" in error.message
+    assert told in error.message
+    assert not node.content.has(str(Cid(hash_path(tmp_path / "in/042.bin", profile=V1).cid)))
+
+
+async def test_names_that_differ_in_case_or_composition_only_are_different_files_of_a_shard(join, tmp_path):
+    twins = {
+        "A.txt": "1",
+        "a.txt": "2",
+        "\N{LATIN SMALL LETTER E WITH ACUTE}.txt": "3",
+        "e\N{COMBINING ACUTE ACCENT}.txt": "4",
+    }
+    (tmp_path / "in").mkdir()
+    for name, text in twins.items():
+        (tmp_path / "in" / name).write_text(text)
+    node = await join("a")
+    for source in (str(tmp_path / "in"), f"ipfs://{node.content.add_path(tmp_path / 'in')}"):
+        view, _ = await run(node, "{path.name: path.read_text() for path in inputs}", source)
+        assert json.loads(view.shards[0].outcome.value.blob.inline) == twins
 
 
 # --- gateways ---
