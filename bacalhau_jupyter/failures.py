@@ -189,19 +189,28 @@ def _source(frame: Frame, cell: CellText) -> list[str]:
 
 
 def brief(error: E, lines: Sequence[str] = ()) -> E:
-    """`error`, shown by IPython as `lines` and its text: the frames of this package help nobody."""
+    """`error`, shown by IPython as `lines` and its text: the frames of this package help nobody.
+
+    Anywhere else, `lines` stand below Python's own traceback.
+    """
     if not hasattr(error, "_render_traceback_"):
         text = [*lines, f"{RED}{type(error).__name__}{RESET}: {error}"]
         error._render_traceback_ = lambda: text  # type: ignore[attr-defined]
+        if lines:
+            error.add_note(_colourless(lines).rstrip())
     return error
+
+
+def _colourless(lines: Sequence[str]) -> str:
+    text = "\n".join(lines)
+    for code in (RED, GREEN, DIM, RESET):
+        text = text.replace(code, "")
+    return text
 
 
 def report(error: BacalhauError) -> str:
     """The same as plain text, for a place that shows no traceback."""
-    text = "\n".join(brief(error)._render_traceback_())  # type: ignore[attr-defined]  # set by `brief`
-    for code in (RED, GREEN, DIM, RESET):
-        text = text.replace(code, "")
-    return str(text)
+    return _colourless(brief(error)._render_traceback_())  # type: ignore[attr-defined]  # set by `brief`
 
 
 class JobInterrupted(KeyboardInterrupt):

@@ -226,7 +226,8 @@ class Lines:
         quarter = 4 * ended // self._count
         if self._quarter < quarter < 4:
             took = "" if snapshot.elapsed is None else f", {duration(snapshot.elapsed)}"
-            print(f"{self._name}: {25 * quarter} % done, {ended:,} shards{took}", flush=True)  # noqa: T201
+            shards = f"{ended:,} shard{'s' * (ended != 1)}"
+            print(f"{self._name}: {25 * quarter} % done, {shards}{took}", flush=True)  # noqa: T201
         self._quarter = max(self._quarter, quarter)
         if snapshot.fetching and (now := time.monotonic()) >= self._bytes_due:
             self._bytes_due = now + BYTES_PERIOD

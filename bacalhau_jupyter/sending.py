@@ -89,6 +89,8 @@ def _requires(request: options.CellRequest, cell: cells.Cell) -> tuple[tuple[str
 
 def from_python(source: str, words: Mapping[str, object], namespace: Mapping[str, Any]) -> Prepared:
     """What `submit(source, **words)` sends."""
+    if not isinstance(source, str):
+        raise SpecError(f"source: the text of a cell is needed, not a {type(source).__name__}")
     for name in words:
         if name in ONLY_IN_CELLS:
             raise SpecError(f"{name}={words[name]!r} is for %%bacalhau cells; {ONLY_IN_CELLS[name]}")

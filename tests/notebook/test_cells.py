@@ -158,6 +158,7 @@ def test_a_job_from_python_can_be_awaited(kernel):
     assert shown.value == "([0, 1, 2], True)"
     refused = kernel.run("bj.submit('1', df='x')")
     assert "job.result().df() has the frame" in refused.error
+    assert "source: the text of a cell is needed, not a function" in kernel.run("bj.submit(lambda: 1)").error
 
 
 def test_options_are_completed_and_names_in_the_body_still_are(kernel):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import traceback
+
 from bacalhau_jupyter.failures import (
     MAX_GROUPS,
     CellText,
@@ -37,6 +39,17 @@ def test_a_remote_exception_is_drawn_on_the_lines_of_the_cell():
     assert "Cell In[5], line 3, in f" in lines
     assert "----> 3     return {}[x]" in lines
     assert lines[-1] == "JobFailed: end"
+
+
+def test_a_script_shows_the_failures_below_its_traceback():
+    failures = Failures()
+    failures.add(3, ERROR)
+    shown = "".join(
+        traceback.format_exception(brief(JobFailed("end"), explain(failures.groups(), {}, CELL, printed=True)))
+    )
+    assert "JobFailed: end\nKeyError: 'a' in shard 3\n" in shown
+    assert "----> 5 f('a')" in shown
+    assert "\x1b" not in shown
 
 
 def test_equal_failures_are_shown_once_with_their_first_shard():
