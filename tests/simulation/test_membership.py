@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +57,23 @@ def test_a_quiet_network_costs_each_node_little(phases: dict[str, Phase]) -> Non
     assert quiet.kilobytes <= 100
     assert quiet.busiest <= 60 * 5
     assert quiet.known == 1
+
+
+def test_every_view_is_full_soon_after_the_last_has_joined_and_then_one_more_hurries_nobody() -> None:
+    """They join ten a second, through an earlier one by lot. A view that lacks a little compares sooner than usual."""
+    mesh, chance = Mesh(seed=4, weigh=False), random.Random(4)
+    known = names(160)
+    for n, node in enumerate(known):
+        mesh.start(node, [chance.choice(known[:n])] if n else [], at=n / 10)
+    mesh.run(until=16)
+    while poorest(mesh) < len(known) - 1 and mesh.now < 80:
+        mesh.run(until=mesh.now + 1)
+    assert mesh.now <= 16 + 20
+    mesh.run(until=80)
+    before = sum(mesh.messages.values())
+    mesh.start("n-late", known[:1], at=80)
+    mesh.run(until=140)
+    assert sum(mesh.messages.values()) - before <= 25 * len(known)
 
 
 def test_news_is_everywhere_after_a_few_periods(phases: dict[str, Phase]) -> None:

@@ -5,7 +5,7 @@ only grows. Records spread by **anti-entropy**: every 20 to 30 s a node sends a 
 which answers with what is newer and asks for what is newer there. A new record is everywhere after a few periods, in
 proportion to the logarithm of the network's size; nothing is told to everybody, and no message grows with the network
 once views are full. A node that learns much at once (it has just joined, a partition has healed) compares every second,
-then ever more slowly; with a small view, which costs little to compare, sooner than that.
+then ever more slowly, the sooner the more it still learns; with a small view, which costs little to compare, sooner.
 
 **Joining.** `Join` names one node, or several. Whoever opens is sent a digest, which asks to be neighbours. A node with
 `high` neighbours answers with some nodes by lot and the word `parting`; the other hangs up and dials those. A node with
@@ -45,7 +45,11 @@ FAST: Final = 1.0
 FASTEST: Final = 0.1
 FAST_VIEW: Final = 500
 """Seconds until the next comparison after one that brought much, with so many known nodes, and in proportion fewer
-with less (a comparison costs a millisecond for 1,000 nodes); doubled with each that brings little."""
+with less (a comparison costs a millisecond for 1,000 nodes); doubled with each that brings nothing."""
+
+MUCH: Final = 10
+"""One new node for so many known ones is much; less of that makes the next comparison later in proportion. So the last
+few nodes that a view lacks come in seconds, and one that joins a large network hurries nobody."""
 
 SERVED: Final = 0.5
 """Two digests of one node are both answered with records after this part of these seconds."""
@@ -262,9 +266,14 @@ class Membership:
             self._letters(sender, self.view.wanted(letter.wanted))
         if letter.parting and self._others.is_near(sender):
             self._circle.part(sender)
-        if fresh * 10 > len(self.view.held) and not self.view.full:
-            self._pause = self._fast()
-            self._compare_at = min(self._compare_at, self._now + self._pause * self._chance.between(0.5, 1.5))
+        if fresh and not self.view.full:
+            self._hasten(self._fast() * max(1.0, len(self.view.held) / fresh / MUCH))
+
+    def _hasten(self, pause: float) -> None:
+        """Compare as soon as that, and then ever more slowly again."""
+        if pause < self._pause:
+            self._pause = pause
+            self._compare_at = min(self._compare_at, self._now + pause * self._chance.between(0.5, 1.5))
 
     def _fast(self) -> float:
         return max(FASTEST, FAST * min(1.0, len(self.view.held) / FAST_VIEW))
