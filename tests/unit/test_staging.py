@@ -168,3 +168,51 @@ def test_used_counts_what_lies_on_the_disk(slot: Path) -> None:
     (slot / "sub/data").write_bytes(b"x" * 100_000)
     assert 100_000 <= used(slot) < 120_000
     assert used(slot / "gone") == 0
+
+
+def test_what_outlived_its_shard_can_not_change_what_is_taken_out(tmp_path: Path, slot: Path) -> None:
+    """It holds a folder of its own open, and swaps what is in it for a link to a file of this machine."""
+    (slot / "a/b/c").mkdir(parents=True)
+    (slot / "a/b/c/x").write_text("mine")
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    held = os.open(slot / "a/b", os.O_RDONLY)
+    taken = take_out(slot, tmp_path / "taken")
+    assert taken is not None
+    with pytest.raises(FileNotFoundError):  # the folder that it holds is gone
+        os.symlink(secret, "c", dir_fd=held)
+    os.close(held)
+    assert (taken / "a/b/c/x").read_text() == "mine"
+
+
+def test_a_folder_that_is_swapped_for_a_link_is_not_followed(
+    tmp_path: Path, slot: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    (secret / "key").write_text("42")
+    (slot / "a/b").mkdir(parents=True)
+    (slot / "a/b/x").write_text("mine")
+    real = os.mkdir
+
+    def mkdir(path: str, *mode: int, dir_fd: int | None = None) -> None:
+        """The swap happens between the look at a folder and the step into it."""
+        real(path, *mode, dir_fd=dir_fd)
+        if path == "b":
+            (slot / "a/b").rename(slot / "elsewhere")
+            (slot / "a/b").symlink_to(secret)
+
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    with pytest.raises(OSError, match="b"):
+        take_out(slot, tmp_path / "taken")
+    assert (secret / "key").exists()
+    assert not (tmp_path / "taken/a/b/key").exists()
+
+
+def test_folders_without_end_are_an_error(tmp_path: Path, slot: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging, "MAX_LEVELS", 4)
+    (slot / "1/2/3").mkdir(parents=True)
+    assert take_out(slot, tmp_path / "taken") is not None
+    (slot / "1/2/3/4").mkdir(parents=True)
+    with pytest.raises(OSError, match="over 4 levels"):
+        take_out(slot, tmp_path / "again")

@@ -20,6 +20,7 @@ import errno
 import fcntl
 import os
 import shutil
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Final
@@ -27,9 +28,12 @@ from typing import TYPE_CHECKING, Final
 from bacalhau_node.errors import BugError, ContentError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from bacalhau_node.ports import StagedFile
+
+MAX_LEVELS: Final = 128
+"""Folders in each other that a shard may leave: as many as are stored."""
 
 COPY_LIMIT: Final = 64 * 1024 * 1024
 """Largest file that is copied for a shard: a third of a second on a slow disk (DESIGN section 6)."""
@@ -123,14 +127,43 @@ def destroy(folder: Path) -> None:
 
 
 def take_out(folder: Path, target: Path) -> Path | None:
-    """Move what a shard left in `folder` to the new folder `target`; None when it left nothing."""
-    paths = list(folder.iterdir())
-    if not paths:
+    """Move what a shard left in `folder` to the new folder `target`; None when it left nothing. Raises `OSError`.
+
+    Only what is no folder is moved, into folders made anew: a process that outlived its shard may hold those of its
+    own open, and would change what is in them, into a link to a file of this machine, while it is read.
+    """
+    if not any(True for _ in folder.iterdir()):
         return None
     target.mkdir(parents=True)
-    for path in paths:
-        path.rename(target / path.name)
+    with _opened(folder) as source, _opened(target) as fresh:
+        _move_out(source, fresh, levels=MAX_LEVELS)
     return target
+
+
+def _move_out(source: int, target: int, *, levels: int) -> None:
+    """Move from one open folder to another; each step is by name in a folder that is held, and follows no link."""
+    if not levels:
+        raise OSError(errno.ELOOP, f"its folders are over {MAX_LEVELS} levels deep")
+    with os.scandir(source) as scan:
+        entries = list(scan)
+    for entry in entries:
+        if not entry.is_dir(follow_symlinks=False):
+            os.rename(entry.name, entry.name, src_dir_fd=source, dst_dir_fd=target)
+            continue
+        os.mkdir(entry.name, dir_fd=target)
+        with _opened(entry.name, source) as inner, _opened(entry.name, target) as fresh:
+            _move_out(inner, fresh, levels=levels - 1)
+        os.rmdir(entry.name, dir_fd=source)
+
+
+@contextmanager
+def _opened(name: str | Path, folder: int | None = None) -> Iterator[int]:
+    """A folder by its descriptor; never what a link leads to."""
+    handle = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
 
 
 def unfit(outputs: Path) -> str | None:
