@@ -28,7 +28,8 @@ def export(reader: Reader, root: Cid, target: Path) -> None:
             _refuse_existing(target)
             made.rename(target)
     except OSError as error:
-        raise ContentError(f"cannot write {target}: {error.strerror or error}") from error
+        text = error.strerror or error
+        raise ContentError(f"cannot write {target}: {text}; make room there, or name a folder elsewhere") from error
 
 
 def _refuse_existing(target: Path) -> None:

@@ -104,7 +104,8 @@ class Reader:
                     f"the folder {path or self._root} names {_text(name)!r} twice: its data is not to be trusted"
                 )
             found[name] = child
-        return [(_checked_name(name, path), found[name]) for name in sorted(found)]
+        folder = shown(path) or str(self._root)
+        return [(_checked_name(name, folder), found[name]) for name in sorted(found)]
 
     def _links(self, node: dagpb.Node, depth: int) -> Iterator[tuple[bytes, Cid]]:
         if node.type == dagpb.FOLDER:
@@ -255,10 +256,10 @@ def _child(link: dagpb.PbLink) -> Cid:
         raise ContentError(f"a link that cannot be followed: {error}") from error
 
 
-def _checked_name(name: bytes, path: str) -> str:
+def _checked_name(name: bytes, folder: str) -> str:
     if name in {b"", b".", b".."} or b"/" in name or b"\0" in name or len(name) > MAX_NAME:
         raise ContentError(
-            f"the folder {shown(path) or '/'} holds the name {_text(name)!r:.300}, which no file may have"
+            f"the folder {folder} holds the name {_text(name)!r:.300}, which no file may have: it is not to be trusted"
         )
     return _text(name)
 
