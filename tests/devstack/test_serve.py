@@ -25,7 +25,7 @@ from bacalhau_node.api.server import ApiServer, bind, url_of
 from bacalhau_node.client import JobView, LocalClient, ShardText, Update
 from bacalhau_node.errors import ContentError, NodeUnreachable, ProtocolError
 from bacalhau_node.executors.process import ProcessExecutor
-from bacalhau_node.http_client import HttpClient
+from bacalhau_node.http_client import HttpClient, connection
 from bacalhau_node.node import open_node
 from bacalhau_node.protocol.events import ShardChanged
 from bacalhau_node.selection import NO_RULES
@@ -446,6 +446,31 @@ async def test_what_answers_and_is_no_node_is_said_to_be_none(answer, tmp_path):
     client = HttpClient(f"127.0.0.1:{server.sockets[0].getsockname()[1]}", token="x", folder=tmp_path, patience=1)
     with pytest.raises((NodeUnreachable, ProtocolError), match=r"not a node|can't be read"):
         await client.nodes()
+    await client.close()
+    server.close()
+    await server.wait_closed()
+
+
+@pytest.mark.parametrize("status", [200, 400])
+async def test_an_answer_without_end_is_not_read_to_its_end(status, tmp_path, monkeypatch):
+    """Nor one that grows while it is unpacked: nobody asks for packed ones."""
+    monkeypatch.setattr(connection, "LARGEST_ANSWER", 100_000)
+    monkeypatch.setattr(connection, "LARGEST_ERROR", 100_000)
+
+    async def endless(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 %d OK\r\nContent-Type: application/json\r\nContent-Encoding: gzip\r\n\r\n" % status)
+        with contextlib.suppress(ConnectionError):
+            while True:
+                writer.write(b"[" * 10_000)
+                await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(endless, "127.0.0.1", 0)
+    client = HttpClient(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", token="t", folder=tmp_path)
+    async with asyncio.timeout(SECONDS):
+        with pytest.raises(ProtocolError, match="an answer of over 100000 bytes"):
+            await client.jobs()
     await client.close()
     server.close()
     await server.wait_closed()

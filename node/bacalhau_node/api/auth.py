@@ -4,8 +4,8 @@ Theory of operation. Every request but `/health` and `/ready` carries a key (`Au
 `gateway` gives is also had with a capability. Only hashes of keys are held and compared, all of them, in constant
 time. A node on loopback has one key of its own, which lies in a file that only its user can read. Keys for others
 come from a file with a line for each: a role, the sha256 of the key in hex, a name. `admin` is the node's owner;
-`submit` sees and cancels the jobs of that name and no others. Content is open to every key: who can name a CID
-knows what it names.
+`submit` sees and cancels the jobs of that name and no others. Content is open to every key: who names a CID was
+told it, as a link that is listed nowhere.
 
 No browser page is ever a client, so whatever a browser adds to requests from pages (`Origin`, `Sec-Fetch-Site`)
 is refused, and a node on loopback answers only to loopback names: a page of a site that points its own name
@@ -111,6 +111,7 @@ def foreign(headers: Mapping[str, str], *, loopback: bool) -> str | None:
 
 def _name(host: str) -> str:
     """A `Host` header without its port."""
-    if host.startswith("["):
-        return host[1:].partition("]")[0]
-    return host.rpartition(":")[0] if ":" in host else host
+    name, colon, port = host.rpartition(":")
+    if not colon or not port.isdecimal():
+        name = host
+    return name[1:-1] if name.startswith("[") and name.endswith("]") else name

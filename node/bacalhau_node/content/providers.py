@@ -91,7 +91,7 @@ class HttpProvider:
                 session.get(
                     URL(f"{self._url}{where}", encoded=True),
                     headers=headers,
-                    allow_redirects=self._token is None,
+                    allow_redirects=self._token is None and self._session is None,  # a session may send a key
                     max_redirects=3,
                     timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
                 ) as response,

@@ -35,6 +35,10 @@ FIRST_PATIENCE: Final = 3.0
 LONG: Final = 600.0
 """Seconds for an answer that takes work: a plan over a million files."""
 
+LARGEST_ANSWER: Final = 1024 * 1024 * 1024
+LARGEST_ERROR: Final = 1024 * 1024
+"""Bytes that are read of an answer: a job of a million shards has some hundred million."""
+
 _USUAL = 120.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0
 
@@ -110,7 +114,7 @@ class Connection:
     ) -> T:
         """The same for one try; raises one of `BROKEN` when the connection breaks."""
         async with self.stream(method, path, data=data, query=query, silence=seconds) as response:
-            answer = await response.read()
+            answer = await self._read(response, LARGEST_ANSWER)
         try:
             return shapes.decode(answer, kind)
         except msgspec.DecodeError as error:
@@ -154,7 +158,7 @@ class Connection:
         if response.status in _GATEWAY_STATUS:
             raise ConnectionError(f"a proxy answers {response.status}")
         if response.status >= 300:
-            answer = await response.read()
+            answer = await self._read(response, LARGEST_ERROR)
             try:
                 body = shapes.decode(answer, shapes.ErrorBody)
             except msgspec.DecodeError as error:
@@ -167,6 +171,15 @@ class Connection:
             raise shapes.raised(body)
         self._met = True
 
+    async def _read(self, response: aiohttp.ClientResponse, most: int) -> bytes:
+        """All of an answer, which nobody else bounds; raises `ProtocolError`."""
+        body = bytearray()
+        async for part in response.content.iter_any():
+            body += part
+            if len(body) > most:
+                raise ProtocolError(f"the node at {self.url} sent an answer of over {most} bytes")
+        return bytes(body)
+
     def session(self) -> aiohttp.ClientSession:
         """The session, which belongs to the loop that is first asked on."""
         if self._session is None:
@@ -175,6 +188,7 @@ class Connection:
                 trust_env=not is_loopback(urlsplit(self.url).hostname or ""),
                 connector=aiohttp.TCPConnector(keepalive_timeout=15, limit=32),
                 read_bufsize=512 * 1024,
+                auto_decompress=False,  # how large it gets would be up to its sender
             )
         return self._session
 
