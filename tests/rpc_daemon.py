@@ -98,7 +98,7 @@ def kubo(folder: Path) -> Iterator[Daemon]:
             start_new_session=True,
         )
     try:
-        yield Daemon("kubo", _answering(process, folder), (folder / "repo/gateway").read_text().strip())
+        yield _answering(process, folder)
     finally:
         process.send_signal(signal.SIGTERM)
         try:
@@ -109,14 +109,15 @@ def kubo(folder: Path) -> Iterator[Daemon]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _answering(process: subprocess.Popen[bytes], folder: Path) -> str:
-    """Where the daemon listens, once it does."""
+def _answering(process: subprocess.Popen[bytes], folder: Path) -> Daemon:
+    """The daemon, once it listens: at its RPC first, then at its gateway."""
     deadline = time.monotonic() + START_SECONDS
     while process.poll() is None and time.monotonic() < deadline:
         with suppress(OSError, IndexError):
             *_, port = (folder / "repo/api").read_text().strip().split("/")
-            Daemon("kubo", f"127.0.0.1:{port}").ask("version")
-            return f"127.0.0.1:{port}"
+            started = Daemon("kubo", f"127.0.0.1:{port}", (folder / "repo/gateway").read_text().strip())
+            started.ask("version")
+            return started
         time.sleep(0.05)
     raise RuntimeError(f"kubo did not start:\n{(folder / 'log').read_text(errors='replace')[-2000:]}")
 
