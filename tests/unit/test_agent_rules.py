@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bacalhau_node.errors import ProtocolError
 from bacalhau_node.executors.agent import cell, failures, frames, tables, text, travel, values, words
+from bacalhau_node.executors.link import AgentLink
 
 
 def value_of(source: str) -> Any:
@@ -224,3 +227,13 @@ def test_a_crash_is_read_from_the_line_of_the_cell_that_led_to_it_inwards() -> N
 
 def test_a_number_too_long_for_text_says_so() -> None:
     assert values.encode_value(10**5000).data == b"<int object whose repr failed with ValueError>"
+
+
+@pytest.mark.parametrize("header", [b"[" * 60_000, b'{"t": "done", "x": ' + b"[" * 60_000, b"\xff", b'"\xff"', b"{}"])
+async def test_whatever_writes_to_the_agents_pipe_is_told_as_its_fault(header: bytes) -> None:
+    class Once:
+        async def read(self) -> bytes:
+            return struct.pack(">II", len(header), 0) + header
+
+    with pytest.raises(ProtocolError, match="a frame that is none"):
+        await AgentLink(Once()).receive()  # type: ignore[arg-type]  # it reads, and no more

@@ -790,7 +790,8 @@ async def test_a_node_that_is_asked_nonsense_says_so():
     hub = MemoryHub()
     here, there = MemoryTransport(hub, "here"), MemoryTransport(hub, "there")
     there.serve(Gateway(Shelf(), Grants()).answering())  # type: ignore[arg-type]  # it never gets that far
-    for question in (b"", b"\xc1", b"\x81\xa3cid\xa1x"):
+    deep = b"\x82\xa3cid\xa1x\xa1y" + b"\x91" * 60_000 + b"\xc0"
+    for question in (b"", b"\xc1", b"\x81\xa3cid\xa1x", b"\x81\xa3cid\xa2\xff\xfe", deep):
         answer = b"".join([part async for part in here.request("there", question)])
         assert answer[:1] == b"\x02"
 

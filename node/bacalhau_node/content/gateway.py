@@ -100,7 +100,7 @@ class Gateway:
         """What answers a question; raises `SpecError` for a bad one, `ContentError` for what is not here."""
         try:
             asked = msgspec.msgpack.decode(data, type=Question)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise SpecError(f"the question can't be read: {error}") from error
         cid, steps = Cid.parse(asked.cid), steps_of(asked.path)
         root = Cid.parse(asked.root) if asked.root else None

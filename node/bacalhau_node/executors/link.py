@@ -127,5 +127,5 @@ class AgentLink:
     def _frame(header: bytes, body: bytes) -> tuple[Reply, bytes]:
         try:
             return _decoder.decode(header), body
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ProtocolError(f"the agent sent a frame that is none ({error}): {header[:200]!r}") from error
