@@ -25,7 +25,7 @@ from bacalhau_node.errors import BugError, ContentError, SpecError
 from bacalhau_node.fetched import Fetched
 from bacalhau_node.ports import Access
 from bacalhau_node.sharding import ContentRef, Doubtful, Entry, UrlRef
-from bacalhau_node.sources import guard
+from bacalhau_node.sources import download, guard
 from bacalhau_node.sources.guard import Guard
 from bacalhau_node.sources.limits import Limits
 from bacalhau_node.sources.listing import file_name, list_paths, shown_url
@@ -57,6 +57,12 @@ TAG = '"v1"'
 async def server() -> AsyncIterator[Hostile]:
     async with hostile() as server:
         yield server
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files here are written in several blocks."""
+    monkeypatch.setattr(download, "BLOCK", 1 << 20)
 
 
 class Here:

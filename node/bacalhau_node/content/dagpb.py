@@ -102,6 +102,14 @@ def leaf_frame(length: int) -> tuple[bytes, bytes]:
     return b"\x0a" + varint(len(head) + length + len(tail)) + head, tail
 
 
+def leaf_block(data: bytes | memoryview, *, raw: bool) -> bytes:
+    """The block of a leaf with this data."""
+    if raw:
+        return bytes(data)
+    head, tail = leaf_frame(len(data))
+    return b"".join((head, data, tail))
+
+
 def leaf_overhead(length: int) -> int:
     """How much larger than its `length` bytes of data a dag-pb leaf is."""
     return sum(map(len, leaf_frame(length)))

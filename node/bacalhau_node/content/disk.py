@@ -12,11 +12,10 @@ import msgspec
 from bacalhau_node.cid import DAG_PB, RAW, Cid
 from bacalhau_node.content import car
 from bacalhau_node.content.collect import lose
-from bacalhau_node.content.dagpb import has_links, leaf_frame
+from bacalhau_node.content.dagpb import has_links, leaf_block, leaf_frame
 from bacalhau_node.content.files import Files
 from bacalhau_node.content.index import Block, Index, Stamp, WholeFile
 from bacalhau_node.content.reader import Reader
-from bacalhau_node.content.unixfs import leaf_block
 from bacalhau_node.errors import ContentError
 from bacalhau_node.sharding import shown
 

@@ -18,21 +18,23 @@ import contextlib
 import os
 import shutil
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final, Literal
 
 from bacalhau_node.cid import DAG_PB, RAW, Cid, binary_prefix
 from bacalhau_node.content.dagpb import has_links, leaf_overhead
 from bacalhau_node.content.files import Files, Places, clone, discard, place
-from bacalhau_node.content.growing import Growing
 from bacalhau_node.content.index import Block, Index, Slice, Stamp, WholeFile
 from bacalhau_node.content.unixfs import (
     Finish,
     Imported,
+    Leaf,
     Profile,
     changed,
     import_file,
     import_folder,
+    import_leaves,
     unreadable,
 )
 
@@ -175,9 +177,9 @@ class Hashed:
         """Hash the file at `path`, and write its bytes to the open file `copy`."""
         self.root = import_file(path, self._node, profile=self._profile, leaf=self._leaf, copy=copy)
 
-    def growing(self) -> Growing:
-        """For a file that is hashed as it is written; what that gives in the end is to become `root`."""
-        return Growing(self._node, profile=self._profile, leaf=self._leaf)
+    def join(self, leaves: Iterable[Leaf]) -> None:
+        """Take a file whose leaves were hashed as they were written."""
+        self.root = import_leaves(leaves, self._node, profile=self._profile, leaf=self._leaf)
 
     def _node(self, cid: bytes, block: bytes) -> None:
         self.nodes.append((cid, block))

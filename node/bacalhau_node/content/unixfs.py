@@ -20,7 +20,7 @@ import os
 import stat
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
@@ -34,6 +34,7 @@ from bacalhau_node.content.dagpb import (
     encode_node,
     file_node,
     folder_node,
+    leaf_block,
     leaf_frame,
     leaf_overhead,
     symlink_node,
@@ -50,6 +51,9 @@ LeafSink = Callable[[bytes, int, int], None]
 
 ReadAt = Callable[[int, int], bytes | memoryview]
 """(offset, length) -> exactly that many bytes of a file, good until the same thread's next call; in several threads."""
+
+Leaf = tuple[bytes, bytes, int]
+"""CID in bytes, block (empty where nobody wants it), length of the data."""
 
 StrPath = str | os.PathLike[str]
 
@@ -92,7 +96,7 @@ READ_FLAGS: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _FOLDER_LIMIT = 262_144
 _ZEROS = bytes(64)
 _RUN = 8  # leaves hashed by one task of the pool
-_WORTH_A_THREAD = 16 * 1024  # bytes of a file; reading and hashing fewer takes less time than to hand them over
+_WORTH_A_THREAD = 128 * 1024  # bytes of a file; with smaller ones threads mostly wait for the interpreter's lock
 _AHEAD = 32  # entries of a folder that may be under way
 _THREADS = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
@@ -169,9 +173,13 @@ def hash_path(path: StrPath, *, profile: Profile, hidden: bool = True) -> Import
 
 def import_reader(read: ReadAt, size: int, sink: Sink, *, profile: Profile, leaf: LeafSink | None = None) -> Imported:
     """Import `size` bytes that `read` gives; `leaf` takes the leaves by reference in place of `sink`."""
-    tree = Tree(sink, profile)
-    at = 0
-    for cid, block, length in _leaves(read, size, profile, keep=leaf is None):
+    return import_leaves(_leaves(read, size, profile, keep=leaf is None), sink, profile=profile, leaf=leaf)
+
+
+def import_leaves(leaves: Iterable[Leaf], sink: Sink, *, profile: Profile, leaf: LeafSink | None) -> Imported:
+    """Import a file of which all leaves are hashed, in their order."""
+    tree, at = Tree(sink, profile), 0
+    for cid, block, length in leaves:
         if leaf is None:
             sink(cid, block)
         else:
@@ -185,12 +193,15 @@ def _ignore(*_: object) -> None:
     """Nobody wants the blocks."""
 
 
-def leaf_block(data: bytes, *, raw: bool) -> bytes:
-    """The block of a leaf with this data."""
-    if raw:
-        return data
-    head, tail = leaf_frame(len(data))
-    return b"".join((head, data, tail))
+def hash_leaf(pieces: Iterable[bytes | memoryview], length: int, profile: Profile) -> Leaf:
+    """The leaf, without its block, whose `length` bytes of data come in these pieces."""
+    head, tail = (b"", b"") if profile.raw_leaves else leaf_frame(length)
+    digest = sha256(head)
+    for piece in pieces:
+        digest.update(piece)
+    digest.update(tail)
+    codec = RAW if profile.raw_leaves else DAG_PB
+    return binary_prefix(codec, version=profile.version) + digest.digest(), b"", length
 
 
 class Tree:
@@ -315,17 +326,17 @@ def _import_handle(
     before = os.fstat(handle)
     if not stat.S_ISREG(before.st_mode):
         raise ContentError(f"cannot import {shown(os.fspath(path))}: it is not a regular file")
-    buffers = _Buffers(profile.chunk) if before.st_size > profile.chunk else _Buffer(before.st_size)
+    buffer = _Buffer(min(profile.chunk, before.st_size))
     sparse = copy is not None and before.st_blocks * 512 < before.st_size
     if copy is not None and sparse:
         os.ftruncate(copy, before.st_size)  # zeros become holes there
 
     def read(at: int, length: int) -> memoryview:
-        data = buffers.view[:length]
+        data = buffer.view[:length]
         if os.preadv(handle, (data,), at) != length:
             raise changed(path)
         if copy is not None and not (sparse and _is_hole(data)):
-            _write_at(copy, data, at)
+            write_at(copy, data, at)
         return data
 
     root = import_reader(read, before.st_size, sink, profile=profile, leaf=leaf)
@@ -335,15 +346,11 @@ def _import_handle(
     return root
 
 
-class _Buffer:
-    """A place for one chunk: new memory for every chunk would cost a fifth of the time."""
+class _Buffer(threading.local):
+    """A place for one chunk in each thread: new memory for every chunk would cost a fifth of the time."""
 
     def __init__(self, size: int) -> None:
         self.view = memoryview(bytearray(size))
-
-
-class _Buffers(_Buffer, threading.local):
-    """One for each thread."""
 
 
 def _is_hole(data: memoryview) -> bool:
@@ -351,7 +358,7 @@ def _is_hole(data: memoryview) -> bool:
     return data[:64] == _ZEROS[: len(data[:64])] and bytes(data) == bytes(len(data))
 
 
-def _write_at(handle: int, data: memoryview, at: int) -> None:
+def write_at(handle: int, data: memoryview, at: int) -> None:
     """Write all of it: a full disk takes a part, and says so at the next try only."""
     while data:
         written = os.pwrite(handle, data, at)
@@ -364,26 +371,17 @@ def _store_node(block: bytes, below: int, sink: Sink, profile: Profile) -> PbLin
     return PbLink(cid, b"", len(block) + below)
 
 
-def hash_leaf(read: ReadAt, at: int, length: int, profile: Profile, *, keep: bool) -> tuple[bytes, bytes, int]:
-    """(CID, block if `keep`, data length) of one leaf."""
-    data = read(at, length)
-    if profile.raw_leaves:
-        return binary_prefix(RAW, version=1) + sha256(data).digest(), bytes(data) if keep else b"", length
-    head, tail = leaf_frame(length)
-    digest = sha256(head)
-    digest.update(data)
-    digest.update(tail)
-    block = b"".join((head, data, tail)) if keep else b""
-    return binary_prefix(DAG_PB, version=profile.version) + digest.digest(), block, length
+def _leaves(read: ReadAt, size: int, profile: Profile, *, keep: bool) -> Iterator[Leaf]:
+    """Every leaf in order, with its block if `keep`; an empty file has one empty leaf."""
 
+    def leaf(at: int) -> Leaf:
+        data = read(at, min(profile.chunk, size - at))
+        cid, _, length = hash_leaf((data,), len(data), profile)
+        return cid, leaf_block(data, raw=profile.raw_leaves) if keep else b"", length
 
-def _leaves(read: ReadAt, size: int, profile: Profile, *, keep: bool) -> Iterator[tuple[bytes, bytes, int]]:
-    """(CID, block if `keep`, data length) of every leaf in order; an empty file has one empty leaf."""
-
-    def run(start: int) -> list[tuple[bytes, bytes, int]]:
+    def run(start: int) -> list[Leaf]:
         stop = min(start + _RUN * profile.chunk, size)
-        offsets = range(start, max(stop, start + 1), profile.chunk)
-        return [hash_leaf(read, at, min(profile.chunk, size - at), profile, keep=keep) for at in offsets]
+        return [leaf(at) for at in range(start, max(stop, start + 1), profile.chunk)]
 
     runs = range(0, max(size, 1), _RUN * profile.chunk)
     if len(runs) == 1 or _THREADS == 1:
@@ -391,7 +389,7 @@ def _leaves(read: ReadAt, size: int, profile: Profile, *, keep: bool) -> Iterato
             yield from run(start)
         return
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="bacalhau-hash") as pool:
-        waiting: deque[Future[list[tuple[bytes, bytes, int]]]] = deque()
+        waiting: deque[Future[list[Leaf]]] = deque()
         for start in runs:
             waiting.append(pool.submit(run, start))
             if len(waiting) > 2 * _THREADS:  # bounds the memory: blocks wait here when they are kept

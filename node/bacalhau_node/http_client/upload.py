@@ -24,7 +24,7 @@ import msgspec
 from bacalhau_node.api import shapes
 from bacalhau_node.cid import Cid
 from bacalhau_node.content import car
-from bacalhau_node.content.dagpb import PbLink
+from bacalhau_node.content.dagpb import PbLink, leaf_block
 from bacalhau_node.content.unixfs import (
     MAX_DEPTH,
     PROFILES,
@@ -34,7 +34,6 @@ from bacalhau_node.content.unixfs import (
     import_file,
     import_folder,
     import_links,
-    leaf_block,
 )
 from bacalhau_node.errors import BugError, ContentError, SpecError
 from bacalhau_node.http_client.connection import BROKEN, LONG, Connection

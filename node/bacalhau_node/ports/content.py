@@ -14,15 +14,18 @@ Scope = Literal["block", "entity", "all"]
 
 
 class Draft(Protocol):
-    """A file that is being written into the store, and hashed as it is written. For one thread at a time; blocks."""
+    """A file that is being written into the store, and hashed as it is written. All methods block."""
 
     @property
     def folder(self) -> Path:
         """A folder on the disk that it is written to."""
         ...
 
-    def write(self, data: bytes) -> None:
-        """Append; raises `OSError` where the disk takes no more."""
+    def write(self, at: int, pieces: Sequence[bytes | memoryview]) -> None:
+        """Write a part, in any thread, at the same time as others; raises `OSError` where the disk takes no more.
+
+        All parts but the last have a multiple of 1 MiB, which no leaf is larger than.
+        """
         ...
 
     def start_again(self) -> None:

@@ -7,19 +7,20 @@ way is tried again: from where it broke off where the server can show that the f
 with a strong validator, answered by 206 and the right range), else from the start. Attempts that bring nothing new
 are counted.
 
-The body is written and hashed in a thread while the next MiB is read: neither waits for the other.
+The body is written and hashed in threads, a few MiB at a time, while more of it is read: none waits for the others.
 """
 
 from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from hashlib import sha256
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypeVar
 
 import aiohttp
 
@@ -29,13 +30,18 @@ from bacalhau_node.sources.limits import Limits
 from bacalhau_node.sources.listing import shown_url
 from bacalhau_node.sources.web import Broken, Web, check_encoding, check_kind, check_status, version
 
-BLOCK: Final = 1 << 20
-"""Bytes written and hashed at once."""
+BLOCK: Final = 4 << 20
+"""Bytes that a thread writes and hashes: with fewer, threads wait for each other and for the interpreter's lock."""
+
+AT_ONCE: Final = 2
+"""Blocks of one file that are written at the same time, while one more is read."""
 
 FEW: Final = 64
-"""Up to so many parts of a block are written one by one; more are cheaper copied together."""
+"""Up to so many pieces of a block are written one by one; more are cheaper copied together."""
 
 _RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
+
+T = TypeVar("T")
 
 Tell = Callable[[int, int | None], None]
 """Called with (bytes so far, bytes in all or None)."""
@@ -80,7 +86,10 @@ class _Part:
 
     def __init__(self, content: ContentStore, name: str, *, limits: Limits, hashed: bool) -> None:
         self._draft, self._name, self._limits, self._hashed = content.draft(), name, limits, hashed
-        self._writing: asyncio.Future[Any] | None = None
+        self._at_once = 1 if hashed else AT_ONCE  # the digest of the whole takes one after the other
+        self._writing: deque[asyncio.Future[Any]] = deque()
+        self._pieces: list[bytes | memoryview] = []
+        self._held = 0  # bytes in these pieces, less than a block
         self.size, self.digest = 0, sha256()
 
     async def __aenter__(self) -> Self:
@@ -89,50 +98,73 @@ class _Part:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._writing is not None:
-            await asyncio.wait([self._writing])
+        if self._writing:
+            for written in (await asyncio.wait(self._writing))[0]:
+                written.exception()  # the first one was told
         self._draft.close()
 
-    async def put(self, parts: list[bytes]) -> None:
-        """Write what comes next, mostly while the caller goes on; raises `ContentError` for a full disk, too."""
-        await self.settle()
-        self.size += sum(map(len, parts))
+    async def put(self, data: bytes) -> None:
+        """Take what comes next: written while the caller goes on. Raises `ContentError`, also for a full disk."""
+        self.size += len(data)
         if self.size > self._limits.file:
             raise ContentError(f"{self._name} is larger than {self._limits.file} bytes, the most that is downloaded")
-        self._writing = asyncio.get_running_loop().run_in_executor(None, self._write, parts)
+        self._pieces.append(data)
+        self._held += len(data)
+        while self._held >= BLOCK:
+            self._held -= BLOCK
+            last = memoryview(self._pieces.pop())
+            cut = len(last) - self._held
+            block, self._pieces = [*self._pieces, last[:cut]], [last[cut:]]
+            await self._write_block(self.size - self._held - BLOCK, block)
+
+    async def end(self) -> None:
+        """No more comes: wait until all that was put is on disk, and hashed."""
+        if self._held:
+            await self._write_block(self.size - self._held, self._pieces)
+            self._pieces, self._held = [], 0
+        await self.settle()
 
     async def settle(self) -> None:
-        """Wait until all that was put is on disk."""
-        writing, self._writing = self._writing, None
-        if writing is None:
-            return
-        try:
-            await asyncio.shield(writing)
-        except OSError as error:
-            raise self._problem(error) from error
-        except asyncio.CancelledError:
-            self._writing = writing
-            raise
+        """Wait until every whole block that was put is on disk."""
+        while self._writing:
+            await self._done(self._writing[0])
+            self._writing.popleft()
 
-    def _write(self, parts: list[bytes]) -> None:
-        self._limits.check_room(self._draft.folder, sum(map(len, parts)))
-        for part in parts:
-            if self._hashed:
-                self.digest.update(part)
-            self._draft.write(part)
+    async def _write_block(self, at: int, pieces: Sequence[bytes | memoryview]) -> None:
+        if len(self._writing) >= self._at_once:
+            await self._done(self._writing[0])
+            self._writing.popleft()
+        self._writing.append(asyncio.get_running_loop().run_in_executor(None, self._write, at, pieces))
+
+    def _write(self, at: int, pieces: Sequence[bytes | memoryview]) -> None:
+        self._limits.check_room(self._draft.folder, sum(map(len, pieces)))
+        if len(pieces) > FEW:
+            pieces = [b"".join(pieces)]
+        if self._hashed:
+            for piece in pieces:
+                self.digest.update(piece)
+        self._draft.write(at, pieces)
+
+    async def _done(self, work: asyncio.Future[T]) -> T:
+        """Wait for work in a thread, which goes on when the waiting is cancelled."""
+        try:
+            return await asyncio.shield(work)
+        except OSError as error:
+            raise ContentError(
+                f"{self._name} can't be written to {self._draft.folder}: {error.strerror or error}; make room"
+            ) from error
 
     async def finish(self) -> str:
         """Make it a file of the store; returns its CID."""
-        finishing = self._writing = asyncio.get_running_loop().run_in_executor(None, self._draft.finish)
-        try:
-            return await asyncio.shield(finishing)
-        except OSError as error:
-            raise self._problem(error) from error
+        finishing = asyncio.get_running_loop().run_in_executor(None, self._draft.finish)
+        self._writing.append(finishing)
+        return await self._done(finishing)
 
     async def start_again(self) -> None:
         """Forget what was written."""
         await self.settle()
         self._draft.start_again()
+        self._pieces, self._held = [], 0
         self.size, self.digest = 0, sha256()
 
     def check_total(self, total: int) -> None:
@@ -140,11 +172,6 @@ class _Part:
         if total > self._limits.file:
             raise ContentError(f"{self._name} has {total} bytes; at most {self._limits.file} are downloaded")
         self._limits.check_room(self._draft.folder, total - self.size)
-
-    def _problem(self, error: OSError) -> ContentError:
-        return ContentError(
-            f"{self._name} can't be written to {self._draft.folder}: {error.strerror or error}; make room"
-        )
 
 
 class _Download:
@@ -162,7 +189,7 @@ class _Download:
         while True:
             try:
                 await self._attempt()
-                return await self._part.settle()
+                return await self._part.end()
             except Broken as error:
                 await self._part.settle()
                 had, before = before, self._part.size
@@ -224,30 +251,17 @@ class _Download:
             raise Broken(f"{self._name} goes on with another part of the file than it was asked for")
 
     async def _body(self, response: aiohttp.ClientResponse) -> None:
-        """Take the body, in blocks; raises `Broken` if it comes too slowly."""
+        """Take the body; raises `Broken` if it comes too slowly."""
         clock = asyncio.get_running_loop().time
         since, taken = clock(), 0
-        parts: list[bytes] = []
-        size = 0
-        try:
-            async for data, _ in response.content.iter_chunks():  # as they came: nothing is copied together
-                parts.append(data)
-                size += len(data)
-                taken += len(data)
-                if size >= BLOCK:
-                    block, parts, size = parts, [], 0
-                    await self._put(block)
-                if (spent := clock() - since) > self._limits.silence:
-                    if taken < self._limits.slowest * spent:
-                        raise Broken(f"{self._name} sends too slowly: {taken} bytes in {spent:.0f} s")
-                    since, taken = clock(), 0
-        finally:
-            if parts:
-                await self._put(parts)
-
-    async def _put(self, parts: list[bytes]) -> None:
-        await self._part.put(parts if len(parts) <= FEW else [b"".join(parts)])
-        self._tell(self._part.size, self._total)
+        async for data, _ in response.content.iter_chunks():  # as they came: nothing is copied together
+            await self._part.put(data)
+            self._tell(self._part.size, self._total)
+            taken += len(data)
+            if (spent := clock() - since) > self._limits.silence:
+                if taken < self._limits.slowest * spent:
+                    raise Broken(f"{self._name} sends too slowly: {taken} bytes in {spent:.0f} s")
+                since, taken = clock(), 0
 
 
 def _is_strong(response: aiohttp.ClientResponse) -> bool:
