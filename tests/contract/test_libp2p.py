@@ -105,6 +105,21 @@ async def test_another_process_with_this_identity_is_refused_and_told(node, capl
     await becomes(lambda: "the identity of this very node" in " ".join(warnings(caplog)))
 
 
+async def test_of_two_processes_with_one_identity_each_hears_its_own_answers(node, monkeypatch):
+    """Else only one of them would ever find out that there is another."""
+    third, one = await node("third"), await node("one")
+    await one.dial(third.addresses()[0])
+    monkeypatch.setattr(host, "HERE", {})
+    twin = await node("one")
+    await twin.dial(third.addresses()[0])
+    for number, speaker in enumerate((one, twin, one, twin)):
+        question, answer = b"question %d" % number, b"answer %d" % number
+        await speaker.send(third.node, question)
+        await until(third, Packet(one.node, question))
+        await third.send(one.node, answer)
+        await until(speaker, Packet(third.node, answer))
+
+
 async def test_who_answers_with_another_key_is_not_the_node_that_was_meant(node):
     one, two = await node("one"), await node("two")
     stranger = Identity(bytes(32)).node

@@ -271,6 +271,20 @@ def test_two_processes_with_one_identity_are_told_of_once() -> None:
     assert [one.node for one in matching(effects, ev.Complain)] == ["n-me"]
 
 
+def test_two_processes_that_start_together_find_out_in_seconds_and_one_that_was_restarted_tells_nothing() -> None:
+    """By their clocks, as ages are whole seconds; each outdoes the other at once, and tells it soon."""
+    desk = Desk(low=0)
+    desk.befriend("n-both")
+    effects = []
+    for _ in range(STRIKES):
+        desk.later(1)
+        effects += desk.hear("n-both", Records((copy_of("n-me", own(desk).version + 10**8),)))
+    assert [one.node for one in matching(effects, ev.Complain)] == ["n-me"]
+    again = Desk()
+    for n in range(2 * STRIKES):
+        assert not matching(again.know("n-me", version=EPOCH - (9 - n) * 10**8, age=n), ev.Complain)
+
+
 def test_a_record_that_would_be_too_long_goes_without_images_or_labels() -> None:
     archive = Archive(verify)
     images = tuple(f"registry.example/image-{n}" for n in range(1000))

@@ -371,8 +371,9 @@ class Membership:
         """A record of this very node came back; if it is newer than the last one, it is of another life."""
         if not self._own.met(held, born):
             return
-        if not self._own.clashes:
+        if self._own.clashes < STRIKES:
             self._make()
+            self._hasten(FASTEST)  # so that the other one, if it lives, soon has to do the same
         if self._own.clashes == STRIKES:
             reason = "another process makes records with the key of this node: end one, or give it a folder of its own"
             self._circle.out.append(ev.Complain(self.node, reason))

@@ -34,8 +34,8 @@ AGES: Final = 15
 class OwnRecord:
     """The record of this node, from `description`: version and neighbours are set here.
 
-    `changed`: it says too little by now. `clashes`: how often a newer one was met that was made in this life. `ages`:
-    of the latest messages.
+    `changed`: it says too little by now. `clashes`: how often a newer one was met that was made in this life, by its
+    age or by its clock. `ages`: of the latest messages.
     """
 
     def __init__(
@@ -47,6 +47,7 @@ class OwnRecord:
         self.changed, self.clashes = False, 0
         self.ages: deque[float] = deque(maxlen=AGES)
         self.held = self.make((), now)
+        self._first = self._floor
 
     def make(self, neighbours: tuple[NodeId, ...], now: float, *, leaving: bool = False) -> Held:
         """A new record."""
@@ -76,7 +77,7 @@ class OwnRecord:
         if not other.beats(self.held):
             return False
         self._floor, self.changed = max(self._floor, other.record.version), True
-        self.clashes += born > self._begun + DOUBT
+        self.clashes += born > self._begun + DOUBT or other.record.version > self._first
         return True
 
     def latest(self, now: float) -> bytes:

@@ -6,8 +6,9 @@ and then handed to libp2p to be secured, because its own dialler waits, retries 
 its listener shares its port with whoever asks. A host of the same process is reached without any socket.
 
 A connection between nodes carries one link (`link`), a gossip stream each way (`meshing`) and a stream for each request
-(`asking`). Two nodes that dial each other at the same time have two links, both good; what is sent goes over the
-newer one. On a network without a key, gossip is also exchanged with peers that are no nodes: kubo, for one.
+(`asking`). Two nodes that dial each other at the same time have two links, both good; what is sent goes over the one
+that was heard last. So each of two processes with one identity hears its own answers, and both find out. On a network
+without a key, gossip is also exchanged with peers that are no nodes: kubo, for one.
 
 Whatever a peer sends, however malformed, ends its own connection and nothing else, and is told once.
 """
@@ -47,7 +48,7 @@ NEGOTIATE_SECONDS = 30
 """For a peer that opens a stream to say what for."""
 
 LINKS = 2
-"""Links to one node: two when both dialled; the oldest of more is taken for dead."""
+"""Links to one node: two when both dialled; of more the one that has been silent for longest is taken for dead."""
 
 
 class Host:
@@ -218,7 +219,7 @@ class Host:
         try:
             if greet is not None:
                 await greet()
-            await one.run(self._inbox)
+            await one.run(self._inbox, partial(self._heard, one))
         except ProtocolError as error:
             self.complaints.add(f"node {one.node}", "link", error)
         finally:
@@ -226,6 +227,13 @@ class Host:
             self._remove_link(one)
             with trio.CancelScope(shield=True):
                 await one.conn.close()
+
+    def _heard(self, one: link.Link) -> None:
+        """Something came by this link: so will what is sent."""
+        links = self._links[one.node]
+        if links[-1] is not one:
+            links.remove(one)
+            links.append(one)
 
     def _remove_link(self, one: link.Link) -> None:
         links = self._links[one.node]

@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import hmac
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import trio
@@ -76,13 +77,16 @@ class Link:
         while self.full and not self.ended.is_set():
             await self._room.wait()
 
-    async def run(self, inbox: Inbox) -> None:
-        """Carry messages until either end closes; raises `ProtocolError` when the other end breaks the rules."""
+    async def run(self, inbox: Inbox, heard: Callable[[], None]) -> None:
+        """Carry messages until either end closes; `heard` is called for each that came.
+
+        Raises `ProtocolError` when the other end breaks the rules.
+        """
         try:
             with self._scope:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._write_on)
-                    fault = await self._read_on(inbox)
+                    fault = await self._read_on(inbox, heard)
                     nursery.cancel_scope.cancel()
                 if fault is not None:
                     raise fault
@@ -104,9 +108,10 @@ class Link:
         self.close()
         await self.ended.wait()
 
-    async def _read_on(self, inbox: Inbox) -> ProtocolError | None:
+    async def _read_on(self, inbox: Inbox, heard: Callable[[], None]) -> ProtocolError | None:
         try:
             while (data := await self._frames.next()) is not None:
+                heard()
                 await inbox.put(Packet(self.node, data))
         except ProtocolError as error:
             return error
