@@ -17,7 +17,7 @@ from bacalhau_node.errors import ProtocolError
 from bacalhau_node.ports import Packet
 from bacalhau_node.transports.libp2p import gossip
 from bacalhau_node.transports.libp2p.gossip import BACK_OFF, DEGREE, FEWEST, MOST, TOPIC, Neighbour, Router, rpcs
-from bacalhau_node.transports.libp2p.limits import LARGEST_PUBLISHED
+from bacalhau_node.transports.libp2p.limits import ENVELOPE, LARGEST_PUBLISHED
 
 KEYS = [create_new_key_pair(bytes([number]) * 32) for number in range(20)]
 NAMES = [ID.from_pubkey(keys.public_key).to_base58() for keys in KEYS]
@@ -351,6 +351,41 @@ def test_a_neighbour_that_takes_nothing_loses_messages_and_that_is_told_once(cap
         table.router.publish(bytes(LARGEST_PUBLISHED))
     assert table.router.dropped >= 2
     assert [NAMES[1] in record.message for record in caplog.records] == [True]
+
+
+def test_what_one_author_has_others_pass_on_is_bounded_and_told_once(caplog):
+    """A minute later there is room again; nobody else's messages suffer, and who relays is not at fault."""
+    table = Table(3)
+    flood = [signed(KEYS[9], bytes(LARGEST_PUBLISHED), number) for number in range(1, 40)]
+    passed = sum(len(table.heard(table.neighbours[0], carrying(one))) for one in flood)
+    assert 10 <= passed <= gossip.ALLOWED // LARGEST_PUBLISHED
+    assert table.router.dropped == len(flood) - passed
+    assert len(table.heard(table.neighbours[0], carrying(signed(KEYS[8], b"news")))) == 1
+    assert [NAMES[9] in record.message for record in caplog.records] == [True]
+    assert table.heard(table.neighbours[1], carrying(flood[-1])) == [], "it is known, and not looked at again"
+    table.time += 60
+    assert len(table.heard(table.neighbours[0], carrying(signed(KEYS[9], b"later", 99)))) == 1
+
+
+def test_a_message_that_no_node_would_make_is_not_passed_on():
+    table = Table(3)
+    large = signed(KEYS[9], bytes(LARGEST_PUBLISHED + ENVELOPE))
+    assert table.heard(table.neighbours[0], carrying(large)) == []
+    assert table.published() == {}
+    assert table.neighbours[0].node in table.router.neighbours
+
+
+def test_many_small_messages_of_one_author_are_passed_on():
+    table = Table(3)
+    each = (table.heard(table.neighbours[0], carrying(signed(KEYS[9], b"x" * 500, n))) for n in range(1, 501))
+    assert all(len(found) == 1 for found in each)
+
+
+def test_of_many_authors_only_so_many_are_remembered(monkeypatch):
+    monkeypatch.setattr(gossip, "AUTHORS", 5)
+    allowances = gossip.Allowances()
+    assert all(allowances.spend(b"%d" % number, 100, 0.0) for number in range(20))
+    assert len(allowances._left) == 5
 
 
 # --- frames ---

@@ -7,7 +7,9 @@ the first time passes it on to its mesh at once. A publisher gives its own messa
 lately (IHAVE), so that they can ask for what they lack (IWANT).
 
 A message is signed by its author, whose key is in its id or beside it, and is checked at every hop before it is passed
-on: who relays it is nobody. Its id is the author and a number that grows even across restarts.
+on: who relays it is nobody. Its id is the author and a number that grows even across restarts. What one author has
+others pass on is bounded (`Allowances`): more is heard by nobody beyond its own neighbours, and who relays it is not at
+fault, as other implementations know no such bound.
 
 libp2p's `Pubsub` and `GossipSub` speak the same protocol but fail the figures and the promises: 10 ms and more for each
 delivery, a process that ends at the first malformed message, messages dropped at 10 a second, at a queue of 32, and
@@ -38,7 +40,7 @@ from libp2p.utils.varint import encode_varint_prefixed
 from bacalhau_node.errors import ProtocolError
 from bacalhau_node.ids import NodeId
 from bacalhau_node.ports import Packet
-from bacalhau_node.transports.libp2p.limits import LARGEST_RPC
+from bacalhau_node.transports.libp2p.limits import ENVELOPE, LARGEST_PUBLISHED, LARGEST_RPC
 from bacalhau_node.transports.libp2p.waiting import Waiting
 
 log = logging.getLogger(__name__)
@@ -65,6 +67,13 @@ REMEMBERED, SEEN = 240.0, 100_000
 
 QUEUE = 4 * 1024 * 1024
 """Bytes that wait for one neighbour; it loses more, is counted, and may ask for it later."""
+
+ALLOWED, PER_MESSAGE = 1024 * 1024, 512
+"""Bytes that others pass on for one author in a minute, and what each message counts beyond its own. A job that finds
+too few nodes is announced a few times, by a kilobyte or two: so this is a hundred of those jobs a minute."""
+
+AUTHORS = 10_000
+"""Authors whose use of that is remembered."""
 
 
 class Neighbour:
@@ -105,6 +114,27 @@ class Neighbour:
         return data
 
 
+class Allowances:
+    """What each author may still have others pass on: `ALLOWED` bytes, which come back in a minute."""
+
+    def __init__(self) -> None:
+        self._left: dict[bytes, tuple[float, float, bool]] = {}
+
+    def spend(self, author: bytes, size: int, now: float) -> bool:
+        """Whether a message of so many bytes may be passed on; then it is taken off. Who may not is told of once."""
+        left, since, told = self._left.pop(author, (ALLOWED, now, False))
+        left = min(ALLOWED, left + (now - since) * ALLOWED / 60)
+        fits = size <= LARGEST_PUBLISHED + ENVELOPE and size + PER_MESSAGE <= left
+        self._left[author] = (left - size - PER_MESSAGE if fits else left, now, told or not fits)
+        if not (fits or told):
+            log.warning(
+                "node %s publishes too much, which is not passed on: the last was %d bytes", _name(author), size
+            )
+        if len(self._left) > AUTHORS:
+            del self._left[next(iter(self._left))]
+        return fits
+
+
 class Router:
     """One node's part in the mesh of one topic."""
 
@@ -117,6 +147,7 @@ class Router:
         self._seen: dict[bytes, float] = {}
         self._lately: deque[dict[bytes, bytes]] = deque([{}], maxlen=LATELY)
         self._lately_bytes = 0  # of this beat
+        self._allowances = Allowances()
         self.dropped = 0
 
     # --- neighbours ---
@@ -169,9 +200,13 @@ class Router:
         key = _id_of(message)
         if key in self._seen or self._topic not in message.topicIDs or message.from_id == self._id.to_bytes():
             return None
-        if not _genuine(message.SerializeToString()):
+        encoded = message.SerializeToString()
+        if not _genuine(encoded):
             raise ProtocolError("a published message without its author's signature")
         self._remember(key)
+        if not self._allowances.spend(message.from_id, len(encoded), self._now()):
+            self.dropped += 1
+            return None
         self._pass_on(key, message, to=self.mesh.values(), but=neighbour)
         return Packet(_name(message.from_id), message.data)
 
