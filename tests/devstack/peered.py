@@ -20,6 +20,7 @@ from tests.devstack.storm import Ledger, Report
 from tests.devstack.test_links import Process
 
 SHARDS = 1000
+PATIENCE = 240.0
 
 
 @dataclass
@@ -60,7 +61,7 @@ async def measure(folder: Path, nodes: int) -> Found:
         known = time.monotonic() - began
         started = time.monotonic()
         job = await second.submit(SHARDS)
-        end = await second.end_of(job)
+        end = await second.end_of(job, seconds=PATIENCE)
         took = time.monotonic() - started
         used = set(end["nodes"])
         graph = await second.graph()

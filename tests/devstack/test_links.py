@@ -28,6 +28,8 @@ from tests.wire import Wire
 ROOT = Path(__file__).resolve().parent.parent.parent
 SHARDS = 100
 SECONDS = 60.0
+LONGEST_LINE = 2**24
+"""Bytes: a thousand nodes as a graph in one line are well within."""
 
 
 class Process:
@@ -54,7 +56,7 @@ class Process:
             self._process = await asyncio.create_subprocess_exec(
                 *self._through, sys.executable, "-m", "tests.devstack.linked", str(self.folder), *self._words,
                 env=os.environ | {"PYTHONPATH": paths}, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
-                stderr=log,
+                stderr=log, limit=LONGEST_LINE,
             )  # fmt: skip
         assert self._process.stdout is not None
         self._hear(await self._process.stdout.readline())
