@@ -48,8 +48,11 @@ def test_every_command_of_the_shell_that_a_document_names_exists_with_its_option
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.name)
-def test_notebooks_are_valid_and_hold_no_errors(path: Path) -> None:
+def test_notebooks_are_valid_and_show_what_one_whole_run_of_them_gave(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
-    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), "run it: see CONTRIBUTING.md"
+    outputs = [output for cell in cells for output in cell.outputs]
     assert [output for output in outputs if output["output_type"] == "error"] == []
+    assert [output for output in outputs if "widget" in str(output.get("data", {}).keys())] == []
