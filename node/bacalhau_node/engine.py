@@ -26,7 +26,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
@@ -36,6 +35,7 @@ from msgspec import structs
 from bacalhau_node.errors import BacalhauError, ContentError
 from bacalhau_node.feed import Feed, ShardBytes, ShardText
 from bacalhau_node.ids import Execution, JobId, NodeId
+from bacalhau_node.inbox import Inbox
 from bacalhau_node.machines import Machines, for_membership
 from bacalhau_node.mail import Mail
 from bacalhau_node.messages import Lines, NodeRecord, Transfer
@@ -52,12 +52,11 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 STORE_AGAIN = 1.0
+LONGEST_WAIT = 16 * STORE_AGAIN
 """Seconds until what the disk did not take is tried again, doubled up to sixteen (a guess)."""
 
 FAREWELL = 1.0
 """Seconds that the last words of a node may take."""
-
-LONGEST_WAIT = 16 * STORE_AGAIN
 
 
 @dataclass(frozen=True)
@@ -101,10 +100,7 @@ class Engine:
         self._transport, self._journal, self._content = transport, journal, content
         self._work = work
         self._loop = asyncio.get_running_loop()
-        self._inbox: deque[ev.Event] = deque()
-        self._within: deque[ev.Event] = deque()
-        """What the machines of this node have said to each other in this turn."""
-        self._scheduled = False
+        self._inbox = Inbox(self._turn, patient=lambda: bool(compute.prefetch and self._runs))
         self._closing = False
         self._timers: dict[ev.Timer, asyncio.TimerHandle] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -140,11 +136,8 @@ class Engine:
         return self._requester.book.lost
 
     def post(self, event: ev.Event) -> None:
-        """Put an event into the inbox; it is handled in a turn of its own soon."""
-        self._inbox.append(event)
-        if not self._scheduled and not self._closing:
-            self._scheduled = True
-            self._loop.call_soon(self._turn)
+        """Put an event into the inbox; it is handled in a turn soon."""
+        self._inbox.post(event)
 
     def settle(self, event: ev.Submitted) -> None:
         """Handle `event` (and all before it) now: when this returns its rows are committed.
@@ -153,11 +146,11 @@ class Engine:
         """
         if self._held is None:
             self._content.flush()
-            self._inbox.append(event)
+            self._inbox.add(event)
             self._turn()
             if self._held is None:
                 return
-            self._inbox.append(ev.CancelRequested(event.job))  # nobody will wait for it
+            self._inbox.add(ev.CancelRequested(event.job))  # nobody will wait for it
         raise ContentError(str(self._held.error))
 
     def recover(self, rows: Iterable[ev.Row], effects: Iterable[ev.Effect]) -> None:
@@ -182,28 +175,26 @@ class Engine:
     async def close(self) -> None:
         """Stop every task and timer; what was decided is in the journal."""
         self._closing = True
+        self._inbox.close()
         for handle in self._timers.values():
             handle.cancel()
         if self._held is not None and self._held.again is not None:
             self._held.again.cancel()
-        tasks = list(self._tasks)
-        for task in tasks:
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         for feed in self.feeds.values():
             feed.end()
 
     # --- a turn ---
 
     def _turn(self) -> None:
-        self._scheduled = False
+        now = self._inbox.begin()
         if self._closing or self._held is not None:
             return
         effects: list[ev.Effect] = []
-        now = self._loop.time()
-        while self._within or self._inbox or self._load_has_changed():
-            event = (self._within or self._inbox).popleft()
-            effects += self._routed(self._machines.step(event, now))
+        while self._inbox or self._load_has_changed():
+            effects += self._routed(self._machines.step(self._inbox.take(), now))
         try:
             self._commit(effects)
         except ContentError as error:
@@ -212,13 +203,13 @@ class Engine:
             self._carry_out(effects)
 
     def _routed(self, effects: list[ev.Effect]) -> Iterator[ev.Effect]:
-        """The effects that go outside; what a machine of this node says to another of it is heard before all else."""
+        """The effects that go outside; the others go into the inbox."""
         for effect in effects:
             if isinstance(effect, ev.Send) and effect.to == self._transport.node:
-                self._within.append(ev.Received(effect.to, effect.message))
+                self._inbox.say(ev.Received(effect.to, effect.message))
             elif isinstance(effect, ev.NodeSeen | ev.NodeGone):
                 if self._machines.placing:
-                    self._within.append(effect)
+                    self._inbox.say(effect)
             else:
                 yield effect
 
@@ -231,7 +222,7 @@ class Engine:
         if load == self._load:
             return False
         self._load = load
-        self._inbox.append(ev.LoadChanged(structs.replace(self._describe(), dropped=dropped)))
+        self._inbox.add(ev.LoadChanged(structs.replace(self._describe(), dropped=dropped)))
         return True
 
     def _commit(self, effects: list[ev.Effect]) -> None:
@@ -275,9 +266,8 @@ class Engine:
 
     def _record(self, row: ev.Row) -> None:
         if not isinstance(row, ev.ComputeRow):
-            if row.job not in self.feeds:
-                self.feeds[row.job] = Feed(row.job)
-            self.feeds[row.job].record(row)
+            feed = self.feeds.get(row.job) or self.feeds.setdefault(row.job, Feed(row.job))
+            feed.record(row)
 
     def _perform(self, effect: ev.Effect) -> None:  # noqa: C901 - one arm per effect, each a line or two
         match effect:
@@ -386,10 +376,7 @@ class Engine:
             self.post(ev.ResultKept(keep.execution))
 
     async def _kept(self, keep: ev.Keep) -> None:
-        async def again() -> None:
-            self._work.keep(keep)
-
-        await self._stored(again)
+        await self._stored(lambda: asyncio.to_thread(self._work.keep, keep))
         self.post(ev.ResultKept(keep.execution))
 
     async def _sealed(self, seal: ev.Seal) -> None:

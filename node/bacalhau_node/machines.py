@@ -18,7 +18,7 @@ MAX_TOLD = 1_000
 
 _TO_COMPUTE = (Offer, Accept, Reject, Kept, Cancel, Recall, Announce)
 _COMPUTE_EVENTS = (ev.ExecutionStarted, ev.ExecutionEnded)
-_COMPUTE_TIMERS = (ev.HeartbeatTimer, ev.ProposeTimer, ev.BidTimer)
+_COMPUTE_TIMERS = (ev.HeartbeatTimer, ev.BidTimer)
 _MEMBERSHIP_EVENTS = (ev.LinkUp, ev.LinkDown, ev.Dialled, ev.DialFailed, ev.Join, ev.Leave, ev.LoadChanged)
 
 

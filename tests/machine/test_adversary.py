@@ -10,6 +10,7 @@ every node must be left with nothing.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -555,13 +556,13 @@ def accepts_without_journaling(patch: pytest.MonkeyPatch) -> None:
 
 def proposes_only_once(patch: pytest.MonkeyPatch) -> None:
     """A lost proposal is never repeated."""
-    real = Compute._fired
+    real = Compute._propose
 
-    def fired(self: Compute, event: ev.TimerFired) -> None:
-        if not isinstance(event.timer, ev.ProposeTimer):
-            real(self, event)
+    def propose(self: Compute, held: Held) -> None:
+        real(self, held)
+        held.due = math.inf
 
-    patch.setattr(Compute, "_fired", fired)
+    patch.setattr(Compute, "_propose", propose)
 
 
 def loses_a_lost_shard(patch: pytest.MonkeyPatch) -> None:

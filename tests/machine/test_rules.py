@@ -28,7 +28,7 @@ from bacalhau_node.messages import (
     Take,
 )
 from bacalhau_node.protocol import events as ev
-from bacalhau_node.protocol.compute import HEARTBEAT, MAX_PREFETCH, ORPHAN_GRACE, Compute
+from bacalhau_node.protocol.compute import HEARTBEAT, MAX_PREFETCH, ORPHAN_GRACE, PROPOSE_AGAIN, Compute
 from bacalhau_node.protocol.placement import LEASE, LONGEST_REST, MAX_OFFER
 from bacalhau_node.protocol.requester import Requester
 from bacalhau_node.protocol.watch import LEASE_CHECK
@@ -617,9 +617,12 @@ def test_a_result_is_journaled_and_proposed_until_it_is_answered() -> None:
     effects = bench.end(e)
     assert isinstance(effects[0], ev.Write)
     assert sent(effects, Propose)
-    assert sent(bench(ev.TimerFired(ev.ProposeTimer(e))), Propose)
+    bench.now += PROPOSE_AGAIN
+    assert sent(bench(ev.TimerFired(ev.HeartbeatTimer("req"))), Propose)
+    assert not sent(bench(ev.TimerFired(ev.HeartbeatTimer("req"))), Propose)
     bench.hear(Accept(e))
-    assert bench(ev.TimerFired(ev.ProposeTimer(e))) == []
+    bench.now += 2 * PROPOSE_AGAIN
+    assert not sent(bench(ev.TimerFired(ev.HeartbeatTimer("req"))), Propose)
     assert bench.hear(Kept(e)) == [
         ev.Write(ev.ComputeRow(e, "req", None)),
         ev.Forget(e, a_result()),
@@ -724,7 +727,7 @@ def test_a_restarted_node_proposes_what_it_owes() -> None:
     machine, effects = Compute.recover("cmp", rows, 5.0, slots=1, refuse=lambda _requester, _spec: None)
     machine.check()
     assert [one.execution for one in sent(effects, Propose)] == [e]
-    assert {type(one.timer) for one in matching(effects, ev.SetTimer)} == {ev.ProposeTimer, ev.HeartbeatTimer}
+    assert [type(one.timer) for one in matching(effects, ev.SetTimer)] == [ev.HeartbeatTimer]
     again = machine.step(ev.Received("req", Offer(e.job, a_spec(), (ShardOffer(0, 1, "block-0"),), 1)), 5.0)
     assert not matching(again, ev.Run)
 

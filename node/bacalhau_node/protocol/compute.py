@@ -15,10 +15,10 @@ held is answered alike; one of what was refused or is over is refused as busy, n
 for each shard the highest attempt seen is remembered (of the last jobs, see `here`; a node
 that was restarted remembers only results that it still owes).
 
-**Owing a result.** When an execution ends its outcome is journaled, then proposed, again and again (ever more
-seldom) until the answer comes, and at once when its offer comes again, as a restarted requester sends it. `Accept`
-ends the repeating, `Kept` and `Reject` end the owing. If `Kept` is lost, the next heartbeat, which lists everything
-held, is answered by it once more.
+**Owing a result.** When an execution ends its outcome is journaled, then proposed, again and again (with a heartbeat,
+ever more seldom) until the answer comes, and at once when its offer comes again, as a restarted requester sends
+it. `Accept` ends the repeating, `Kept` and `Reject` end the owing. If `Kept` is lost, the next heartbeat, which lists
+everything held, is answered by it once more.
 
 **Silence.** Any message of a requester shows that it is alive; it answers every heartbeat. After the orphan
 grace its work is stopped and its results are forgotten.
@@ -60,7 +60,6 @@ from bacalhau_node.protocol.events import (
     ExecutionStarted,
     Forget,
     HeartbeatTimer,
-    ProposeTimer,
     Received,
     ReleaseJob,
     Row,
@@ -81,9 +80,10 @@ HEARTBEAT: Final = LEASE / 3
 
 FOREIGN: Final = "a job of another node has this id, and is not over here"
 
-PROPOSE_AGAIN: Final = 5.0
+PROPOSE_AGAIN: Final = HEARTBEAT / 2
 PROPOSE_SELDOM: Final = 60.0
-"""Seconds after which a proposal of up to 200 kB is sent again that waits for others to agree; doubled (a guess)."""
+"""Seconds after which a proposal of up to 200 kB goes with the next heartbeat again, as it may wait for others to
+agree; doubled (a guess)."""
 
 ORPHAN_GRACE: Final = 600.0
 """Seconds of silence after which a requester's work is given up (DESIGN section 5)."""
@@ -107,7 +107,9 @@ class Held:
     outcome: Outcome | None = None
     grant: Grant | None = None
     patience: float = PROPOSE_AGAIN
-    """Seconds until it is proposed again."""
+    """Seconds until it is proposed again, at the earliest."""
+    due: float = 0.0
+    """When that is."""
     story: Story = ()
 
 
@@ -304,7 +306,7 @@ class Compute:
     def _propose(self, held: Held) -> None:
         assert held.outcome is not None, "only what has ended is proposed"
         self._out.append(Send(held.requester, Propose(held.execution, held.outcome, self.room)))
-        self._out.append(SetTimer(ProposeTimer(held.execution), self._now + held.patience))
+        held.due = self._now + held.patience
 
     # --- records ---
 
@@ -359,11 +361,6 @@ class Compute:
                 self._beat(timer.requester)
             case BidTimer() as timer:
                 self._out += self._bidder.bid(timer.job, self.room)
-            case ProposeTimer() as timer:
-                held = self.held.get(timer.execution)
-                if held is not None and held.state == "proposed":
-                    held.patience = min(2 * held.patience, PROPOSE_SELDOM)
-                    self._propose(held)
             case _:
                 raise BugError(f"a compute node was given the timer {type(event.timer).__name__}")
 
@@ -378,6 +375,10 @@ class Compute:
             return
         running = tuple(held.execution for held in owner.held.values() if held.state == "running")
         self._out.append(Send(requester, Heartbeat(tuple(owner.held), running, self.room)))
+        for held in owner.held.values():
+            if held.state == "proposed" and held.due <= self._now:
+                held.patience = min(2 * held.patience, PROPOSE_SELDOM)
+                self._propose(held)
         self._out.append(SetTimer(HeartbeatTimer(requester), self._now + HEARTBEAT))
 
     def _effects(self) -> list[Effect]:

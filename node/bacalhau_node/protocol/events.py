@@ -286,15 +286,9 @@ class WatchTimer(msgspec.Struct, frozen=True):
 
 
 class HeartbeatTimer(msgspec.Struct, frozen=True):
-    """Compute: tell this requester that its executions are alive."""
+    """Compute: tell this requester that its executions are alive, and propose again what it has not answered."""
 
     requester: NodeId
-
-
-class ProposeTimer(msgspec.Struct, frozen=True):
-    """Compute: this proposal has not been answered: send it again."""
-
-    execution: Execution
 
 
 class ExchangeTimer(msgspec.Struct, frozen=True):
@@ -313,17 +307,7 @@ class AnnounceTimer(msgspec.Struct, frozen=True):
     job: JobId
 
 
-Timer = (
-    LeaseTimer
-    | JobDeadline
-    | RetryTimer
-    | WatchTimer
-    | AnnounceTimer
-    | HeartbeatTimer
-    | ProposeTimer
-    | BidTimer
-    | ExchangeTimer
-)
+Timer = LeaseTimer | JobDeadline | RetryTimer | WatchTimer | AnnounceTimer | HeartbeatTimer | BidTimer | ExchangeTimer
 
 
 # --- effects ---

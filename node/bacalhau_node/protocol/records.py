@@ -13,8 +13,6 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Final, cast, get_args
 
-from msgspec import structs
-
 from bacalhau_node.ids import Execution, JobId, NodeId
 from bacalhau_node.messages import NodeRecord, Outcome
 from bacalhau_node.protocol.events import JobRow, JobState, ShardRow, ShardState, Tried
@@ -223,13 +221,23 @@ class Job:
 
     def shard_row(self, shard: Shard) -> ShardRow:
         """One of its shards for the journal."""
-        going = {*shard.live, *(vote.execution.attempt for vote in shard.votes)}
-        tried = tuple(Tried(attempt, node, attempt in going) for attempt, node in shard.tried.items())
-        row = ShardRow(
-            self.id, shard.index, shard.state, shard.attempts, lost=shard.lost, killed=shard.killed, failed=shard.failed
+        accepted = shard.accepted
+        tried: tuple[Tried, ...] = ()
+        if accepted is None:
+            going = {*shard.live, *(vote.execution.attempt for vote in shard.votes)}
+            tried = tuple([Tried(attempt, node, attempt in going) for attempt, node in shard.tried.items()])
+        last = tried[-1].node if tried else None
+        return ShardRow(
+            job=self.id,
+            shard=shard.index,
+            state=shard.state,
+            attempts=shard.attempts,
+            attempt=accepted.execution.attempt if accepted else 0,
+            node=accepted.node if accepted else last,
+            outcome=accepted.outcome if accepted else None,
+            tried=tried,
+            lost=shard.lost,
+            killed=shard.killed,
+            failed=shard.failed,
+            disagreed=shard.disagreed,
         )
-        if (accepted := shard.accepted) is None:
-            last = tried[-1].node if tried else None
-            return structs.replace(row, node=last, tried=tried)
-        attempt, node, outcome = accepted.execution.attempt, accepted.node, accepted.outcome
-        return structs.replace(row, attempt=attempt, node=node, outcome=outcome, disagreed=shard.disagreed)

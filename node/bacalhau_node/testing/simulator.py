@@ -35,7 +35,6 @@ STORING: Final = 0.002
 """Seconds to keep a result or to seal a job."""
 
 _TO_COMPUTE: Final = (Offer, Accept, Reject, Kept, Cancel, Recall)
-_OF_COMPUTE: Final = (ev.HeartbeatTimer, ev.ProposeTimer)
 
 
 def runs_everything(_requester: NodeId, _spec: JobSpec) -> str | None:
@@ -95,7 +94,7 @@ def _for_compute(event: ev.Event) -> bool:
         case ev.Received(message=message):
             return isinstance(message, _TO_COMPUTE)
         case ev.TimerFired(timer=timer):
-            return isinstance(timer, _OF_COMPUTE)
+            return isinstance(timer, ev.HeartbeatTimer)
         case _:
             return isinstance(event, ev.ExecutionStarted | ev.ExecutionEnded)
 
