@@ -1,4 +1,4 @@
-"""Frames between the agent and its host, and between the parent and its template.
+"""Frames between the agent and its host, and between its processes.
 
 Two big-endian lengths of four bytes (header, body), a JSON object with the type in "t", and the body.
 
@@ -21,7 +21,7 @@ agent to host
                                                  body: the value, unless it lies in `file` of the scratch folder
     recalled   key                               this run will not start here
     error      message                           a frame that was not understood
-parent to template, without a type
+parent to template, not as frames (`template.py`)
     the `job` once, then a `run` each time a shard is to be forked
 template to parent
     imports, safe    first, once; then reports of a fixed size (`template.py`)

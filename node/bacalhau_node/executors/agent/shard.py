@@ -8,7 +8,6 @@ import os
 import resource
 import signal
 import sys
-import threading
 
 from .failures import blame, describe, exit_result
 from .frames import pack
@@ -43,7 +42,7 @@ def shard_process(cell: Cell, run: Header, result: int) -> NoReturn:
         if os.getpid() == pid:  # a child that the cell forked, and that came back here, has no say
             send_result(result, pack(header, body))
             finish_threads()
-    except BaseException as error:
+    except BaseException as error:  # the last boundary of a process
         os.write(2, ("the agent's own error: %s: %s\n" % (type(error).__name__, safe_message(error))).encode())
     finally:
         os._exit(code)
@@ -68,7 +67,7 @@ def run_cell(cell: Cell, run: Header) -> tuple[Header, bytes]:
         return exit_result(error), b""
     except CannotTravel as error:
         return {"exit_code": 1, "error": blame("output", str(error))}, b""
-    except BaseException as error:
+    except BaseException as error:  # the user's own code
         return {"exit_code": 1, "error": explained(describe(error, cell.name), error, run)}, b""
 
 
@@ -95,8 +94,10 @@ def send_result(fd: int, data: bytes) -> None:
 
 def finish_threads() -> None:
     """What an interpreter does at its end, but for taking itself apart: join threads, run exit handlers."""
+    threading = sys.modules.get("threading")  # importing it here would make every fork dearer
     try:
-        threading._shutdown()  # type: ignore[attr-defined]  # noqa: SLF001 - joining all threads has no public name
+        if threading:
+            threading._shutdown()  # noqa: SLF001 - joining all threads has no public name
         atexit._run_exitfuncs()  # noqa: SLF001 - nor has this
     finally:
         sys.stdout.flush()

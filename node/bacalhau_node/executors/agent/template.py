@@ -6,7 +6,7 @@ import contextlib
 import faulthandler
 import gc
 import io
-import json
+import marshal
 import os
 import signal
 import socket
@@ -15,7 +15,7 @@ import sys
 import time
 
 from .cell import Cell
-from .frames import LENGTHS, pack, unpack
+from .frames import pack, unpack
 from .shard import shard_process
 from .tree import Children, die_with_parent, send_signal
 from .values import travelling
@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 REPORT = struct.Struct(">cqqq")
 """What the template says of a shard: "p" and its process id; "x", its process id, status and peak memory in kB;
 "f" and the error number of a fork that failed."""
+
+
+SIZE = struct.Struct(">I")
+"""What precedes a message to the template."""
 
 
 def template_process(channel: socket.socket, imports: list[str], pipes: Pipes, private: list[int]) -> NoReturn:
@@ -82,7 +86,7 @@ def preload(name: str) -> bool:
     """Import one module; the cell will say itself what is wrong with one that fails."""
     try:
         __import__(name)
-    except BaseException:
+    except BaseException:  # anybody's module
         return False
     return True
 
@@ -121,9 +125,9 @@ def serve_request(channel: socket.socket, cell: Cell, result: int) -> None:
 
 
 def read_message(channel: socket.socket) -> Header:
-    """One message of the parent: its size, then JSON."""
-    size = LENGTHS.unpack(read_exactly(channel, LENGTHS.size))[0]
-    message: Header = json.loads(read_exactly(channel, size))
+    """One message of the parent: its size, then the message as `marshal` writes it: a fork pays for what reads JSON."""
+    size = SIZE.unpack(read_exactly(channel, SIZE.size))[0]
+    message: Header = marshal.loads(read_exactly(channel, size))
     return message
 
 
@@ -152,8 +156,9 @@ class Template:
 
     def tell(self, message: Header) -> None:
         """Send a message; the template is idle, so it reads at once."""
+        data = marshal.dumps(message)
         with contextlib.suppress(OSError):  # its end is seen on the channel
-            self.channel.sendall(pack(message))
+            self.channel.sendall(SIZE.pack(len(data)) + data)
 
     def receive(self) -> bool:
         """Take what it sent; False when it is gone."""

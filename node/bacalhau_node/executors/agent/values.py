@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 
 EXTENSION = {"json": "json", "arrow": "arrow", "npy": "npy", "bytes": "bin", "mime": "mime.json", "repr": "txt"}
 
+SCALAR = (int, str, bool, float)
+"""What JSON gives back as it was, whatever the value."""
+PLAIN = (*SCALAR, list, tuple, dict)
+"""What is neither a table nor an array nor a picture."""
+
 
 def travelling(value: Any, scratch: str) -> tuple[Header, bytes]:
     """Header and body of a value; a large one goes to a file, under its final name only when it is whole."""
@@ -28,7 +33,7 @@ def travelling(value: Any, scratch: str) -> tuple[Header, bytes]:
         encoded = encode_value(value)
     except CannotTravel:
         raise
-    except Exception as error:
+    except Exception as error:  # the user's own object, and the libraries that write it
         text = "the cell's value, a %s, can't travel: %s: %s"
         reason = shorten(safe_message(error), 1000)
         raise CannotTravel(text % (type(value).__name__, type(error).__name__, reason)) from error
@@ -59,7 +64,8 @@ def encode_value(value: Any) -> Value:
         return encode_mime(drawn_figure(), "Figure") or Value("none", "NoneType")
     if isinstance(value, (bytes, bytearray, memoryview)):
         return Value("bytes", name, bytes(value))
-    for attempt in (encode_table, encode_array, encode_json, encode_mime):
+    plain = type(value) in PLAIN
+    for attempt in (encode_json,) if plain else (encode_table, encode_array, encode_json, encode_mime):
         result = attempt(value, name)
         if result is not None:
             return result
@@ -91,7 +97,8 @@ def encode_json(value: Any, name: str) -> Value | None:
         return None
     try:
         text = dumps(value)
-        return Value("json", name, text.encode()) if same(value, json.loads(text)) else None
+        exact = type(value) in SCALAR or same(value, json.loads(text))
+        return Value("json", name, text.encode()) if exact else None
     except (TypeError, ValueError, RecursionError, OverflowError):
         return None
 
