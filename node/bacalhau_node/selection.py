@@ -65,6 +65,9 @@ HTTP_OK: Final = 200
 MOST_DISK: Final = 100_000_000_000
 """Bytes of disk that a shard of somebody else may ask for (a guess): `--disk` has no bound of its own."""
 
+MOST_SPEC: Final = 256 * 1024
+"""Bytes of a spec of somebody else, which is held for as long as its job is remembered (a guess)."""
+
 REMEMBERED: Final = 1_000
 """Offered jobs about which the probe was asked and is not asked again (a guess)."""
 
@@ -123,6 +126,8 @@ class Selection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
         `usual_memory`: what a shard gets on this node that doesn't say.
         """
+        if (size := len(msgspec.msgpack.encode(spec))) > MOST_SPEC:
+            raise SpecError(f"the job itself has {size} bytes, at most {MOST_SPEC} are taken: put data into a file")
         if spec.network != "none":
             raise SpecError(f"--network {spec.network}: the owner of this node gives jobs of others no network")
         if spec.publish != "store":

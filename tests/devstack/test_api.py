@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import io
 import re
 import socket
@@ -26,12 +27,13 @@ from bacalhau_node.api.server import ApiServer, bind
 from bacalhau_node.cid import DAG_JSON, Cid
 from bacalhau_node.client import LocalClient
 from bacalhau_node.content import car
-from bacalhau_node.errors import SpecError
+from bacalhau_node.errors import ContentError, SpecError
 from bacalhau_node.executors.process import ProcessExecutor
 from bacalhau_node.http_client import HttpClient
 from bacalhau_node.ids import job_id, node_id
 from bacalhau_node.node import open_node
 from bacalhau_node.selection import Selection
+from bacalhau_node.sources.limits import Limits
 from bacalhau_node.spec import JobSpec, PythonCell, Sharding
 from bacalhau_node.testing.builders import a_job_id
 
@@ -266,6 +268,23 @@ async def test_bodies_that_are_too_large_or_compressed_are_refused(api):
     assert (await api.ask("POST", "/v0/car", b"x", Content_Encoding="gzip"))[0] == 415
     files = {"files": {"x": "A" * (2 * shapes.MAX_BUNDLE)}}
     assert (await api.ask("POST", "/v0/bundle", files))[0] == 400
+
+
+async def test_an_archive_for_which_there_is_no_room_is_refused_before_it_comes(api, monkeypatch):
+    """Some of the disk stays free for the node itself, whatever clients send."""
+    monkeypatch.setattr(Limits, "check_room", functools.partialmethod(_no_room))
+    status, error = await api.ask("POST", "/v0/car", b"x" * 1000, key="ann")
+    assert (status, error["message"]) == (422, "no room for 1000 bytes")
+
+
+def _no_room(_limits: Limits, _folder: Path, size: int) -> None:
+    raise ContentError(f"no room for {size} bytes")
+
+
+async def test_a_job_of_somebody_else_may_not_be_as_large_as_a_request(api):
+    spec = await api.spec(labels={"a": "x" * 300_000})
+    for key, status in (("ann", 400), ("root", 200)):
+        assert (await api.ask("POST", "/v0/jobs", {"job": ID, "spec": spec}, key=key))[0] == status
 
 
 async def test_unknown_routes_and_methods_answer_as_everything_does(api):
@@ -527,9 +546,12 @@ async def test_a_key_has_so_many_unfinished_jobs_and_no_more(api, monkeypatch):
         assert (await api.ask("POST", "/v0/jobs", {"job": a_job_id(number), "spec": spec}, key="ann"))[0] == 200
     status, error = await api.ask("POST", "/v0/jobs", {"job": a_job_id(3), "spec": spec}, key="ann")
     assert (status, error["error"]) == (429, "NoCapacity")
-    assert error["message"].startswith("ann has 2 unfinished jobs on this node, the most at once")
+    assert error["message"].startswith("ann has 2 unfinished jobs with 2 shards on this node, which takes no more")
     for number, key in ((1, "ann"), (4, "ben"), (5, "root"), (6, "root"), (7, "root")):
         assert (await api.ask("POST", "/v0/jobs", {"job": a_job_id(number), "spec": spec}, key=key))[0] == 200
+    monkeypatch.setattr(jobs, "MOST_UNFINISHED", 100)
+    monkeypatch.setattr(jobs, "MOST_SHARDS", 2)
+    assert (await api.ask("POST", "/v0/jobs", {"job": a_job_id(3), "spec": spec}, key="ann"))[0] == 429
     await api.ask("POST", f"/v0/jobs/{a_job_id(1)}/cancel", key="ann")
     await api.ended(a_job_id(1))
     assert (await api.ask("POST", "/v0/jobs", {"job": a_job_id(3), "spec": spec}, key="ann"))[0] == 200

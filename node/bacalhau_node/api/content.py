@@ -18,6 +18,7 @@ from bacalhau_node.content import car
 from bacalhau_node.content.gateway import in_threads
 from bacalhau_node.content.reader import Reader
 from bacalhau_node.errors import ContentError
+from bacalhau_node.sources.limits import Limits
 
 IMPORTS = 4
 """Archives of one key that are taken in at once: each may hold some tens of megabytes in memory."""
@@ -33,7 +34,7 @@ class Content:
 
     def __init__(self, client: LocalClient) -> None:
         self._client = client
-        self._store = client.node.content
+        self._store, self._folder = client.node.content, client.node.folder.store
         self._imports: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(IMPORTS))
 
     def routes(self) -> list[web.RouteDef]:
@@ -73,6 +74,7 @@ class Content:
                 taken.take(cid, block)
 
         async with self._imports[request[CALLER].name]:
+            Limits().check_room(self._folder, request.content_length or shapes.MAX_CAR)
             try:
                 async for data in _gathered(request):
                     await asyncio.to_thread(step, data)

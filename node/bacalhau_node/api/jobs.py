@@ -32,8 +32,8 @@ CALLER = web.RequestKey("caller", Caller)
 ANSWERS_KEPT = 1_000
 """Answers kept for clients that ask again; older ones are made anew, without the plan's notes."""
 
-MOST_UNFINISHED = 100
-"""Jobs of one key, but the owner's, that have not ended (a guess): each holds its plan and its feed in memory."""
+MOST_UNFINISHED, MOST_SHARDS = 100, 1_000_000
+"""Jobs of one key, but the owner's, that have not ended, and their shards (guesses): all are held in memory."""
 
 WHOLE_VIEW = 32
 """Up to so many shards a job is one JSON text; with more it is made as it is sent."""
@@ -89,16 +89,18 @@ class Jobs:
         """Refuse one more job of who has many that have not ended."""
         if caller.role == "admin":
             return
-        flying = [spec for spec, _ in self._flying.values()]
-        going = [_spec(feed) for job, feed in self._unfinished() if job not in self._flying]
-        if sum(policy.owner(spec) == caller.name for spec in (*flying, *going)) >= MOST_UNFINISHED:
-            why = f"{caller.name} has {MOST_UNFINISHED} unfinished jobs on this node, the most at once"
-            error = NoCapacity(f"{why}: wait for one to end, or cancel one")
-            raise Refused(429, error, **{"Retry-After": "10"})
+        flying = sum(policy.owner(spec) == caller.name for spec, _ in self._flying.values())
+        going = [feed.row.count for job, feed in self._unfinished(caller) if feed.row and job not in self._flying]
+        if flying + len(going) < MOST_UNFINISHED and sum(going) < MOST_SHARDS:
+            return
+        why = f"{caller.name} has {flying + len(going)} unfinished jobs with {sum(going):,} shards on this node"
+        error = NoCapacity(f"{why}, which takes no more at once: wait for one to end, or cancel one")
+        raise Refused(429, error, **{"Retry-After": "10"})
 
-    def _unfinished(self) -> Iterator[tuple[JobId, Feed]]:
-        feeds = self._client.node.engine.feeds
-        return ((job, feed) for job, feed in feeds.items() if feed.job.state not in FINAL_JOB)
+    def _unfinished(self, caller: Caller) -> Iterator[tuple[JobId, Feed]]:
+        feeds = self._client.node.engine.feeds.items()
+        own = ((job, feed) for job, feed in feeds if policy.owner(_spec(feed)) == caller.name)
+        return ((job, feed) for job, feed in own if feed.job.state not in FINAL_JOB)
 
     async def _with_bundle(self, asked: shapes.SubmitRequest) -> JobSpec:
         """The spec, with the cell's folder that came along stored and named."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from bacalhau_node import __version__
 from bacalhau_node.node import Node
+from bacalhau_node.ports import Waiting
 from bacalhau_node.protocol.membership import Membership
 
 SHARDS_WAITING = "waiting"
@@ -35,8 +36,7 @@ def text(node: Node, traffic: Traffic) -> str:
             shards[SHARDS_WAITING] += feed.row.count - feed.counts.total()
     requests = {_labels(route=route, status=str(status)): count for (route, status), count in traffic.requests.items()}
     network = node.membership
-    own = network.view.own.record if network is not None else None
-    tally = node.engine.tally
+    tally, transport = node.engine.tally, node.transport
     disk = shutil.disk_usage(node.folder.store)
     return "".join(
         (
@@ -48,8 +48,18 @@ def text(node: Node, traffic: Traffic) -> str:
             _metric("inbox_events", "gauge", "Events that wait for the next turn.", {"": node.engine.waiting}),
             _metric("network_nodes", "gauge", "Other nodes that are known.", {"": len(network or ())}),
             _metric("network_neighbours", "gauge", "Those it compares views with.", {"": _neighbours(network)}),
-            _metric("message_age_seconds", "gauge", "Half of what an answer takes.", {"": own.age if own else 0}),
-            _metric("messages_dropped_total", "counter", "Refused or not sent.", {"": own.dropped if own else 0}),
+            _metric(
+                "message_age_seconds", "gauge", "Half of what an answer takes.", {"": network.age if network else 0}
+            ),
+            _metric(
+                "messages_dropped_total", "counter", "Refused or not sent.", {"": transport.dropped + tally.dropped}
+            ),
+            _metric(
+                "outgoing_messages", "gauge", "Wait for the transport: all, and for one node.", _sizes(tally.waiting())
+            ),
+            _metric(
+                "outgoing_bytes", "gauge", "Wait in the transport: all, and for one node.", _sizes(transport.waiting)
+            ),
             _metric("messages_total", "counter", "Messages between nodes.", _by_kind(tally.messages)),
             _metric("message_bytes_total", "counter", "Their bytes.", _by_kind(tally.sizes)),
             _metric("executions_lost_total", "counter", "Given up: their nodes were silent.", {"": node.engine.lost}),
@@ -68,6 +78,10 @@ def _by_state(counts: Mapping[str, int]) -> dict[str, int]:
 
 def _neighbours(network: Membership | None) -> int:
     return len(network.neighbours) if network is not None else 0
+
+
+def _sizes(waiting: Waiting) -> dict[str, int]:
+    return {_labels(of="all"): waiting.total, _labels(of="most"): waiting.most}
 
 
 def _by_kind(counts: Mapping[tuple[str, str], int]) -> dict[str, int]:
