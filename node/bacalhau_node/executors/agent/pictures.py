@@ -64,7 +64,7 @@ def own_bundle(value: Any) -> dict[str, Any]:
             continue
         try:
             part = draw()
-        except Exception:
+        except Exception:  # the user's own object
             continue
         part = part[0] if isinstance(part, tuple) else part
         if not kind and isinstance(part, dict):
