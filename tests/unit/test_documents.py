@@ -9,7 +9,8 @@ import nbformat
 import pytest
 
 from bacalhau_jupyter.option_table import OPTIONS
-from bacalhau_node.cli import main
+from bacalhau_node.cli import familiar, main
+from bacalhau_node.literals import ELSEWHERE
 from tests import architecture
 
 ROOT = architecture.DOCUMENT.parent
@@ -27,15 +28,23 @@ def test_links_between_documents_lead_somewhere(document: Path) -> None:
     assert [target for target in targets if not (ROOT / target).exists()] == []
 
 
-def test_every_option_of_the_readme_works() -> None:
-    named = set(re.findall(r"`(--[a-z-]+)", (ROOT / "README.md").read_text()))
+@pytest.mark.parametrize("document", ["README.md", "REFERENCE.md"])
+def test_every_option_that_is_told_of_works(document: str) -> None:
+    named = set(re.findall(r"`(--[a-z-]+)", (ROOT / document).read_text()))
     assert named
     assert {name for name in named if name not in OPTIONS} == set()
 
 
-def test_every_option_that_works_is_in_the_readme() -> None:
-    readme = (ROOT / "README.md").read_text()
-    assert [name for name in OPTIONS if f"`{name}" not in readme] == []
+def test_every_option_that_works_is_in_the_reference() -> None:
+    reference = (ROOT / "REFERENCE.md").read_text()
+    assert [name for name in OPTIONS if f"`{name}" not in reference] == []
+
+
+def test_words_that_people_bring_along_are_answered_with_words_that_exist() -> None:
+    assert {answer.partition(" ")[0].strip(",") for answer in familiar.COMMANDS.values()} <= set(main.commands)
+    assert not set(familiar.COMMANDS) & set(main.commands)
+    assert set(ELSEWHERE.values()) <= set(OPTIONS)
+    assert not set(ELSEWHERE) & set(OPTIONS)
 
 
 def test_every_command_of_the_shell_that_a_document_names_exists_with_its_options() -> None:
