@@ -182,13 +182,20 @@ def test_an_interrupt_ends_the_job_and_its_processes(environment, tmp_path):
     source = f"import subprocess\nprint('here', flush=True)\nwhile True: subprocess.run(['sleep', '{mark}'])"
     script = _script(tmp_path, source)
     process = subprocess.Popen(
-        [sys.executable, "-c", MAIN, "run", script], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", MAIN, "run", script],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     with process:
         assert process.stdout is not None
+        assert process.stderr is not None
         assert process.stdout.readline() == "here\n"
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=30) == 130
+        assert ": stopped; bacalhau-node get j-" in process.stderr.read()
     assert processes_with(mark) == []
 
 

@@ -23,10 +23,10 @@ def network(*, node: str | None, as_json: bool) -> None:
         click.echo(msgspec.json.encode(found))
         return
     near = found.degrees
-    click.echo(
-        f"{len(found.nodes)} nodes in {len(found.parts)} part{'s' * (len(found.parts) != 1)}, {len(found.links)} links:"
-        f" {near.least} to {near.most} a node, {near.median} in the middle"
-    )
+    counts = (("node", len(found.nodes)), ("part", len(found.parts)), ("link", len(found.links)))
+    nodes, parts, links = (f"{count} {noun}{'s' * (count != 1)}" for noun, count in counts)
+    spread = f": {near.least} to {near.most} a node, {near.median} in the middle" if found.links else ""
+    click.echo(f"{nodes} in {parts}, {links}{spread}")
     for dot in found.nodes:
         said = "" if dot.seconds is None else f", said {dot.seconds:.0f} s ago"
         said += f", messages take {dot.age:.2g} s" if dot.age else ""

@@ -20,6 +20,7 @@ from bacalhau_node.cli.printing import closing_line, follow, summary
 from bacalhau_node.client import Client, JobView
 from bacalhau_node.download import download
 from bacalhau_node.errors import SpecError
+from bacalhau_node.ids import JobId, short
 from bacalhau_node.spec import MAX_GPU_SHARE, MAX_SHARDS, Command, JobSpec, PythonCell, Resources, Sharding
 
 SIZE, TIME = Literal("SIZE", literals.size), Literal("TIME", literals.seconds)
@@ -36,7 +37,16 @@ _RUN_OPTIONS = (
     click.option("--cpu", type=CORES, default=1.0, show_default=True, help="Cores of one shard."),
     click.option("--memory", type=SIZE, help="Memory of one shard."),
     click.option("--disk", type=SIZE, help="Disk of one shard."),
-    click.option("--gpu", "gpus", type=click.IntRange(min=0), is_flag=False, flag_value=1, default=0, metavar="[N]"),
+    click.option(
+        "--gpu",
+        "gpus",
+        type=click.IntRange(min=0),
+        is_flag=False,
+        flag_value=1,
+        default=0,
+        metavar="[N]",
+        help="GPUs of one shard; 1 without a number.",
+    ),
     click.option("--gpu-share", type=click.IntRange(1, MAX_GPU_SHARE), default=1, help="So many shards on one GPU."),
     click.option("--timeout", type=TIME, help="Time for one shard."),
     click.option("--job-timeout", type=TIME, help="Time for the whole job."),
@@ -47,8 +57,20 @@ _RUN_OPTIONS = (
     click.option("--require", "requires", type=PACKAGES, multiple=True, help="A package that FILE.py needs."),
     click.option("--image", metavar="NAME", help="Container image."),
     click.option("--isolation", type=click.Choice(["container", "sandbox", "none"]), help="The least that will do."),
-    click.option("--container-per", type=click.Choice(["job", "shard"]), default="job", show_default=True),
-    click.option("--network", type=click.Choice(["none", "full"]), default="none", show_default=True),
+    click.option(
+        "--container-per",
+        type=click.Choice(["job", "shard"]),
+        default="job",
+        show_default=True,
+        help="A container for each slot of the job, or a new one for each shard.",
+    ),
+    click.option(
+        "--network",
+        type=click.Choice(["none", "full"]),
+        default="none",
+        show_default=True,
+        help="What a shard can reach.",
+    ),
     click.option("-e", "--env", type=PAIR, multiple=True, metavar="K=V", help="An environment variable."),
     click.option(
         "--secret", "secrets", multiple=True, metavar="NAME", help="A variable of yours; masked, never stored."
@@ -170,4 +192,5 @@ async def _follow(client: Client, job: str, *, many: bool) -> JobView:
         await client.cancel(job)
         async for _ in client.updates(job):
             pass
+        click.echo(f"job {job}: stopped; bacalhau-node get {short(JobId(job))} has what was finished", err=True)
         raise
