@@ -24,7 +24,7 @@ from bacalhau_node import wire
 from bacalhau_node.errors import BugError, NodeUnreachable, ProtocolError, SpecError
 from bacalhau_node.ids import NodeId
 from bacalhau_node.messages import Lines, Message, Transfer
-from bacalhau_node.ports import Packet, Transport
+from bacalhau_node.ports import Packet, Transport, Waiting
 from bacalhau_node.protocol import events as ev
 
 log = logging.getLogger(__name__)
@@ -59,8 +59,12 @@ class Spawn(Protocol):
 
 @dataclass
 class Tally:
-    """What went between this node and others since it started. By (way: "in" or "out", kind): messages, their bytes."""
+    """What went between this node and others since it started. By (way: "in" or "out", kind): messages, their bytes.
 
+    `waiting`: messages that wait to be given to the transport.
+    """
+
+    waiting: Callable[[], Waiting]
     messages: Counter[tuple[str, str]] = field(default_factory=Counter)
     sizes: Counter[tuple[str, str]] = field(default_factory=Counter)
     dropped: int = 0
@@ -144,7 +148,7 @@ class Links:
         self._transport, self._spawn, self._post, self._failed = transport, spawn, post, failed
         self._queues: dict[NodeId, _Queue] = {}
         self._told: set[tuple[NodeId, str]] = set()
-        self.tally = Tally()
+        self.tally = Tally(self._waiting)
         self.idle = asyncio.Event()
         """Nothing waits to be sent."""
         self.idle.set()
@@ -161,6 +165,10 @@ class Links:
             self._spawn(self._empty(to, queue))
         else:
             queue.put(message)
+
+    def _waiting(self) -> Waiting:
+        lengths = [len(queue.messages) for queue in self._queues.values()]
+        return Waiting(sum(lengths), max(lengths, default=0))
 
     async def _empty(self, to: NodeId, queue: _Queue) -> None:
         message: Message | None = None

@@ -297,6 +297,11 @@ class Node:
         record = NodeRecord(node=self.id, version=1, slots=self.slots, room=self.slots, jobs=self.engine.running)
         return iter((Entry(record, "self", 0.0),))
 
+    @property
+    def transport(self) -> Transport:
+        """What carries bytes between this node and others."""
+        return self._transport
+
     def addresses(self) -> Sequence[str]:
         """Multiaddrs by which others can dial this node."""
         return self._transport.addresses()

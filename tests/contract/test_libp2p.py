@@ -21,7 +21,7 @@ from libp2p.utils.varint import encode_varint_prefixed
 
 from bacalhau_node.errors import BugError, NodeUnreachable, ProtocolError, SpecError
 from bacalhau_node.identity import Identity
-from bacalhau_node.ports import Arrival, Packet
+from bacalhau_node.ports import Arrival, Packet, Waiting
 from bacalhau_node.protocol.events import LinkDown, LinkUp
 from bacalhau_node.transports.libp2p import LibP2PTransport, dialling, gossip, host, link, streams, thread
 from bacalhau_node.wire import MAX_MESSAGE
@@ -268,6 +268,17 @@ async def test_what_is_too_large_is_a_bug_of_who_sends_it(node):
         async for _ in one.request(two.node, bytes(65_537)):
             pass
     await still_good(one, two)
+
+
+async def test_what_waits_for_a_node_that_takes_nothing_is_told(node):
+    one, two = await node("one"), await node("two")
+    await one.dial(two.addresses()[0])
+    flood = [asyncio.create_task(one.send(two.node, bytes(100_000))) for _ in range(400)]
+    await becomes(lambda: one.waiting.most >= link.QUEUE)
+    assert one.waiting.total == one.waiting.most
+    await two.close()
+    await asyncio.gather(*flood, return_exceptions=True)
+    await becomes(lambda: one.waiting == Waiting())
 
 
 async def test_a_node_writes_to_itself_and_asks_itself(node):

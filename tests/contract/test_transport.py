@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import pytest
 
 from bacalhau_node.errors import BugError, ContentError, NodeUnreachable, SpecError
-from bacalhau_node.ports import Packet, Transport
+from bacalhau_node.ports import Packet, Transport, Waiting
 from bacalhau_node.protocol.events import LinkDown, LinkUp
 from bacalhau_node.transports.libp2p import LibP2PTransport
 from bacalhau_node.transports.memory import MemoryHub, MemoryTransport
@@ -254,8 +254,10 @@ async def test_a_slow_reader_makes_its_senders_wait_and_loses_nothing(join):
     flooding = asyncio.create_task(flood())
     done, _ = await asyncio.wait([flooding], timeout=0.5)
     assert not done
+    assert one.waiting.most == one.waiting.total <= 4 * 1024 * 1024
     got = await read(two, many)
     await asyncio.wait_for(flooding, DEADLINE)
+    assert one.waiting == Waiting()
     assert {int.from_bytes(data[:2], "big") for _, data in got} == set(range(many))
 
 

@@ -426,6 +426,7 @@ async def test_what_a_node_takes_and_never_runs_is_tried_elsewhere(net: Net, mon
     assert {"bacalhau_network_nodes 2", "bacalhau_messages_dropped_total 0"} <= {*figures}
     assert 'bacalhau_messages_total{way="out",kind="offer"} 2' in figures
     assert 'bacalhau_messages_total{way="in",kind="propose"} 1' in figures
+    assert 'bacalhau_outgoing_messages{of="all"} 0' in figures
 
 
 async def test_a_bad_actor_is_found_by_replicas_that_have_to_agree(net: Net) -> None:

@@ -45,7 +45,7 @@ class Table:
         for neighbour in self.neighbours:
             queued = bytearray(b"".join(neighbour._queue))
             neighbour._queue.clear()
-            neighbour._queued = 0
+            neighbour.queued = 0
             if queued:
                 found[neighbour.node] = [rpc_pb2.RPC.FromString(raw) for raw in rpcs(queued)]
         return found

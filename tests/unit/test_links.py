@@ -12,7 +12,7 @@ from bacalhau_node import wire
 from bacalhau_node.errors import NodeUnreachable
 from bacalhau_node.links import LEFT_OUT, MAX_TOLD, MAX_WAITING, Links
 from bacalhau_node.messages import Accept, Kept, Lines, Message, Reject, Transfer
-from bacalhau_node.ports import Packet
+from bacalhau_node.ports import Packet, Waiting
 from bacalhau_node.testing.builders import an_execution
 
 E = an_execution()
@@ -93,6 +93,17 @@ async def test_all_that_waits_for_a_node_that_cannot_be_reached_has_failed() -> 
     network.go.set()
     await asyncio.gather(*tasks)
     assert failed == [("n-1", [Accept(E), Accept(an_execution(1))], "no route")]
+
+
+async def test_what_waits_is_counted_in_all_and_for_the_node_with_most_of_it() -> None:
+    network = Network()
+    made, tasks = links(network)
+    for to in ("n-1", "n-1", "n-1", "n-2"):
+        made.send(to, Accept(E))
+    assert made.tally.waiting() == Waiting(4, 3)
+    network.go.set()
+    await asyncio.gather(*tasks)
+    assert made.tally.waiting() == Waiting()
 
 
 async def test_what_is_no_message_ends_the_link_and_the_next_message_is_heard() -> None:

@@ -37,6 +37,9 @@ def text(node: Node, traffic: Traffic) -> str:
     requests = {_labels(route=route, status=str(status)): count for (route, status), count in traffic.requests.items()}
     network = node.membership
     tally, transport = node.engine.tally, node.transport
+    age = network.age if network is not None else 0.0
+    dropped = tally.dropped + transport.dropped
+    messages, volume = tally.waiting(), transport.waiting
     disk = shutil.disk_usage(node.folder.store)
     return "".join(
         (
@@ -48,18 +51,10 @@ def text(node: Node, traffic: Traffic) -> str:
             _metric("inbox_events", "gauge", "Events that wait for the next turn.", {"": node.engine.waiting}),
             _metric("network_nodes", "gauge", "Other nodes that are known.", {"": len(network or ())}),
             _metric("network_neighbours", "gauge", "Those it compares views with.", {"": _neighbours(network)}),
-            _metric(
-                "message_age_seconds", "gauge", "Half of what an answer takes.", {"": network.age if network else 0}
-            ),
-            _metric(
-                "messages_dropped_total", "counter", "Refused or not sent.", {"": transport.dropped + tally.dropped}
-            ),
-            _metric(
-                "outgoing_messages", "gauge", "Wait for the transport: all, and for one node.", _sizes(tally.waiting())
-            ),
-            _metric(
-                "outgoing_bytes", "gauge", "Wait in the transport: all, and for one node.", _sizes(transport.waiting)
-            ),
+            _metric("message_age_seconds", "gauge", "Half of what an answer takes.", {"": age}),
+            _metric("messages_dropped_total", "counter", "Refused or not sent.", {"": dropped}),
+            _metric("outgoing_messages", "gauge", "Wait for the transport, in all and for one node.", _sizes(messages)),
+            _metric("outgoing_bytes", "gauge", "Wait in the transport, in all and for one node.", _sizes(volume)),
             _metric("messages_total", "counter", "Messages between nodes.", _by_kind(tally.messages)),
             _metric("message_bytes_total", "counter", "Their bytes.", _by_kind(tally.sizes)),
             _metric("executions_lost_total", "counter", "Given up: their nodes were silent.", {"": node.engine.lost}),

@@ -28,3 +28,4 @@ from bacalhau_node.ports.transport import Answering as Answering
 from bacalhau_node.ports.transport import Arrival as Arrival
 from bacalhau_node.ports.transport import Packet as Packet
 from bacalhau_node.ports.transport import Transport as Transport
+from bacalhau_node.ports.transport import Waiting as Waiting

@@ -18,6 +18,13 @@ class Packet(msgspec.Struct, frozen=True):
     data: bytes
 
 
+class Waiting(msgspec.Struct, frozen=True):
+    """How much waits to be sent: in all, and to the one node to which most of it goes."""
+
+    total: int = 0
+    most: int = 0
+
+
 Answering = Callable[[NodeId, bytes], AsyncIterator[bytes]]
 """Answers a question (bytes) of the node that asks, in parts of at most a MiB."""
 
@@ -40,6 +47,11 @@ class Transport(Protocol):
     @property
     def dropped(self) -> int:
         """How many messages were refused, or could not be passed on, since the start. Quick."""
+        ...
+
+    @property
+    def waiting(self) -> Waiting:
+        """Bytes that wait to be sent, published messages included. Quick."""
         ...
 
     async def send(self, to: NodeId, data: bytes) -> None:

@@ -124,6 +124,11 @@ class Membership:
         """The nodes with which this one compares views, sorted."""
         return tuple(sorted(peer.id for peer in self._others.near))
 
+    @property
+    def age(self) -> float:
+        """Median seconds that a message between this node and a neighbour took lately; 0: none was measured yet."""
+        return self._own.age
+
     def __len__(self) -> int:
         """How many other nodes are known."""
         return len(self.view.held)

@@ -52,12 +52,18 @@ class OwnRecord:
     def make(self, neighbours: tuple[NodeId, ...], now: float, *, leaving: bool = False) -> Held:
         """A new record."""
         version = max(1, self._floor + 1, self._wall(now))
-        age = round(sorted(self.ages)[len(self.ages) // 2], 4) if self.ages else 0.0
-        record = structs.replace(self._description, version=version, neighbours=neighbours, leaving=leaving, age=age)
+        record = structs.replace(
+            self._description, version=version, neighbours=neighbours, leaving=leaving, age=self.age
+        )
         self._floor, self.made = version, now
         self.changed, self._life = False, LIFE * self._chance.between(0.8, 1.0)
         self.held = self._archive.own(record, self._sign)
         return self.held
+
+    @property
+    def age(self) -> float:
+        """Median seconds that a message took; 0: there was none yet."""
+        return round(sorted(self.ages)[len(self.ages) // 2], 4) if self.ages else 0.0
 
     def due(self, known: int) -> float:
         """When the next record is due, in a network of which so many nodes are known."""

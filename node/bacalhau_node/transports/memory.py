@@ -22,7 +22,7 @@ from typing import cast
 
 from bacalhau_node.errors import BacalhauError, BugError, NodeUnreachable, SpecError
 from bacalhau_node.ids import NodeId
-from bacalhau_node.ports import Answering, Arrival, Packet
+from bacalhau_node.ports import Answering, Arrival, Packet, Waiting
 from bacalhau_node.protocol.events import LinkDown, LinkUp
 
 INBOX = 1_024
@@ -177,6 +177,11 @@ class MemoryTransport:
     def dropped(self) -> int:
         """None: all that comes is taken, in its time."""
         return 0
+
+    @property
+    def waiting(self) -> Waiting:
+        """Nothing: senders wait themselves."""
+        return Waiting()
 
     async def send(self, to: NodeId, data: bytes) -> None:
         """Wait for room in the inbox of `to` and put `data` there; raises `NodeUnreachable` if it isn't there."""

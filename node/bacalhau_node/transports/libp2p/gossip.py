@@ -85,15 +85,15 @@ class Neighbour:
         self.pruned_until = 0.0
         self.slow = self.gone = False
         self._queue: list[bytes] = []
-        self._queued = 0
+        self.queued = 0
         self._writer = Waiting()
 
     def send(self, rpc: bytes) -> bool:
         """Queue an encoded RPC; False when there is no room for it. One that is gone misses nothing."""
-        if self.gone or self._queued + len(rpc) > QUEUE:
+        if self.gone or self.queued + len(rpc) > QUEUE:
             return self.gone
         self._queue.append(rpc)
-        self._queued += len(rpc)
+        self.queued += len(rpc)
         self._writer.wake()
         return True
 
@@ -101,7 +101,7 @@ class Neighbour:
         """Let go of whoever carries what waits for it."""
         self.gone = True
         self._queue.clear()
-        self._queued = 0
+        self.queued = 0
         self._writer.wake()
 
     async def take(self) -> bytes:
@@ -110,7 +110,7 @@ class Neighbour:
             await self._writer.wait()
         data = b"".join(self._queue)
         self._queue.clear()
-        self._queued = 0
+        self.queued = 0
         return data
 
 

@@ -19,6 +19,7 @@ import contextlib
 import hashlib
 import random
 import resource
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any
@@ -33,7 +34,7 @@ from multiaddr import Multiaddr
 
 from bacalhau_node.errors import NodeUnreachable, ProtocolError, SpecError
 from bacalhau_node.ids import NodeId
-from bacalhau_node.ports import Packet
+from bacalhau_node.ports import Packet, Waiting
 from bacalhau_node.protocol.events import LinkDown, LinkUp
 from bacalhau_node.transports.libp2p import addresses, asking, gossip, inprocess, link
 from bacalhau_node.transports.libp2p.complaints import Complaints
@@ -155,6 +156,12 @@ class Host:
     def publish(self, data: bytes) -> None:
         """Give a message to everybody."""
         self.mesh.router.publish(data)
+
+    def waiting(self) -> Waiting:
+        """Bytes that wait to be sent. May be called on any thread."""
+        sizes = Counter({node: sum(one.queued for one in tuple(links)) for node, links in list(self._links.items())})
+        sizes.update({one.node: one.queued for one in list(self.mesh.router.neighbours.values())})
+        return Waiting(sizes.total(), max(sizes.values(), default=0))
 
     def peers(self) -> list[NodeId]:
         """Nodes to which there is a link. May be called on any thread."""

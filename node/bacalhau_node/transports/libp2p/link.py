@@ -53,7 +53,7 @@ class Link:
         """The IP address of the other end; "" within this process."""
         self._stream, self._frames = stream, frames
         self._queue: deque[bytes] = deque()
-        self._queued = 0
+        self.queued = 0
         self._writer = Waiting()
         self._room = trio.Event()
         self._scope = trio.CancelScope()
@@ -64,12 +64,12 @@ class Link:
     @property
     def full(self) -> bool:
         """Whether senders have to wait."""
-        return self._queued >= QUEUE
+        return self.queued >= QUEUE
 
     def add(self, data: bytes) -> None:
         """Send a message after those that wait already."""
         self._queue.append(frame(data))
-        self._queued += len(data)
+        self.queued += len(data)
         self._writer.wake()
 
     async def room(self) -> None:
@@ -140,7 +140,7 @@ class Link:
             parts.append(self._queue.popleft())
             size += len(parts[-1])
         was_full = self.full
-        self._queued -= size - 4 * len(parts)
+        self.queued -= size - 4 * len(parts)
         if was_full and not self.full:
             self._room.set()
             self._room = trio.Event()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 
 from bacalhau_node.errors import BacalhauError, BugError, NodeUnreachable, SpecError
 from bacalhau_node.ids import NodeId
-from bacalhau_node.ports import Answering, Arrival
+from bacalhau_node.ports import Answering, Arrival, Waiting
 from bacalhau_node.transports.libp2p.limits import LARGEST_PUBLISHED, LARGEST_QUESTION
 from bacalhau_node.wire import MAX_MESSAGE
 
@@ -82,6 +82,11 @@ class LibP2PTransport:
     def dropped(self) -> int:
         """What was refused (with who sent it) or could not be passed on (to who was too slow), since the start."""
         return self._host.complaints.count + self._host.mesh.router.dropped
+
+    @property
+    def waiting(self) -> Waiting:
+        """Bytes that wait for links to take them, and for neighbours to take gossip."""
+        return self._host.waiting()
 
     async def send(self, to: NodeId, data: bytes) -> None:
         """Queue `data` on the link to a node, dialled if need be, once there is room."""
