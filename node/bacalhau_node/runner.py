@@ -270,7 +270,7 @@ class Runner:
         raw = await asyncio.to_thread(masked, raw, secrets) if secrets else raw
         self._facilities.at_fault |= raw.error is not None and raw.error.kind == "node"
         try:
-            return await self._name(raw, job.name)
+            return await self._name(raw, job.name, move=own)
         except ContentError as error:  # the store did not take the result: not the input's fault
             log.exception("the result of %s can't be stored", run.execution)
             return self._failed("node", error)
@@ -348,15 +348,19 @@ class Runner:
 
     # --- results ---
 
-    async def _name(self, raw: RawOutcome, executor: str) -> Outcome:
-        """The outcome with every byte either inside or in the content store."""
+    async def _name(self, raw: RawOutcome, executor: str, *, move: bool) -> Outcome:
+        """The outcome with every byte either inside or in the content store.
+
+        Files are taken over (`move`) of the owner's jobs. Those of others are copied: something that took over its
+        container could hold one open, and write to it when the store has hashed it.
+        """
         outcome = Outcome(
             ok=raw.ok,
             exit_code=raw.exit_code,
-            value=Value(raw.value.kind, raw.value.type, await self._blob(raw.value.data)),
-            outputs=await self._add(raw.outputs) if raw.outputs else None,
-            stdout=await self._blob(raw.stdout),
-            stderr=await self._blob(raw.stderr),
+            value=Value(raw.value.kind, raw.value.type, await self._blob(raw.value.data, move=move)),
+            outputs=await self._add(raw.outputs, move=move) if raw.outputs else None,
+            stdout=await self._blob(raw.stdout, move=move),
+            stderr=await self._blob(raw.stderr, move=move),
             cut=raw.cut,
             error=raw.error,
             seconds=raw.seconds,
@@ -369,20 +373,17 @@ class Runner:
         failure = ShardError(kind=kind, name=type(error).__name__, message=str(error)[:LONGEST_MESSAGE])
         return encode_outcome(self._content, printable(Outcome(ok=False, exit_code=1, error=failure)))
 
-    async def _blob(self, data: bytes | Path) -> Blob:
+    async def _blob(self, data: bytes | Path, *, move: bool) -> Blob:
         if isinstance(data, Path):
             size = data.stat().st_size  # noqa: ASYNC240 - microseconds
-            return Blob(size=size, inline=None, cid=await self._add(data))
+            return Blob(size=size, inline=None, cid=await self._add(data, move=move))
         if len(data) <= INLINE_LIMIT:
             return Blob(size=len(data), inline=data)
         cid = await asyncio.to_thread(self._content.add_bytes, data)
         return Blob(size=len(data), inline=None, cid=cid)
 
-    async def _add(self, path: Path) -> str:
-        def add() -> str:
-            return self._content.add_path(path, move=True)
-
-        return await asyncio.to_thread(add)
+    async def _add(self, path: Path, *, move: bool) -> str:
+        return await asyncio.to_thread(lambda: self._content.add_path(path, move=move))
 
 
 async def _in_thread_if(heavy: bool, work: Callable[[], T]) -> T:  # noqa: FBT001 - reads as a sentence

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -260,6 +261,32 @@ async def test_a_block_of_a_plan_that_is_named_again_and_again_is_read_to_a_limi
     (link,) = plan.store_entries(tuple(Entry(f"{number}", ContentRef("c"), 1) for number in range(100)), content)
     with pytest.raises(ContentError, match="more than 1,000 files"):
         plan.read_shard(content, mallory.put({"entries": [], "more": [link] * 5_000}))
+
+
+async def test_what_a_stranger_left_can_not_be_written_to_when_it_is_stored(meet: Meet) -> None:
+    """Not by a process that outlived its shard with the file open, and that puts its time back."""
+    held: list[tuple[int, os.stat_result]] = []
+
+    def leave(task: ShardTask, _emit: object) -> RawOutcome:
+        outputs = task.scratch / "outputs"
+        outputs.mkdir(parents=True)
+        path = outputs / "x"
+        path.write_bytes(b"a" * MB)
+        held.append((os.open(path, os.O_WRONLY), path.stat()))
+        return RawOutcome(ok=True, outputs=outputs)
+
+    mallory = await meet(FakeExecutor(leave, slots=2, isolation="sandbox"))
+    outcome = await mallory.outcome(a_script(), mallory.put({"entries": []}))
+    ((handle, status),) = held
+    os.pwrite(handle, b"evil", 0)
+    os.utime(handle, ns=(status.st_atime_ns, status.st_mtime_ns))
+    os.close(handle)
+    content = mallory.victim.content
+    assert outcome.outputs is not None
+    ((_, cid, _),) = content.list(outcome.outputs)
+    path = content.file(cid)
+    assert path is not None
+    assert path.read_bytes() == b"a" * MB
 
 
 # --- what a node believes of results, and for how long it gives content away ---
