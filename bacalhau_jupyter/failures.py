@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from bacalhau_jupyter.lines import harmless
 from bacalhau_node.errors import BacalhauError
 from bacalhau_node.messages import Frame, ShardError
 
@@ -107,7 +108,7 @@ def headline(error: ShardError) -> str:
         text = f"{error.name}: {error.message}" if error.message else error.name
     else:
         text = error.message or HEADLINES[error.kind]
-    return text.partition("\n")[0]
+    return harmless(text.partition("\n")[0])
 
 
 def told(error: ShardError, shards: Sequence[int]) -> str:
@@ -158,7 +159,7 @@ def explain(
         rest = groups[MAX_GROUPS:]
         count = sum(len(group.shards) for group in rest)
         lines += [f"{len(rest)} more kinds of failure in {count:,} shards", ""]
-    return lines
+    return list(map(harmless, lines))
 
 
 def _worth_showing(frames: Sequence[Frame]) -> Iterable[Frame]:

@@ -196,9 +196,14 @@ def _cut(text: str) -> str:
     return text if len(body) <= LINE_LIMIT else shortened(body, LINE_LIMIT) + text[len(body) :]
 
 
+def harmless(text: str) -> str:
+    """`text` without codes that act on a terminal, but colours."""
+    return _ACTS.sub("", text)
+
+
 def _contained(line: str) -> str:
     """`line` without escape codes that would reach into the lines of other shards: colours end with it."""
-    clean = _ACTS.sub("", line)
+    clean = harmless(line)
     return clean.removesuffix(_RESET) + _RESET if "\x1b" in line else clean
 
 

@@ -20,6 +20,7 @@ from bacalhau_jupyter.job import ANSWER_SECONDS
 from bacalhau_jupyter.layout import arrange
 from bacalhau_jupyter.painters import put
 from bacalhau_node.errors import BacalhauError
+from bacalhau_node.literals import inert
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -35,6 +36,8 @@ LINK, BUSY, QUIET, SUSPECT = "#9e9e9e", "#fb8c00", "#757575", "#e53935"
 MAX_LINKS: Final = 6_000
 """More links than that are one grey; the first so many of them are drawn."""
 LEGEND: Final = 6
+ALONE: Final = "Others: %bacalhau connect MULTIADDR, or bacalhau_jupyter.devstack(nodes=10).connect() to try some"
+"""What to do about a network of one node, which is no picture worth a page."""
 ROWS: Final = 100
 COLUMNS: Final = ("node", "group", "state", "jobs", "room", "slots", "message age", "dropped")
 
@@ -112,8 +115,11 @@ def _figures(graph: Graph | None) -> object:
 def bundle(graph: Graph, places: Mapping[str, tuple[float, float]]) -> dict[str, str]:
     """The picture and its sentence as MIME type -> text."""
     text = sentence(graph)
-    data = base64.b64encode(svg(graph, places).encode()).decode()
-    image = f'<img src="data:image/svg+xml;base64,{data}" alt="{escape(text)}" style="max-width: 100%">'
+    if len(graph.nodes) == 1:
+        text, image = f"{text}. {ALONE}", ""
+    else:
+        data = base64.b64encode(svg(graph, places).encode()).decode()
+        image = f'<img src="data:image/svg+xml;base64,{data}" alt="{escape(text)}" style="max-width: 100%">'
     html = f'<div style="margin: 2px 0; line-height: 1.5">{escape(text)}<br>{image}{_table(graph)}</div>'
     return {"text/plain": text, "text/html": html}
 
@@ -190,7 +196,7 @@ def _legend(graph: Graph, groups: Mapping[str, str]) -> str:
         size = sum(dot.group == group for dot in graph.nodes)
         parts.append(
             f'<circle cx="10" cy="{y}" r="5" fill="{colour}"/>'
-            f'<text x="20" y="{y + 4}" fill="{QUIET}">{escape(group or "others")}, {_count(size, "node")}</text>'
+            f'<text x="20" y="{y + 4}" fill="{QUIET}">{escape(inert(group) or "others")}, {_count(size, "node")}</text>'
         )
     return "".join(parts)
 
@@ -207,4 +213,4 @@ def _table(graph: Graph) -> str:
 
 def _row(dot: Dot) -> tuple[str, ...]:
     figures = (dot.jobs, dot.room, dot.slots, f"{dot.age:.3g} s", dot.dropped)
-    return (dot.label, dot.group, dot.state, *map(str, figures))
+    return (inert(dot.label), inert(dot.group), dot.state, *map(str, figures))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from bacalhau_jupyter.failures import FailureGroup, Failures, headline, numbers
 from bacalhau_jupyter.progress import CODES, DONE, FAILED, LABELS, RETRYING, RUNNING, STOPPED, WAITING, Snapshot
 from bacalhau_node.ids import short
+from bacalhau_node.literals import inert
 from bacalhau_node.protocol.events import FINAL_JOB
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 MAX_ROWS = 200
 MAX_TILES = 2000
+TOLD_SECONDS = 0.1
+"""A job that runs for less time has just begun, and does not say how long it takes."""
 COLOURS = {
     WAITING: "#9e9e9e",
     RUNNING: "#1e88e5",
@@ -104,11 +107,11 @@ class Record:
         parts = [f"{self._finished:,}/{len(self.states):,} shards", *self._failed_and_stopped()]
         if self.state not in FINAL_JOB:
             parts.append(self.state.lower())
-        if self.seconds is not None:
+        if self.seconds is not None and (self.state in FINAL_JOB or self.seconds >= TOLD_SECONDS):
             parts.append(duration(self.seconds))
         place = f" on {self.place.brief}" if self.place.name else ""
         reason = f" ({self._reason})" if self._reason else ""
-        return "\n".join((f"job {short(self.job)}: {', '.join(parts)}{place}{reason}", *map(_printable, self.notes)))
+        return "\n".join((f"job {short(self.job)}: {', '.join(parts)}{place}{reason}", *map(inert, self.notes)))
 
     def bundle(self) -> dict[str, str]:
         """The record as MIME type -> text."""
@@ -124,7 +127,7 @@ class Record:
             f'<img src="data:image/svg+xml;base64,{base64.b64encode(tiles(self.states).encode()).decode()}"'
             f' alt="{escape(self._alt())}" title="{escape(self._alt())}" style="max-width: 100%">'
             + (f'<ul style="margin: 4px 0; padding-left: 20px">{failures}{more}</ul>' if failures else "")
-            + "".join(f"<div>{escape(_printable(note))}</div>" for note in self.notes)
+            + "".join(f"<div>{escape(inert(note))}</div>" for note in self.notes)
             + (self._table() if self.shards else "")
             + "</div>"
         )
@@ -212,13 +215,8 @@ def _tells(head: str, column: Sequence[str]) -> bool:
 
 
 def _cells(row: Sequence[str]) -> str:
-    first, *rest = (escape(_printable(cell)[:200]) for cell in row)
+    first, *rest = (escape(inert(cell)[:200]) for cell in row)
     return f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in rest)}</tr>'
-
-
-def _printable(text: str) -> str:
-    """`text` with what UTF-8 can't carry (a file name's odd bytes) and line breaks made visible."""
-    return text.encode("utf-8", "backslashreplace").decode().replace("\n", "\\n")
 
 
 def duration(seconds: float) -> str:

@@ -52,6 +52,17 @@ def test_a_script_shows_the_failures_below_its_traceback():
     assert "\x1b" not in shown
 
 
+def test_nothing_that_a_shard_says_acts_on_a_terminal_but_colours():
+    evil = "\x1b]52;c;aGk=\x07\x1b[2J\x1b[31m"
+    failures = Failures()
+    failures.add(3, ShardError("exception", f"E{evil}", f"x{evil}\ny{evil}", (Frame(evil, 1, evil),), (evil,)))
+    shard = FailedShard(3, "n-2", lines=(evil,))
+    lines = "\n".join(explain(failures.groups(), {3: shard}, CELL, printed=False))
+    assert "\x1b[31m" in lines
+    assert not {"\x07", "\x1b]", "\x1b[2J"} & {lines[at : at + size] for at in range(len(lines)) for size in (1, 2, 4)}
+    assert headline(failures.groups()[0].error) == "E\x1b[31m: x\x1b[31m"
+
+
 def test_equal_failures_are_shown_once_with_their_first_shard():
     failures = Failures()
     for index in range(36, -1, -1):

@@ -132,9 +132,9 @@ def test_failed_shards_stand_first_in_the_table_and_the_rest_is_counted():
 
 
 def test_names_are_escaped_and_odd_bytes_made_visible():
-    name = "<b>\n" + b"\xff".decode("utf-8", "surrogateescape")
+    name = "<b>\n\u202e\x1b" + b"\xff".decode("utf-8", "surrogateescape")
     html = record([shard(0, inputs=(name, "b"))]).html()
-    assert "&lt;b&gt;\\n\\udcff and 1 more" in html
+    assert "&lt;b&gt;\\n\\u202e\\x1b\\udcff and 1 more" in html
     html.encode()
 
 
