@@ -41,8 +41,10 @@ def test_a_devstack_runs_jobs_shows_itself_and_is_joined_by_the_kernels_own_node
     assert kernel.run("stack.stopped").value == "True"
 
 
-def test_a_node_on_no_network_is_a_picture_of_one(kernel):
-    assert shown(kernel, "%bacalhau network")["text/plain"] == "1 node, 0 links, in one piece"
+def test_a_node_on_no_network_is_no_picture_but_says_how_to_have_others(kernel):
+    alone = shown(kernel, "%bacalhau network")
+    assert alone["text/plain"].startswith("1 node, 0 links, in one piece. Others: %bacalhau connect MULTIADDR")
+    assert "<img" not in alone["text/html"]
 
 
 def test_a_network_that_nobody_answers_for_is_named_and_changes_nothing(kernel):
