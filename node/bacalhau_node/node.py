@@ -109,7 +109,7 @@ class Node:
         self.elsewhere = Elsewhere(content)
         files = ContentSource(content, self.elsewhere)
         self._fetched = Fetched(folder.store)
-        buckets = BucketSource(content, fetched=self._fetched, folder=folder.path / "work")
+        buckets = BucketSource(content, fetched=self._fetched)
         url = partial(UrlSource, content, fetched=self._fetched)
         others: tuple[Source, ...] = (LocalSource(), ResultSource(content, files), files, buckets)
         self._sources: tuple[Source, ...] = (url(own=True), *others)

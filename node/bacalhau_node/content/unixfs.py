@@ -98,6 +98,7 @@ _ZEROS = bytes(64)
 _RUN = 8  # leaves hashed by one task of the pool
 _WORTH_A_THREAD = 128 * 1024  # bytes of a file; with smaller ones threads mostly wait for the interpreter's lock
 _AHEAD = 32  # entries of a folder that may be under way
+_WRITE = 256 * 1024  # for more at once Linux takes huge pages: a virtual machine's host may have to make them first
 _THREADS = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
@@ -361,7 +362,7 @@ def _is_hole(data: memoryview) -> bool:
 def write_at(handle: int, data: memoryview, at: int) -> None:
     """Write all of it: a full disk takes a part, and says so at the next try only."""
     while data:
-        written = os.pwrite(handle, data, at)
+        written = os.pwrite(handle, data[:_WRITE], at)
         data, at = data[written:], at + written
 
 

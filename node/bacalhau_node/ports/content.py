@@ -24,7 +24,8 @@ class Draft(Protocol):
     def write(self, at: int, pieces: Sequence[bytes | memoryview]) -> None:
         """Write a part, in any thread, at the same time as others; raises `OSError` where the disk takes no more.
 
-        All parts but the last have a multiple of 1 MiB, which no leaf is larger than.
+        All parts but the last have a multiple of 1 MiB, which no leaf is larger than. One that is late, after `close`,
+        raises `OSError` too.
         """
         ...
 

@@ -15,10 +15,10 @@ need by URLs that their own requester signed (`presign`), never by a key that th
 from __future__ import annotations
 
 import asyncio
-import secrets
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, closing
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import compress
@@ -49,6 +49,9 @@ REQUESTS: Final = 32
 PARTS: Final = 8
 """Parts of one object at once."""
 
+SMALL, RUN = 64 * 1024, 8
+"""Objects up to `SMALL` bytes go to threads in runs of up to `RUN`: one by one that takes as long as reading them."""
+
 MOST_VERSIONS: Final = 10_000
 """Objects of a listing that are each asked for their version; in a larger one ETags alone pin them."""
 
@@ -56,12 +59,14 @@ _CHANGED: Final = "it changed after the job was planned: run the job again"
 _LONGEST: Final = 255  # bytes of a name, on every disk of ours
 _T = TypeVar("_T")
 
+Run = Sequence[tuple[Entry, UrlRef]]
+
 
 class BucketSource:
-    """`ports.Source` over object stores. `folder`: for large files on their way, on the file system of the store."""
+    """`ports.Source` over object stores."""
 
-    def __init__(self, content: ContentStore, *, fetched: Fetched, folder: Path) -> None:
-        self._content, self._fetched, self._folder = content, fetched, folder
+    def __init__(self, content: ContentStore, *, fetched: Fetched) -> None:
+        self._content, self._fetched = content, fetched
         self._buckets = Buckets()
         self._pool = ThreadPoolExecutor(REQUESTS, "bucket")
         self._locks: WeakValueDictionary[UrlRef, asyncio.Lock] = WeakValueDictionary()
@@ -103,19 +108,17 @@ class BucketSource:
                 f"{shown(missing[0][1].url)}: this node's credentials for buckets are its owner's,"
                 " and serve no jobs of others: their requester has to send signed URLs"
             )
-        queue = iter(missing)
+        runs = _runs(missing)
         opened = cache(self._buckets.open)  # to look at the settings takes as long as a small object
 
         async def work() -> None:
-            for entry, reference in queue:
-                lock = self._locks.setdefault(reference, asyncio.Lock())
-                waited = lock.locked()  # of two shards that want it one brings it
-                async with lock:
-                    if not waited or await self._in_pool(partial(self._known, reference)) is None:
-                        await self._bring(entry, _Object(opened, reference), told)
+            for run in runs:
+                async with AsyncExitStack() as locks:
+                    if mine := await self._locked(run, locks):
+                        await self._bring(mine, opened, told)
 
         with self._content.hold():  # it may take longer than the store keeps what nobody uses
-            await together(work, min(2 * REQUESTS, len(missing)))  # half of them may wait for their row
+            await together(work, min(2 * REQUESTS, len(missing)))  # half of them may wait for their rows
 
     def open(self, reference: Reference, *, scratch: Path) -> Path:
         """The store's own file where it has one, else one written to `scratch` (once for each CID)."""
@@ -144,29 +147,44 @@ class BucketSource:
 
         return UrlRef(await asyncio.to_thread(sign), etag, reference.sha256)
 
-    def _missing(self, entries: Sequence[Entry]) -> Sequence[tuple[Entry, UrlRef]]:
-        """What is not here yet."""
-        wanted = ((entry, _reference(entry)) for entry in entries)
-        return [(entry, reference) for entry, reference in wanted if self._known(reference) is None]
+    def _missing(self, entries: Sequence[Entry]) -> Run:
+        """What is not here yet, each object once and in one order for all: who waits for a lock holds none after it."""
+        wanted = {_reference(entry): entry for entry in entries}
+        missing = [(entry, reference) for reference, entry in wanted.items() if self._known(reference) is None]
+        return sorted(missing, key=lambda one: (one[1].url, one[1].version))
+
+    async def _locked(self, run: Run, locks: AsyncExitStack) -> Run:
+        """Lock these objects until `locks` ends, and leave out what somebody else brought while he had one locked."""
+        waited = False
+        for _, reference in run:
+            lock = self._locks.setdefault(reference, asyncio.Lock())
+            waited |= lock.locked()
+            await locks.enter_async_context(lock)
+        return await self._in_pool(partial(self._missing, [entry for entry, _ in run])) if waited else run
 
     def _known(self, reference: UrlRef) -> str | None:
         """The CID of what is here already."""
         cid = self._fetched.recall(reference.url, reference.version)
         return cid if cid is not None and self._content.has(cid) else None
 
-    async def _bring(self, entry: Entry, wanted: _Object, told: Told) -> None:
-        """One object, into the store and into the table of what was fetched."""
+    async def _bring(self, run: Run, opened: Callable[[Place], Store], told: Told) -> None:
+        """Objects, into the store and into the table of what was fetched."""
+        objects = [(entry, _Object(opened, reference)) for entry, reference in run]
 
-        def bring() -> str:
-            return self._content.add_bytes(wanted.read(entry.size, None))
+        def bring() -> list[str]:
+            return [self._content.add_bytes(wanted.read(entry.size, None)) for entry, wanted in objects]
 
-        cid = await (self._in_pool(bring) if entry.size <= PART else self._bring_parts(entry, wanted, told))
-        await self._remember(wanted.reference, cid)
-        told(entry.path, entry.size, entry.size, cid)
+        if run[0][0].size <= PART:
+            cids = await self._in_pool(bring)
+        else:
+            cids = [await self._bring_parts(*objects[0], told)]
+        await self._remember([(wanted.url, wanted.version, cid) for (_, wanted), cid in zip(run, cids, strict=True)])
+        for (entry, _), cid in zip(run, cids, strict=True):
+            told(entry.path, entry.size, entry.size, cid)
 
-    async def _remember(self, reference: UrlRef, cid: str) -> None:
+    async def _remember(self, rows: Sequence[tuple[str, str, str]]) -> None:
         """Make what came durable, in one transaction with all that came while the last one was written."""
-        self._brought.append((reference.url, reference.version, cid))
+        self._brought += rows
         if self._next is None:
             self._next = asyncio.create_task(self._write())
         await asyncio.shield(self._next)
@@ -174,35 +192,38 @@ class BucketSource:
     async def _write(self) -> None:
         async with self._writing:
             rows, self._brought, self._next = self._brought, [], None
-            await self._in_pool(self._content.flush)
-            await self._in_pool(partial(self._fetched.remember_all, rows))
+
+            def write() -> None:
+                self._content.flush()
+                self._fetched.remember_all(rows)
+
+            await self._in_pool(write)
 
     async def _bring_parts(self, entry: Entry, wanted: _Object, told: Told) -> str:
-        """A large object, part by part into a file that nobody else knows, then into the store."""
-        done, path = 0, self._folder / f"bucket-{secrets.token_hex(8)}"
-        starts = iter(range(0, entry.size, PART))
-
-        def bring(start: int) -> int:
-            end = min(start + PART, entry.size)
-            _write_at(path, start, wanted.read(end - start, (start, end)))
-            return end - start
-
-        async def work() -> None:
-            nonlocal done
-            for start in starts:
-                brought = await self._in_pool(partial(bring, start))
-                done += brought  # not before the await: others add meanwhile
-                told(entry.path, done, entry.size, "")
-
+        """A large object, part by part, in whatever order they come."""
+        starts, done = iter(range(0, entry.size, PART)), 0
         try:
-            _make(path, entry.size)
-            await together(work, PARTS)
-            return await self._in_pool(lambda: self._content.add_path(path, move=True))
+            with closing(self._content.draft()) as draft:
+
+                def bring(start: int) -> int:
+                    end = min(start + PART, entry.size)
+                    draft.write(start, [wanted.read(end - start, (start, end))])
+                    return end - start
+
+                async def work() -> None:
+                    nonlocal done
+                    for start in starts:
+                        brought = await self._in_pool(partial(bring, start))
+                        done += brought  # not before the await: others add meanwhile
+                        told(entry.path, done, entry.size, "")
+
+                await together(work, PARTS)
+                return await self._in_pool(draft.finish)
         except OSError as error:
-            text = error.strerror or error
-            raise ContentError(f"{shown(wanted.reference.url)} can't be written to {path.parent}: {text}") from error
-        finally:
-            path.unlink(missing_ok=True)
+            raise ContentError(
+                f"{shown(wanted.reference.url)} can't be written to the content store: {error.strerror or error};"
+                " make room"
+            ) from error
 
     async def _in_pool(self, work: Callable[[], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
@@ -342,6 +363,14 @@ def _nothing(store: Store, place: Place) -> str:
 # --- bytes ---
 
 
+def _runs(missing: Run) -> Iterator[Run]:
+    """What one thread brings at a time: a large object, or small ones, fewer of them towards the end."""
+    yield from ([one] for one in missing if one[0].size > SMALL)
+    small = deque(one for one in missing if one[0].size <= SMALL)
+    while small:
+        yield [small.popleft() for _ in range(min(RUN, 1 + len(small) // REQUESTS))]
+
+
 def _as_planned(place: Place, ask: Callable[[], _T]) -> _T:
     """What comes of an object that was listed; a `ContentError` tells what is the matter with it now."""
     from obstore.exceptions import PreconditionError  # noqa: PLC0415 - only who uses buckets has it
@@ -360,16 +389,3 @@ def _reference(entry: Entry) -> UrlRef:
     if not isinstance(entry.reference, UrlRef):
         raise BugError(f"a source of buckets was asked to fetch {entry!r}")
     return entry.reference
-
-
-def _make(path: Path, size: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("xb") as made:
-        made.truncate(size)
-
-
-def _write_at(path: Path, start: int, data: bytes) -> None:
-    """Opened for each part: a thread that is late finds no file, and never somebody else's descriptor."""
-    with path.open("r+b") as part:
-        part.seek(start)
-        part.write(data)

@@ -42,7 +42,7 @@ def by_us(bucket: Bucket) -> int:
         with closing(BlockStore(folder)) as store, closing(Fetched(folder)) as fetched:
 
             async def bring() -> int:
-                source = BucketSource(store, fetched=fetched, folder=folder / "parts")
+                source = BucketSource(store, fetched=fetched)
                 entries = source.list(InputSource(source=f"s3://{bucket.name}/data"), index=0)
                 await source.fetch(entries, access=Access(), told=lambda *_: None)
                 return sum(entry.size for entry in entries)
