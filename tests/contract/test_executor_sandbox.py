@@ -15,7 +15,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from bacalhau_node.executors.bubblewrap import Bubblewrap, Root
+from bacalhau_node.executors.containers import Recipe
 from bacalhau_node.executors.sandbox import SandboxExecutor
+from bacalhau_node.executors.sandboxes import Sandboxes
 from bacalhau_node.ports import ExecutorEvent, StagedFile
 from bacalhau_node.spec import Command, InputSource, Resources
 from bacalhau_node.testing.executor_suite import (
@@ -67,6 +70,34 @@ async def test_an_executor_that_is_closed_while_sandboxes_start_is_closed_and_le
         async with asyncio.timeout(20):
             await executor.close()
         assert _sandboxes() == []
+
+
+async def test_what_bubblewrap_has_begun_ends_with_it_before_it_has_told_of_it(tmp_path: Path) -> None:
+    marker = f"86400.{os.getpid()}7"
+    program = tmp_path / "bwrap"
+    program.write_text(f"#!/bin/sh\nsleep {marker} & wait\n")
+    program.chmod(0o755)
+    bubblewrap = Bubblewrap(program=str(program), rights="user", user="1000:1000", no_nesting=False)
+    sandboxes = Sandboxes(bubblewrap, Root(tmp_path, ()), grouped=False)
+    recipe = Recipe(
+        image="",
+        command=("never reached",),
+        entrypoint=(),
+        environment={},
+        mounts=(),
+        labels={},
+        user="1000:1000",
+        folder="/",
+        memory=2**20,
+        cpu=1.0,
+    )
+    box = await sandboxes.create(recipe)
+    streams = await sandboxes.attach(box, lambda *_: None)
+    await sandboxes.start(box)
+    await until(lambda: processes_with(marker))
+    await sandboxes.remove(box)
+    assert streams.ended.is_set()
+    assert processes_with(marker) == []
 
 
 class TestSandboxExecutor(ExecutorContract):

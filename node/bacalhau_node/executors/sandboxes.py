@@ -90,6 +90,16 @@ class Streams(asyncio.SubprocessProtocol):
         with contextlib.suppress(ProcessLookupError):
             os.kill(self._first_process() or self._transport.get_pid(), signal.SIGKILL)
 
+    def process_exited(self) -> None:
+        """`bwrap` has ended (asyncio calls this). What it had just begun to make would wait for it for ever."""
+        assert self._transport is not None
+        if not self._first:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._transport.get_pid(), signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                if first := self._first_process():  # it has left that group
+                    os.kill(first, signal.SIGKILL)
+
     def _first_process(self) -> int:
         """The id of the first process inside; 0 before there is one."""
         if not self._first:
