@@ -1,6 +1,8 @@
 """The host environment shows the interpreter and its packages, and nothing else of the machine."""
 
 import io
+import os
+import sys
 import tarfile
 from pathlib import Path
 
@@ -181,3 +183,19 @@ def test_this_interpreter_can_be_described() -> None:
     assert host.problem is None
     assert any(interpreter.executable.is_relative_to(bind) for bind in host.binds)
     assert any(interpreter.executable.resolve().is_relative_to(bind) for bind in host.binds)
+
+
+def test_installing_a_package_changes_the_stamp_and_a_file_in_the_notebooks_folder_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packages, notebooks = tmp_path / "packages", tmp_path / "notebooks"
+    for folder in (packages, notebooks):
+        folder.mkdir()
+    monkeypatch.chdir(notebooks)
+    monkeypatch.setattr(sys, "path", ["", str(notebooks), str(packages)])
+    host = describe(Interpreter.current(), uid=1000, gid=1000)
+    before = host.stamp()
+    os.utime(notebooks, (1, 1))
+    assert host.stamp() == before
+    os.utime(packages, (1, 1))
+    assert host.stamp() != before

@@ -207,6 +207,16 @@ async def test_runs_taken_ahead_move_to_a_slot_that_runs_dry(bench: ShardBench, 
     assert [value(outcome) for outcome in outcomes] == list(range(100, 131))
 
 
+async def test_asking_again_whether_processes_work_starts_no_further_one(tmp_path: Path) -> None:
+    folder = tmp_path / "executor"
+    executor = ProcessExecutor(folder, slots=2)
+    first = await executor.probe()
+    assert await executor.probe() == first
+    assert first.problem is None
+    assert len(list(folder.iterdir())) == 1  # an agent's log
+    await executor.close()
+
+
 async def test_a_folder_that_cannot_be_made_is_the_fault_of_the_node(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     executor = ProcessExecutor(tmp_path / "file" / "executor", slots=1)

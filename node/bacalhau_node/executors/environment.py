@@ -74,8 +74,11 @@ class HostEnvironment:
     problem: str | None = None
 
     def stamp(self) -> tuple[int, ...]:
-        """Changes when a package is installed or removed: when the folders that are searched were last written."""
-        folders = (*map(Path, sys.path), *self.search)
+        """Changes when a package is installed or removed: when the folders that are searched were last written.
+
+        Those that no container is shown don't count: a notebook's own folder changes all the time.
+        """
+        folders = (*_search(sys.path, Path("/"), Path.home()), *self.search)
         return tuple(folder.stat().st_mtime_ns for folder in folders if folder.is_dir())
 
     def variables(self, base: Mapping[str, str]) -> dict[str, str]:

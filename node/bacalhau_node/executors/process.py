@@ -92,6 +92,9 @@ class ProcessExecutor:
         self._spares: list[PlainAgent] = []
         self._imports: tuple[str, ...] = ()
         self._versions: dict[str, str] = {}
+        self._problem: str | None = "it has not been tried yet"
+        self._grouped = False
+        """Whether control groups hold its agents."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._retire: asyncio.TimerHandle | None = None
         self._filling = asyncio.Lock()
@@ -100,22 +103,13 @@ class ProcessExecutor:
     # --- ports.Executor ---
 
     async def probe(self) -> Capabilities:
-        """Start one agent for real; it stays as a spare."""
-        problem = None
+        """Start one agent for real, once: it stays as a spare."""
         await self._gpus.look()
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            await asyncio.to_thread(ControlGroup.tidy, GROUP_PREFIX)
-            spare = await PlainAgent.start(self._folder, ())
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.wait({spare.slot.ready, spare.slot.dead}, return_when=asyncio.FIRST_COMPLETED)
-            if spare.alive:
-                self._spares.append(spare)
-            else:
-                problem = f"no process could be started: {spare.slot.dead.result()}"
-                await spare.end()
-        except OSError as error:
-            problem = f"no process could be started: {error}"
+        if self._problem is not None:
+            try:
+                self._problem = await self._try()
+            except OSError as error:
+                self._problem = f"no process could be started: {error}"
         self._versions = await asyncio.to_thread(installed)
         return Capabilities(
             executor="process",
@@ -125,9 +119,23 @@ class ProcessExecutor:
             python=python_version(),
             versions=self._versions,
             gpus=self._gpus.cards,
-            limits_enforced=bool(self._spares and self._spares[0].group is not None),
-            problem=problem,
+            limits_enforced=self._grouped,
+            problem=self._problem,
         )
+
+    async def _try(self) -> str | None:
+        """What keeps this machine from running an agent; None: there is one."""
+        await asyncio.to_thread(self._folder.mkdir, parents=True, exist_ok=True)
+        await asyncio.to_thread(ControlGroup.tidy, GROUP_PREFIX)
+        spare = await PlainAgent.start(self._folder, ())
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait({spare.slot.ready, spare.slot.dead}, return_when=asyncio.FIRST_COMPLETED)
+        if not spare.alive:
+            await spare.end()
+            return f"no process could be started: {spare.slot.dead.result()}"
+        self._grouped = spare.group is not None
+        self._spares.append(spare)
+        return None
 
     def check(self, spec: JobSpec) -> str | None:
         """Why plain processes can never run `spec`, or None."""
