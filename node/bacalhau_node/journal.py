@@ -111,7 +111,7 @@ class SqliteJournal:
         if not self._path.exists():
             _create(self._path)
             if self._durable:
-                _flush_folder(self._path.parent)
+                _flush(self._path.parent)
         return self._open()
 
     def commit(self, rows: Iterable[Row]) -> None:
@@ -151,7 +151,7 @@ class SqliteJournal:
         version = _one(db, "PRAGMA user_version")
         if version != VERSION:
             raise ContentError(self._other_version(version))
-        db.execute(f"PRAGMA journal_mode = {'DELETE' if on_network(self._path.parent) else 'WAL'}")
+        db.execute(f"PRAGMA journal_mode = {_mode(self._path.parent)}")
         db.execute(f"PRAGMA synchronous = {'FULL' if self._durable else 'NORMAL'}")
         with _transaction(db):
             pass  # takes the lock, or says now that somebody else has it
@@ -233,15 +233,25 @@ def _create(path: Path) -> None:
     """Make an empty journal, whole from the moment that it has its name."""
     fresh = path.with_name(path.name + ".new")
     fresh.unlink(missing_ok=True)
-    with sqlite3.connect(fresh) as db:
+    db = sqlite3.connect(fresh, isolation_level=None)
+    try:
+        db.execute("PRAGMA synchronous = OFF")  # flushed as a whole below: ten flushes would take longer than a cell
+        db.execute("PRAGMA locking_mode = EXCLUSIVE")
+        db.execute(f"PRAGMA journal_mode = {_mode(path.parent)}")
         db.executescript(_SCHEMA)
-    db.close()
+    finally:
+        db.close()
+    _flush(fresh)
     fresh.replace(path)
 
 
-def _flush_folder(folder: Path) -> None:
-    """Make the names in `folder` survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def _mode(folder: Path) -> str:
+    return "DELETE" if on_network(folder) else "WAL"
+
+
+def _flush(path: Path) -> None:
+    """Make a file, or the names in a folder, survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

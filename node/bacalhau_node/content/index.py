@@ -150,8 +150,11 @@ class Index:
     def _open(self) -> sqlite3.Connection:
         if self._closed:
             raise sqlite3.ProgrammingError("it is closed")
+        new = not self._path.exists()
         db = sqlite3.connect(self._path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
         try:
+            if new:  # there is nothing in it that four flushes would save
+                db.execute("PRAGMA synchronous = OFF")
             db.execute(f"PRAGMA journal_mode = {'DELETE' if on_network(self._folder) else 'WAL'}")
             db.execute("PRAGMA synchronous = NORMAL")
             self._prepare(db)
