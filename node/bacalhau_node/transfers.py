@@ -16,6 +16,9 @@ from bacalhau_node.sharding import shown
 QUIET: Final = 0.5
 """Seconds that a transfer has lasted when it is first shown."""
 
+MOST: Final = 10_000
+"""Transfers that are followed at once; a node may name as many as it likes."""
+
 NAMED: Final = 3
 """So many CIDs of what was fetched are told."""
 
@@ -49,6 +52,8 @@ class Transfers:
         going = self._going.get(key)
         if going is None or going.attempt < news.attempt:
             going = self._going[key] = _Going(now, news.attempt)
+            if len(self._going) > MOST:
+                del self._going[next(iter(self._going))]
         going.done, going.total = news.done, news.total
 
     def over(self, shard: int) -> None:
@@ -72,5 +77,5 @@ class Transfers:
         if not self._files:
             return ""
         more = self._files - len(self._cids)
-        names = ", ".join(self._cids) + (f" and {more:,} more" if more > 0 else "")
+        names = ", ".join(map(shown, self._cids)) + (f" and {more:,} more" if more > 0 else "")
         return f"fetched {self._files:,} file{'s' * (self._files != 1)}, {size_text(self._bytes)}: {names}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from bacalhau_node import transfers
 from bacalhau_node.feed import ShardBytes
 from bacalhau_node.testing.builders import a_job_id
 from bacalhau_node.transfers import Transfers
@@ -37,6 +38,14 @@ def test_a_name_that_no_terminal_can_show_is_escaped() -> None:
     one = Transfers()
     one.take(at("a\n\udcff.csv", 5, 10), 0.0)
     assert one.now(1.0) == r"fetching 'a\n\udcff.csv' 5 bytes of 10 bytes"
+
+
+def test_a_node_that_names_files_without_end_fills_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfers, "MOST", 10)
+    one = Transfers()
+    for number in range(1_000):
+        one.take(at(f"{number}", 5, 10), 0.0)
+    assert one.now(1.0) == "fetching 10 files, 50 bytes of 100 bytes"
 
 
 def test_what_has_come_is_counted_with_its_cids() -> None:
