@@ -275,7 +275,7 @@ def _made(node: str) -> Session:
 
 
 async def _open_local() -> Client:
-    from bacalhau_node.client import open_local  # noqa: PLC0415  the node's modules load in this thread
+    from bacalhau_node.local import open_local  # noqa: PLC0415  the node's modules load in this thread
 
     return await open_local()
 

@@ -274,11 +274,6 @@ def the_one(prefix: str, jobs: Iterable[JobId]) -> JobId:
     return found[0]
 
 
-async def open_local(*, folder: Path | None = None, received: Callable[[int], None] | None = None) -> LocalClient:
-    """A client of a new node in this process, on the running loop; `close` ends both."""
-    return LocalClient(await open_node(folder), received=received)
-
-
 async def open_member(peer: str) -> LocalClient:
     """A client of a new node in this process that brings its jobs to the network of the node at `peer`, a multiaddr.
 

@@ -34,7 +34,8 @@ from bacalhau_node.folders import NodeFolder, take_folder
 from bacalhau_node.ids import JobId, NodeId
 from bacalhau_node.messages import Copy, Records
 from bacalhau_node.network import NetworkSettings, Open, new_archive, over_libp2p, over_memory
-from bacalhau_node.node import Node, machine_executors, open_node
+from bacalhau_node.node import Node, open_node
+from bacalhau_node.opening import machine_executors
 from bacalhau_node.ports import Capabilities, Executor, ExecutorEvent, RawOutcome, RawValue, ShardTask, Target
 from bacalhau_node.protocol import events as ev
 from bacalhau_node.protocol.membership import Settings

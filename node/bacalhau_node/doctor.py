@@ -45,6 +45,7 @@ async def examine() -> list[Finding]:
         except BacalhauError as error:
             return [*findings, Finding("node", "problem", str(error), "see the text")]
         try:
+            await node.facilities.try_all()
             findings += map(_executor, node.facilities.executors())
         finally:
             await node.close()

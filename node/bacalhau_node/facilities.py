@@ -1,13 +1,14 @@
 """What runs jobs on this machine: its executors, the best first, and which of them a job gets.
 
 The executors are tried in the order container, sandbox, plain process; each job gets the first that works and can
-run it.
+run it. To try one is to start something real, so a node that runs only its user's jobs tries the next one when there
+is a job that needs it.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from bacalhau_node.errors import BugError
@@ -31,21 +32,42 @@ class _Option:
 class Facilities:
     """The executors of a node. `at_fault`: an execution has failed by this node's own fault since the last probe."""
 
-    def __init__(self, options: Sequence[_Option], layers: Layers) -> None:
-        self._options, self.layers = options, layers
+    def __init__(self, executors: Sequence[Executor], layers: Layers) -> None:
+        self._all, self._untried, self.layers = executors, list(executors), layers
+        self._options: list[_Option] = []
+        self._trying = asyncio.Lock()
         self._probed = asyncio.get_running_loop().time()
         self.at_fault = False
-        self.slots = max(option.capabilities.slots for option in options)
 
     @classmethod
     async def open(cls, executors: Sequence[Executor], layers: Layers) -> Facilities:
-        """Those of `executors` that work, found by trying; the best isolation comes first."""
-        capabilities = await asyncio.gather(*(executor.probe() for executor in executors))
-        return cls([_Option(*one) for one in zip(executors, capabilities, strict=True)], layers)
+        """Those of `executors` that work, tried up to the first; the best isolation comes first."""
+        facilities = cls(executors, layers)
+        await facilities._try_until(lambda _: True)
+        return facilities
+
+    async def try_for(self, spec: JobSpec) -> None:
+        """Know whether `spec` can run here: try executors up to the first that can."""
+        await self._try_until(lambda executor: executor.check(spec) is None)
+
+    async def try_all(self) -> None:
+        """Know what each executor can do."""
+        await self._try_until(lambda _: False)
+
+    async def _try_until(self, enough: Callable[[Executor], bool]) -> None:
+        async with self._trying:
+            while self._untried and not any(enough(option.executor) for option in self._working()):
+                self._options.append(_Option(self._untried[0], await self._untried[0].probe()))
+                del self._untried[0]
+
+    @property
+    def slots(self) -> int:
+        """How many shards run here at once."""
+        return max(option.capabilities.slots for option in self._options)
 
     async def close(self) -> None:
         """End all that runs."""
-        await asyncio.gather(*(option.executor.close() for option in self._options))
+        await asyncio.gather(*(executor.close() for executor in self._all))
 
     @property
     def capabilities(self) -> Capabilities:
@@ -53,7 +75,7 @@ class Facilities:
         return self._working()[0].capabilities
 
     def working(self) -> list[Capabilities]:
-        """What those that work can do."""
+        """What those can do that were tried and work."""
         return [option.capabilities for option in self._working()]
 
     async def probe_again(self) -> None:
@@ -64,9 +86,10 @@ class Facilities:
         self._probed, self.at_fault = now, False
         for option in self._options:
             option.capabilities = await option.executor.probe()
+        await self._try_until(lambda _: True)
 
     def executors(self) -> list[Capabilities]:
-        """What each executor said at its last probe, best isolation first."""
+        """What each executor that was tried said at its last probe, best isolation first."""
         return [option.capabilities for option in self._options]
 
     def _working(self) -> list[_Option]:

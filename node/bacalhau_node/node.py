@@ -32,20 +32,16 @@ from bacalhau_node.content.unixfs import PROFILES
 from bacalhau_node.content.walk import Want
 from bacalhau_node.engine import Engine
 from bacalhau_node.errors import ContentError, SpecError
-from bacalhau_node.executors.docker import DockerExecutor
-from bacalhau_node.executors.gpus import Gpus
-from bacalhau_node.executors.process import ProcessExecutor
-from bacalhau_node.executors.sandbox import SandboxExecutor
 from bacalhau_node.facilities import Facilities
 from bacalhau_node.fetched import Fetched
-from bacalhau_node.folders import NodeFolder, data_folder, take_folder
+from bacalhau_node.folders import NodeFolder
 from bacalhau_node.ids import JobId, NodeId, short
 from bacalhau_node.journal import SqliteJournal
 from bacalhau_node.keeping import Keeping
-from bacalhau_node.layers.store import Layers
 from bacalhau_node.masking import Secrets
 from bacalhau_node.messages import NodeRecord
 from bacalhau_node.network import Joined, NetworkSettings
+from bacalhau_node.opening import Opening, begin
 from bacalhau_node.plan import JobPlan, make_plan, read_blocks, store_plan
 from bacalhau_node.ports import Access, ContentStore, Executor, Journal, Publisher, Source, Transport
 from bacalhau_node.protocol import events as ev
@@ -212,6 +208,7 @@ class Node:
         """List and split the inputs of `spec`; raises `SpecError` when its result could not go where it is to."""
         parse_constraint(spec.constraint)
         await publisher_for(self._publishers, spec.publish).check(spec.publish)
+        await self.facilities.try_for(spec)
         own = OWNER_LABEL not in spec.labels
         sources = self._sources if own else self._sources_for_others
         unpack = partial(self._unpacker.list, access=Access(own=own))
@@ -356,9 +353,14 @@ async def open_node(
     node of a notebook stops those. `network`: the one that it joins; without it no other node is met. When it can't
     be opened (a damaged journal, a full disk) nothing of it is left.
     """
+    return await finish(await begin(root, executors=executors, serving=serving), network=network)
+
+
+async def finish(opening: Opening, *, network: NetworkSettings | None = None) -> Node:
+    """The node that was begun; when it can't be opened, nothing of it is left."""
+    folder = opening.folder
     async with contextlib.AsyncExitStack() as undo:
-        folder = await asyncio.to_thread(lambda: take_folder(root or data_folder(), serving=serving))
-        undo.callback(folder.close)
+        undo.push_async_callback(opening.undo)
         journal = SqliteJournal(folder.path / "journal.sqlite")
         undo.callback(journal.close)
         content = BlockStore(folder.store, profile=PROFILE)
@@ -366,12 +368,9 @@ async def open_node(
         joined = await Joined.open(network, folder.path) if network is not None else None
         transport = joined.transport if joined is not None else MemoryTransport(MemoryHub(), folder.node)
         undo.push_async_callback(transport.close)
-        chosen = list(executors) if executors is not None else machine_executors(folder)
-        for executor in chosen:
-            undo.push_async_callback(executor.close)
-        for left in ("work", "process"):  # by a node of this folder that was killed
-            await asyncio.to_thread(shutil.rmtree, folder.path / left, ignore_errors=True)
-        facilities = await Facilities.open(chosen, Layers(folder.root / "layers"))
+        facilities = await opening.facilities
+        if folder.asked or network is not None:
+            await facilities.try_all()  # others are told what it has, and jobs of before may need any
         node = Node(
             folder,
             facilities,
@@ -379,20 +378,10 @@ async def open_node(
             journal=journal,
             transport=transport,
             joined=joined,
-            resume=bool(serving) or (network is not None and network.resume),
+            resume=bool(folder.asked) or (network is not None and network.resume),
         )
         undo.push_async_callback(node.engine.close)
         await node.forget_old_jobs(time.time())
         await node.tidy_pieces(time.time())  # of jobs that other nodes of this folder have forgotten, or took along
         undo.pop_all()
     return node
-
-
-def machine_executors(folder: NodeFolder) -> list[Executor]:
-    """The executors of this machine, best isolation first."""
-    gpus = Gpus(folder.root / "gpus")
-    return [
-        DockerExecutor(folder.path, node=folder.node, is_alive=folder.is_alive, gpus=gpus),
-        SandboxExecutor(folder.path / "sandbox", gpus=gpus),
-        ProcessExecutor(folder.path / "process", gpus=gpus),
-    ]

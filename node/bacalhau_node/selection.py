@@ -30,8 +30,6 @@ import logging
 import os
 import signal
 import tomllib
-import urllib.error
-import urllib.request
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Container
 from fnmatch import fnmatchcase
@@ -319,6 +317,9 @@ def _first_line(text: bytes) -> str:
 
 def _posted(url: str, question: bytes, seconds: float) -> tuple[int, bytes]:
     """(status, the start of the body) of the answer to a POST; raises `OSError`."""
+    import urllib.error  # noqa: PLC0415 - with what it needs 30 modules, for those who have a probe at a URL
+    import urllib.request  # noqa: PLC0415 - as above
+
     request = urllib.request.Request(url, question, {"Content-Type": "application/json"})  # noqa: S310 - the pattern of `probe` says which schemes
     try:
         with urllib.request.urlopen(request, timeout=seconds) as answer:  # noqa: S310 - see above

@@ -188,3 +188,11 @@ def test_loading_imports_nothing_heavy(fresh):
     kernel.run("import sys, bacalhau_jupyter.magics")
     heavy = "{'pandas', 'pyarrow', 'numpy', 'ipywidgets', 'anywidget', 'docker', 'bacalhau_node.node'}"
     assert kernel.run(f"{heavy} & set(sys.modules)").value == "set()"
+
+
+def test_a_plain_local_job_imports_no_optional_package(fresh):
+    kernel = fresh()
+    kernel.run("%load_ext bacalhau_jupyter")
+    kernel.run("%%bacalhau\n1")
+    optional = "{'libp2p', 'trio', 'aiohttp', 'obstore', 'aioipfs', 'boto3', 'ipywidgets', 'pandas'}"
+    assert kernel.run(f"import sys\n{optional} & set(sys.modules)").value == "set()"

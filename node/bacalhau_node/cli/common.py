@@ -16,10 +16,11 @@ from typing import Any, TypeVar
 
 import click
 
-from bacalhau_node.client import Client, open_local
+from bacalhau_node.client import Client
 from bacalhau_node.errors import BacalhauError, NodeUnreachable, SpecError
 from bacalhau_node.folders import data_folder, servers
 from bacalhau_node.literals import size_text
+from bacalhau_node.local import open_local
 
 FAILED, USAGE, UNREACHABLE, INTERRUPTED = 1, 2, 3, 130
 

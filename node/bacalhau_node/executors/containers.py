@@ -135,6 +135,7 @@ class Daemon:
     _ending: ThreadPoolExecutor = field(init=False)
     _local: threading.local = field(default_factory=threading.local, init=False)
     _clients: list[Any] = field(default_factory=list, init=False)
+    _version: str = field(default="auto", init=False)
 
     def __post_init__(self) -> None:
         self._starting = ThreadPoolExecutor(_THREADS, "docker")
@@ -297,7 +298,8 @@ class Daemon:
 
         try:
             if not hasattr(self._local, "api"):
-                self._local.api = docker.APIClient(base_url=self.host, version="auto", timeout=CALL_SECONDS)
+                self._local.api = docker.APIClient(base_url=self.host, version=self._version, timeout=CALL_SECONDS)
+                self._version = self._local.api.api_version  # asked for once
                 self._clients.append(self._local.api)
             return call(self._local.api)
         except docker.errors.APIError as error:

@@ -1,8 +1,8 @@
 """A Docker daemon that works for this node: what was found out about it, its images, its containers.
 
 Theory of operation. Opening a plant asks the daemon what it is, describes the host environment
-and imports its empty image, removes what dead nodes left, and starts the spares. The first time
-on a daemon it waits for a spare, because only a container that runs proves that the daemon sees
+and imports its empty image, starts a spare, and removes what dead nodes left. The first time
+on a daemon it waits for the spare, because only a container that runs proves that the daemon sees
 this machine's files and that its user may read them; later nodes trust the note in the folder.
 """
 
@@ -211,12 +211,14 @@ async def open_plant(
         plant = await _found(daemon, folder, node=node, slots=slots, memory=memory)
         if cards:
             await plant.reap(is_alive)
-        else:
-            plant.reap_later(is_alive)
+        if plant.site.host.problem is None:
+            plant.spares.warm(most=1)  # two at once would each take longer, and one is enough to go on
         plant.environments.versions, plant.environments.base = await asyncio.gather(
             asyncio.to_thread(installed), find(plant.images, plant.site)
         )
         await _settle(plant)
+        if not cards:
+            plant.reap_later(is_alive)
     except BaseException:
         await (plant.close() if plant is not None else daemon.close())
         raise
@@ -253,10 +255,9 @@ def _users(*, rootless: bool) -> tuple[Reader, Reader]:
 
 
 async def _settle(plant: Plant) -> None:
-    """Have the first containers, with this machine's Python or, where it can't be shown to them, the base image's."""
+    """Know what works: containers with this machine's Python or, where it can't be shown to them, the base image's."""
     problem = plant.site.host.problem
     if problem is None:
-        plant.warm()
         try:
             await _prove(plant)
         except NoEnvironment as error:

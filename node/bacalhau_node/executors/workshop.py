@@ -118,10 +118,10 @@ class Workshop:
         return container
 
     async def release(self, job: JobId) -> None:
-        """Remove the job's boxes, and have spares ready for the next."""
+        """Remove the job's boxes, and have spares ready for the next: started before those are gone."""
         self._jobs.pop(job, None)
-        await self.crew.release(job)
         self.warm()
+        await self.crew.release(job)
 
     def warm(self, imports: tuple[str, ...] | None = None) -> None:
         """Have spares ready, with these modules (None: those that the last cell imported) preloaded."""

@@ -5,9 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-import bracex
-from wcmatch import glob as wcglob
-
 from bacalhau_node.errors import ContentError, SpecError
 from bacalhau_node.sharding.entries import Entry, Unit, Unusable, shown
 
@@ -15,8 +12,6 @@ MAX_EXPANSIONS = 1_000
 """Bound on what the braces of one pattern may expand to, so that a pattern of 20 bytes stays cheap."""
 
 CHECKPOINTS = ".ipynb_checkpoints"
-
-_GLOB_FLAGS = wcglob.GLOBSTAR | wcglob.CASE | wcglob.FORCEUNIX
 
 
 def select(entries: Sequence[Entry], globs: Sequence[str]) -> list[Unit]:
@@ -59,6 +54,8 @@ class _Pattern:
         if not self.text.strip("/"):
             raise SpecError(f"--glob {glob!r} names no file: leave it out to take all of them")
         self.used = False
+        import bracex  # noqa: PLC0415 - with wcmatch a tenth of what a node loads, so only where there is a pattern
+
         try:
             expanded = bracex.expand(self.text, keep_escapes=True, limit=MAX_EXPANSIONS)
         except bracex.ExpansionLimitException as error:
@@ -79,7 +76,10 @@ class _Pattern:
 
 def _compile(globs: Sequence[str]) -> re.Pattern[str] | None:
     """One expression for all of `globs`; None for none. To be used with `fullmatch`: `$` alone lets a newline pass."""
-    parts = [part for glob in globs for part in wcglob.translate(glob, flags=_GLOB_FLAGS)[0]]
+    from wcmatch import glob as wcglob  # noqa: PLC0415 - as above
+
+    flags = wcglob.GLOBSTAR | wcglob.CASE | wcglob.FORCEUNIX
+    parts = [part for glob in globs for part in wcglob.translate(glob, flags=flags)[0]]
     return re.compile("|".join(f"(?:{part})" for part in parts)) if parts else None
 
 
