@@ -46,9 +46,10 @@ def plan(names: list[str]) -> list[tuple[str, str]]:
 
 
 def environment(executor: str, folder: Path) -> dict[str, str]:
-    """A case's environment: an empty data folder, and for "local" no Docker daemon in sight."""
+    """A case's environment: an empty data folder, modules that stay compiled, and for "local" no Docker daemon."""
     paths = [str(harness.ROOT), str(harness.ROOT / "node"), os.environ.get("PYTHONPATH", "")]
     own = {"BACALHAU_DIR": str(folder), "PYTHONPATH": os.pathsep.join(filter(None, paths)), "IPYTHONDIR": str(folder)}
+    own["PYTHONDONTWRITEBYTECODE"] = ""  # else every kernel compiles all that it imports, which no user's does
     return os.environ | own | ({"DOCKER_HOST": harness.NOWHERE} if executor == "local" else {})
 
 
