@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import aiohttp
@@ -18,7 +19,7 @@ from bacalhau_node.fetched import Fetched
 from bacalhau_node.ports import Access
 from bacalhau_node.sources.url import UrlSource
 from bacalhau_node.spec import InputSource
-from tests.bench.harness import Figure, at_least, in_turn
+from tests.bench.harness import Figure, at_least, seconds_of
 
 TITLE = "urls"
 EXECUTORS = ("local",)
@@ -42,17 +43,15 @@ asyncio.run(main())
 """
 
 
-@asynccontextmanager
-async def served(folder: Path) -> AsyncIterator[str]:
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
     """The URL of a web server of aiohttp, in a process of its own."""
-    command = [sys.executable, "-c", SERVER, str(folder)]
-    process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    try:
-        yield f"http://127.0.0.1:{int(await process.stdout.readline())}"
-    finally:
-        process.kill()
-        await process.wait()
+    with subprocess.Popen([sys.executable, "-c", SERVER, str(folder)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        try:
+            yield f"http://127.0.0.1:{int(process.stdout.readline())}"
+        finally:
+            process.kill()
 
 
 async def plain(url: str, target: Path) -> None:
@@ -70,33 +69,38 @@ async def ours(url: str, store: BlockStore, fetched: Fetched) -> None:
     await source.fetch(entries, access=Access(), told=lambda *_: None)
 
 
-async def _measured(root: Path, store: BlockStore, fetched: Fetched) -> dict[str, float]:
-    web, names = root / "web", iter(range(1000))
-    web.mkdir()
+def by_aiohttp(url: str, folder: Path) -> float:
+    """The seconds of a plain download."""
+    return seconds_of(lambda: asyncio.run(plain(url, folder / "file")))
 
-    def fresh() -> str:
-        """Another file of other bytes, so that nothing is known of it."""
-        path = web / f"{next(names)}.bin"
-        path.write_bytes(os.urandom(1_000_000) * MEGABYTES)
-        return path.name
 
-    files = {kind: iter([fresh() for _ in range(TIMES)]) for kind in ("plain", "ours")}
-    async with served(web) as url:
-        calls = {
-            "plain": lambda: asyncio.run(plain(f"{url}/{(name := next(files['plain']))}", root / name)),
-            "ours": lambda: asyncio.run(ours(f"{url}/{next(files['ours'])}", store, fetched)),
-        }
-        return await asyncio.to_thread(in_turn, calls, times=TIMES)
+def by_us(url: str, folder: Path) -> float:
+    """The seconds of ours."""
+    with closing(BlockStore(folder)) as store, closing(Fetched(folder)) as fetched:
+        return seconds_of(lambda: asyncio.run(ours(url, store, fetched)))
+
+
+def once(way: Callable[[str, Path], float]) -> float:
+    """The seconds of one way to download a file of new bytes.
+
+    All is removed again, so that the next file finds memory that was in use before: memory that is new to a virtual
+    machine may take longer to get than the file.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        web, folder = Path(name, "web"), Path(name, "folder")
+        web.mkdir()
+        folder.mkdir()
+        (web / "file.bin").write_bytes(os.urandom(1_000_000) * MEGABYTES)
+        with served(web) as url:
+            return way(f"{url}/file.bin", folder)
 
 
 def run(_: str) -> list[Figure]:
     """Medians, in turn."""
-    with tempfile.TemporaryDirectory() as name:
-        root = Path(name)
-        store, fetched = BlockStore(root / "store"), Fetched(root / "store")
-        with closing(store), closing(fetched):
-            taken = asyncio.run(_measured(root, store, fetched))
-    speed = {name: MEGABYTES / seconds for name, seconds in taken.items()}
+    ways = {"plain": by_aiohttp, "ours": by_us}
+    taken = [{name: once(way) for name, way in ways.items()} for _ in range(TIMES)]
+    seconds = {name: statistics.median(one[name] for one in taken) for name in ways}
+    speed = {name: MEGABYTES / took for name, took in seconds.items()}
     return [
         Figure(
             what=f"a URL of {MEGABYTES} MB, downloaded, hashed and in the store",
