@@ -237,8 +237,6 @@ class AgentContainer:
             watch.stop()
         if agent.holding == run.key:
             agent.collected(run)
-        with contextlib.suppress(OSError):  # never made by most shards
-            values.rmdir()
         return outcome
 
     async def _show_cell(self, task: ShardTask) -> None:
@@ -293,6 +291,8 @@ class AgentContainer:
             moved = value.data.rename(scratch / "value")
             if not stat.S_ISREG(moved.lstat().st_mode):
                 raise OSError("its value is no file")
+            with contextlib.suppress(OSError):  # whatever else the shard put there goes with the container
+                value.data.parent.rmdir()
             value = RawValue(value.kind, value.type, moved)
         return msgspec.structs.replace(outcome, outputs=outputs, value=value)
 
