@@ -7,7 +7,8 @@ and a store whose index is true; the same import, repeated, finds what is there.
 is to stay outside, or has more names there, is copied: what is hashed is what was written. A **linked**
 file is hashed where it lies, and its stamp is kept to tell when it has changed.
 
-Files are read, hashed and copied in several threads; one thread notes what they gave, in the order of the folder.
+Files that are not small are read, hashed and copied in several threads; one thread notes what they gave, in the order
+of the folder.
 
 Blocks are indexed before whatever links to them: a root in the index has everything below it.
 """
