@@ -143,6 +143,19 @@ def test_a_bounded_view_stays_bounded_and_fresh_in_a_larger_network() -> None:
     assert 5 < changed < 60, "views mix, slowly"
 
 
+def test_who_joins_late_finds_room_as_fast_as_who_came_first() -> None:
+    """A door with a small view tells those that it turns away of the latest ones, who have room for neighbours.
+
+    Told of early ones, who are full, each would dial twice as many, and more with every one that joined before.
+    """
+    mesh = a_star(800, view=64)
+    mesh.run(until=12)
+    assert mesh.parts() == [800]
+    assert mesh.dials <= 10 * 800
+    assert sum(mesh.messages.values()) <= 42 * 800
+    assert max(mesh.messages.values()) <= 3 * 800
+
+
 def test_two_networks_that_meet_by_one_link_become_one_mesh() -> None:
     """And stay one when that link's ends die."""
     mesh = Mesh(seed=3, weigh=False)

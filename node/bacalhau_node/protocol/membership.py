@@ -8,8 +8,9 @@ once views are full. A node that learns much at once (it has just joined, a part
 then ever more slowly, the sooner the more it still learns; with a small view, which costs little to compare, sooner.
 
 **Joining.** `Join` names one node, or several. Whoever opens is sent a digest, which asks to be neighbours. A node with
-`high` neighbours answers with some nodes by lot and the word `parting`; the other hangs up and dials those. A node with
-less than `low` neighbours dials nodes of its view; with nobody to dial it asks for some (`PeersWanted`). A node whose
+`high` neighbours answers with some nodes by lot and the word `parting`, and asks for the other's record, as one that
+has room, to tell of it those who come next; that one hangs up and dials those that it was told of. A node with less
+than `low` neighbours dials nodes of its view; with nobody to dial it asks for some (`PeersWanted`). A node whose
 view has grown by half dials one more: two networks that meet by one link become one mesh, not two with a bridge.
 
 **Death.** Nobody is told of a suspicion (`circle.py`), as it would be slander: those who deal with a node find out
@@ -33,7 +34,7 @@ from bacalhau_node.errors import ProtocolError
 from bacalhau_node.ids import NodeId
 from bacalhau_node.messages import Copy, Digest, Message, NodeRecord, PeersWanted, Records
 from bacalhau_node.protocol import events as ev
-from bacalhau_node.protocol.archive import Archive, Held, Sign
+from bacalhau_node.protocol.archive import Archive, Held, Sign, key
 from bacalhau_node.protocol.chance import Chance
 from bacalhau_node.protocol.circle import Circle
 from bacalhau_node.protocol.circle import Settings as Settings
@@ -253,8 +254,9 @@ class Membership:
         self._letters(sender, newer, wanted=wanted)
 
     def _turn_away(self, sender: NodeId) -> None:
+        """Have no room for it; want its record, as it has room, which is what those who come next will need."""
         some = [self._own.held, *self._circle.some(OFFERED, sender)]
-        for letter in self.view.letters(some, self._now):
+        for letter in self.view.letters(some, self._now, wanted=key(sender)):
             self._send(sender, structs.replace(letter, parting=True))
         self._circle.part(sender)
 

@@ -25,7 +25,7 @@ JOINS: Final = 100
 """Nodes that join in a second."""
 
 CALM: Final = 300.0
-CHURNED: Final = 60.0
+CHURNED: Final = 40.0
 CUT: Final = 30.0
 STEP: Final = 5.0
 PATIENCE: Final = 900.0
