@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,8 +13,10 @@ import msgspec
 
 from bacalhau_node.cid import Cid
 from bacalhau_node.content.blocks import BlockStore
+from bacalhau_node.content.folders import store_folder
 from bacalhau_node.content.gateway import in_threads
 from bacalhau_node.content.reader import Reader
+from bacalhau_node.content.unixfs import PROFILES
 from bacalhau_node.errors import SpecError
 from bacalhau_node.feed import Feed
 from bacalhau_node.feed import ShardBytes as ShardBytes
@@ -349,11 +350,6 @@ def _put(folder: Path, path: Path, profile: str) -> Stored:
 
 
 def _import_files(content: ContentStore, files: Mapping[str, bytes]) -> str:
-    """A folder of these files in the store: written out once and taken over."""
-    with tempfile.TemporaryDirectory() as name:
-        root = Path(name) / "bundle"
-        for path, data in files.items():
-            target = root / path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(data)
-        return content.add_path(root)
+    """A folder of these files in the store. Not by way of the disk: to remove a folder there can take 2 ms (seen)."""
+    stored = [(path, content.add_bytes(data), len(data)) for path, data in files.items()]
+    return store_folder(content, stored, profile=PROFILES[PROFILE])

@@ -1,15 +1,17 @@
 """Writing content out as files and folders, inside a target and nowhere else.
 
-Everything is written below a new folder beside the target, which gets its final name only when
+Everything is written to a new place beside the target, which gets its final name only when
 all is there and checked. Names were checked by the reader, folders are made here, and symbolic links are made
 last and only where they stay inside: so no write can pass through one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import secrets
 import shutil
-import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from bacalhau_node.cid import Cid
@@ -21,15 +23,27 @@ from bacalhau_node.sharding import shown
 def export(reader: Reader, root: Cid, target: Path) -> None:
     """Write the file or folder `root` to `target`; raises `ContentError` and leaves nothing behind."""
     _refuse_existing(target)
+    made = target.with_name(f".bacalhau-{secrets.token_hex(8)}")
     try:
-        with tempfile.TemporaryDirectory(prefix=".bacalhau-", dir=target.parent) as beside:
-            made = Path(beside) / "content"
+        with _removed_on_failure(made):
             _write(reader, root, made)
             _refuse_existing(target)
             made.rename(target)
     except OSError as error:
         text = error.strerror or error
         raise ContentError(f"cannot write {target}: {text}; make room there, or name a folder elsewhere") from error
+
+
+@contextlib.contextmanager
+def _removed_on_failure(made: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        if made.is_dir():
+            shutil.rmtree(made, ignore_errors=True)
+        else:
+            made.unlink(missing_ok=True)
+        raise
 
 
 def _refuse_existing(target: Path) -> None:
@@ -49,7 +63,7 @@ def _write(reader: Reader, root: Cid, made: Path) -> None:
         try:
             _write_item(reader, item, _place(made, item))
         except FileExistsError as error:
-            raise _twins(item, made.parent.parent) from error
+            raise _twins(item, made.parent) from error
 
 
 def _twins(item: Item, folder: Path) -> ContentError:
@@ -63,7 +77,7 @@ def _refuse_too_large(root: Cid, size: int, folder: Path) -> None:
     """Parts of a tree may be named many times: what counts is what would be written, and no file may have more."""
     free = shutil.disk_usage(folder).free
     if size > free:
-        raise ContentError(f"{root} expands to {size} bytes and {folder.parent} has room for {free}: make room first")
+        raise ContentError(f"{root} expands to {size} bytes and {folder} has room for {free}: make room first")
 
 
 def _write_item(reader: Reader, item: Item, path: Path) -> None:
