@@ -43,7 +43,7 @@ def test_partial_sums_name_an_airline_once_a_shard(outputs):
 
 
 def test_the_record_tells_shards_seconds_and_executor(outputs):
-    assert re.search(r"10/10 shards, [\d.]+ m?s on .*\((docker|process)\)", _text(outputs["job"]))
+    assert re.search(r"10/10 shards, [\d.]+ m?s on .*\((docker|sandbox|process)\)", _text(outputs["job"]))
 
 
 def test_every_line_of_every_shard_is_in_the_cell(outputs):
