@@ -20,6 +20,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from bacalhau_node.identity import read_identity
 from bacalhau_node.topology import Graph
 from tests.devstack.linked import LEASE
 from tests.devstack.storm import Ledger, Report
@@ -91,6 +92,12 @@ class Process:
         assert self._process.stdin is not None
         self._process.stdin.write(f"{line}\n".encode())
 
+    def take_identity(self) -> str:
+        """Be somebody, before it is started; its id."""
+        folder = self.folder / "nodes" / "n-0000000000000001"
+        folder.mkdir(parents=True)
+        return read_identity(folder / "identity").node
+
     def take_identity_of(self, other: Process) -> None:
         """Be somebody else, before it is started."""
         folder = self.folder / "nodes" / "n-0000000000000001"
@@ -159,10 +166,10 @@ class Pair:
         self.compute = Process(
             self._folder / "b", "--listen", listen, "--announce", there, "--slots", "4", *self._words
         )
-        await self.compute.start()
-        peer = f"{there}/p2p/{self.compute.id}"
+        peer = f"{there}/p2p/{await asyncio.to_thread(self.compute.take_identity)}"
         self.requester = Process(self._folder / "a", "--peer", peer, "--slots", "1", *self._words)
-        await self.requester.start()
+        await asyncio.gather(self.compute.start(), self.requester.start())
+        await self.requester.knows(1)
 
     async def throw(self, data: bytes) -> None:
         """Send the compute node some bytes, past the wire."""
