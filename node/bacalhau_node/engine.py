@@ -35,7 +35,7 @@ from msgspec import structs
 from bacalhau_node.errors import BacalhauError, ContentError
 from bacalhau_node.feed import Feed, ShardBytes, ShardText
 from bacalhau_node.ids import Execution, JobId, NodeId
-from bacalhau_node.inbox import Inbox
+from bacalhau_node.inbox import ENOUGH, Inbox
 from bacalhau_node.machines import Machines, for_membership
 from bacalhau_node.mail import Mail
 from bacalhau_node.messages import Lines, NodeRecord, Transfer
@@ -100,7 +100,7 @@ class Engine:
         self._transport, self._journal, self._content = transport, journal, content
         self._work = work
         self._loop = asyncio.get_running_loop()
-        self._inbox = Inbox(self._turn, patient=lambda: bool(compute.prefetch and self._runs))
+        self._inbox = Inbox(self._turn, patient=lambda: compute.prefetch >= ENOUGH and bool(self._runs))
         self._closing = False
         self._timers: dict[ev.Timer, asyncio.TimerHandle] = {}
         self._tasks: set[asyncio.Task[None]] = set()

@@ -4,8 +4,9 @@ Theory of operation. Whatever happens is posted, and the next turn takes all of 
 each other in a turn is heard in the same turn, before all else: a node that has ended a shard is given the next one
 before it is found idle.
 
-While short shards run ahead of their slots (`patient`), turns begin at least `GROUP` apart: what ends meanwhile shares
-a commit, and the slots have enough to do. Of an execution whose end waits here nobody need hear that it has started.
+While `ENOUGH` shards may wait in front of the slots (`patient`), turns begin at least `GROUP` apart: what ends
+meanwhile shares a commit, and the slots have something to do. Of an execution whose end waits here nobody need hear
+that it has started.
 """
 
 from __future__ import annotations
@@ -18,8 +19,12 @@ from typing import Final
 from bacalhau_node.protocol.events import Event, ExecutionEnded, ExecutionStarted
 
 GROUP: Final = 0.01
-"""Seconds between turns while shards end faster than they could be committed one by one: they last under 20 ms, up to
-64 of them wait in the slots, and a commit takes about one (any value from 5 to 20 does)."""
+"""Seconds between turns while shards end faster than they could be committed one by one: a commit takes about one
+millisecond, and up to 64 shards wait (a guess: 5 to 20 ms do as well)."""
+
+ENOUGH: Final = 8
+"""So many may wait when the last shard took under 60 ms, see `Compute.prefetch`: the slots won't miss a turn that is
+late by `GROUP` (a guess)."""
 
 
 class Inbox:

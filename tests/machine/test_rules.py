@@ -635,7 +635,7 @@ def test_a_heartbeat_lists_what_is_held() -> None:
     bench = Bench(slots=3)
     bench.offer(an_execution(0), an_execution(1), an_execution(2))
     bench(ev.ExecutionStarted(an_execution(1)))
-    bench.end(an_execution(2))
+    bench.end(an_execution(2), seconds=1)
     effects = bench(ev.TimerFired(ev.HeartbeatTimer("req")))
     held = (an_execution(0), an_execution(1), an_execution(2))
     assert sent(effects, Heartbeat) == [Heartbeat(held, (an_execution(1),), 1)]
@@ -654,11 +654,11 @@ def prefetch_after(bench: Bench, *seconds: float, first: int) -> list[int]:
 
 
 def test_prefetch_follows_the_length_of_shards() -> None:
-    """Doubled while they last under 20 ms, up to 64; halved when they last over 100 ms."""
+    """Doubled up to 64, as far as what waits is half a second's work."""
     bench = Bench(slots=2)
     bench.offer(an_execution(0))
     assert prefetch_after(bench, *[0.001] * 9, first=1) == [1, 2, 4, 8, 16, 32, MAX_PREFETCH, 64, 64]
-    assert prefetch_after(bench, 0.05, *[0.2] * 8, first=10) == [64, 32, 16, 8, 4, 2, 1, 0, 0]
+    assert prefetch_after(bench, 0.03, 0.15, 0.3, 0.6, 0.05, 0.05, 0.05, first=10) == [16, 3, 1, 0, 1, 2, 4]
 
 
 def test_an_idle_node_forgets_its_prefetch() -> None:

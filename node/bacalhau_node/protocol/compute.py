@@ -5,10 +5,10 @@ moment it is taken until its requester has kept, refused or cancelled it; that i
 its job keeps its slots' containers here (`ReleaseJob` follows the last one).
 
 **Room.** A node takes at most its free slots and a few more, so that a slot never waits for the
-network between short shards: this prefetch is doubled while shards last under 20 ms, halved
-when they last over 100 ms, and ends at 64. The executor queues what is beyond its slots. A node
-that has nothing to do forgets its prefetch, so that the long shards of the next job don't queue
-up in front of everybody else's.
+network, or for this node's own bookkeeping, between short shards: this prefetch is at most doubled with each
+end, as far as what waits is half a second's work, and ends at 64. The executor queues what is beyond its
+slots. A node that has nothing to do forgets its prefetch, so that the long shards of the next job don't queue up in
+front of everybody else's.
 
 **The same answer to the same question.** The transport may repeat and reorder. A repeated offer of what is
 held is answered alike; one of what was refused or is over is refused as busy, never run again:
@@ -89,9 +89,9 @@ ORPHAN_GRACE: Final = 600.0
 """Seconds of silence after which a requester's work is given up (DESIGN section 5)."""
 
 MAX_PREFETCH: Final = 64
-SHORT_SHARD: Final = 0.02
-LONG_SHARD: Final = 0.1
-"""Prefetch beyond the free slots, and the seconds of a shard that double or halve it (DESIGN section 5)."""
+AHEAD: Final = 0.5
+"""Prefetch beyond the free slots: so many executions (DESIGN section 5), and seconds of the last one's length (a node
+takes some 10 ms from the end of one to the start of the next, measured, and a message to another node may take 50)."""
 
 MAX_HELD: Final = 10_000
 """Executions that are held for one requester: one that never keeps results must not fill the disk (a guess)."""
@@ -298,10 +298,7 @@ class Compute:
             self.prefetch = 0
 
     def _adapt(self, seconds: float) -> None:
-        if seconds < SHORT_SHARD:
-            self.prefetch = min(MAX_PREFETCH, 2 * self.prefetch or 1)
-        elif seconds > LONG_SHARD:
-            self.prefetch //= 2
+        self.prefetch = min(2 * self.prefetch or 1, MAX_PREFETCH, int(AHEAD / max(seconds, AHEAD / MAX_PREFETCH)))
 
     def _propose(self, held: Held) -> None:
         assert held.outcome is not None, "only what has ended is proposed"
