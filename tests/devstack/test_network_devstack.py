@@ -113,6 +113,23 @@ async def test_bad_actors_of_a_devstack_are_outvoted(tmp_path: Path) -> None:
         assert not any(shard.outcome and shard.outcome.value.blob.inline for shard in view.shards)
 
 
+@pytest.mark.parametrize(("nodes", "how"), [(3, "boasts of slots"), (5, "takes and never runs")])
+async def test_a_node_that_lies_about_its_capacity_or_never_runs_costs_time_and_no_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nodes: int, how: str
+) -> None:
+    """The last node of the devstack; what it sits on is tried elsewhere, and each shard counts once."""
+    monkeypatch.setattr(watch, "LATE_START", 1.0)
+    async with devstack(nodes, tmp_path, bad_actors=1) as stack:
+        assert stack.first.membership is not None
+        labels = {entry.record.node: entry.record.labels for entry in stack.first.membership.entries(0.0)}
+        assert labels[stack.nodes[-1].id][BAD] == how
+        view = await run(stack, a_command(sharding=Sharding(n=60)))
+        assert view.state == "Completed"
+    rows = await asyncio.to_thread(_journaled, tmp_path)
+    accepted = Counter(row.shard for row in rows if isinstance(row, ShardRow) and row.state == "kept")
+    assert accepted == Counter(range(60))
+
+
 @pytest.mark.parametrize(("nodes", "bad"), [(0, 0), (2, 2), (10_001, 0)])
 async def test_a_devstack_that_cannot_be_is_refused(tmp_path: Path, nodes: int, bad: int) -> None:
     with pytest.raises(SpecError, match="node 0 is a good one"):

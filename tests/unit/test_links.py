@@ -116,6 +116,37 @@ async def test_what_is_no_message_ends_the_link_and_the_next_message_is_heard() 
     assert network.left == ["n-bad"]
 
 
+GOOD = wire.encode(Accept(E))
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"", "a message of 0 bytes"),
+        (b"\xff" * 300, "message version 255, this node speaks 1"),
+        (bytes((wire.VERSION + 1,)) + GOOD[1:], "message version 2, this node speaks 1"),
+        (GOOD[:-5], "not a message: "),
+        (GOOD + b"more", "not a message: "),
+        (bytes((wire.VERSION,)) + b"\x91" * 5_000, "not a message: "),
+        (bytes(wire.MAX_MESSAGE + 1), f"a message of {wire.MAX_MESSAGE + 1} bytes"),
+    ],
+    ids=["empty", "garbage", "future version", "truncated", "with more behind it", "nested", "oversized"],
+)
+async def test_each_fault_is_told_once_with_its_cause_and_ends_its_link_each_time(
+    data: bytes, says: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    network = Network(*[Packet("n-bad", data)] * 2, Packet("n-1", GOOD))
+    made, tasks = links(network)
+    heard: list[Any] = []
+    await made.receive(lambda *news: heard.append(news))
+    await asyncio.gather(*tasks)
+    assert heard == [("n-1", Accept(E))]
+    assert network.left == ["n-bad", "n-bad"]
+    [told] = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert f"it sent what is no message: {says}" in told.getMessage()
+    assert vars(told)["peer"] == "n-bad"
+
+
 async def test_a_message_that_is_too_large_takes_none_with_it() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(wire, "MAX_MESSAGE", 100)
