@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 SHORT: Final = 0.02
 """Seconds: while the shards of a job last less, more of them are queued in one agent (DESIGN section 5)."""
+ANSWER_FIRST: Final = 0.01
+"""Seconds from the end of a job to the start of the next spare, which holds the loop for some milliseconds: whoever
+waits for the job has its result by then."""
 _SHARD_USER: Final = 1000
 _SPARE_MEMORY: Final = 100 * 1024 * 1024
 """What a spare with pandas preloaded holds; all of them together take a tenth of the memory."""
@@ -118,10 +121,13 @@ class Workshop:
         return container
 
     async def release(self, job: JobId) -> None:
-        """Remove the job's boxes, and have spares ready for the next: started before those are gone."""
+        """Remove the job's boxes, and have spares ready for the next: they start before those are gone."""
         self._jobs.pop(job, None)
+        await asyncio.gather(self.crew.release(job), self._warm_soon())
+
+    async def _warm_soon(self) -> None:
+        await asyncio.sleep(ANSWER_FIRST)
         self.warm()
-        await self.crew.release(job)
 
     def warm(self, imports: tuple[str, ...] | None = None) -> None:
         """Have spares ready, with these modules (None: those that the last cell imported) preloaded."""
