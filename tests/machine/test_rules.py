@@ -245,6 +245,19 @@ def test_a_shard_fails_when_three_attempts_were_lost() -> None:
     assert "3 attempts were lost" in outcome.error.message
 
 
+def test_offers_that_nobody_answers_cost_a_shard_nothing_while_there_are_others() -> None:
+    """Many nodes may have died at once: as long as there is one to try, no shard fails for them."""
+    desk = Desk("n-1")
+    desk(a_job())
+    for n in (2, 3, 4, 5):
+        desk(ev.NodeSeen(f"n-{n}", 1))
+    for attempt in (2, 3, 4, 5):
+        assert offers(lose(desk)) == [an_execution(attempt=attempt)]
+        assert desk.row(0).lost == 0
+    lose(desk)
+    assert desk.row(0).lost == 1  # there is no other
+
+
 def test_heartbeats_keep_an_execution_alive() -> None:
     """The lease counts from the last sign of life."""
     desk, e = Desk("n-1"), an_execution()

@@ -168,7 +168,8 @@ class Book:
             return  # it went with another one of its shard
         attempt.node.suspect = True
         attempt.node.room = 0
-        attempt.shard.lost += 1
+        if attempt.phase != "offered" or not self.placement.anybody_for(attempt.job):
+            attempt.shard.lost += 1  # an offer that nobody answered says nothing about the shard
         self.lost += 1
         self.give_back(attempt, why, forget=False)
 
@@ -378,8 +379,7 @@ class Book:
             node, attempt, error = accepted.node, accepted.execution.attempt, accepted.outcome.error
             change = ShardChanged(job.id, shard.index, shard.state, node, attempt, error)
         else:
-            first = next(iter(shard.live), None)
-            number = shard.attempts if first is None else first
+            number = next(iter(shard.live), shard.attempts)
             change = ShardChanged(job.id, shard.index, shard.state, shard.tried.get(number), number)
         self._out.append(Notify(change))
         self.touch(job)

@@ -130,6 +130,10 @@ class Placement:
         """The nodes that have room, in the order of the queue."""
         return [node for node in self._open.values() if node.room]
 
+    def anybody_for(self, job: Job) -> bool:
+        """Whether there is a node for it that is not suspected."""
+        return any(not (node.suspect or job.excludes(node.id)) for node in self.nodes.values())
+
     # --- jobs ---
 
     def ready(self, job: Job) -> None:
