@@ -188,5 +188,5 @@ def table(rows: list[Phase]) -> str:
 
 
 if __name__ == "__main__":
-    size, bound = (int(argument) for argument in [*sys.argv[1:], *("1000", "1024")[len(sys.argv) - 1 :]])
-    print(table(measure(size, view=bound)))  # noqa: T201 - it is for people
+    size, bound, still = (int(argument) for argument in [*sys.argv[1:], *("1000", "1024", "300")[len(sys.argv) - 1 :]])
+    print(table(measure(size, view=bound, calm=still)))  # noqa: T201 - it is for people
