@@ -18,6 +18,7 @@ from bacalhau_node.messages import (
     Reject,
     ShardOffer,
     Started,
+    Take,
 )
 from bacalhau_node.protocol import events as ev
 from bacalhau_node.protocol.placement import LEASE
@@ -263,11 +264,14 @@ def test_losses_and_repeats_are_counted_across_restarts() -> None:
     desk = Desk("n-1", "n-2")
     desk(a_job())
     (node,) = {attempt.node.id for attempt in desk.machine.book.jobs[a_job_id()].live.values()}
+    desk.take(node, an_execution())
+    (other,) = {"n-1", "n-2"} - {node}
     desk(ev.NodeGone(node))
     blocks = {a_job_id(): ("block-0",)}
     machine, effects = Requester.recover("req", desk.journal.values(), 100.0, resume=True, blocks=blocks)
     assert offers(effects) == [an_execution(attempt=2)]
     machine.step(ev.OfferPacked((an_execution(attempt=2),)), 100.0)
+    machine.step(ev.Received(other, Take((an_execution(attempt=2),), 0)), 100.0)
     machine.step(ev.TimerFired(ev.LeaseTimer(a_job_id())), 100.0 + LEASE)
     assert machine.book.jobs[a_job_id()].shards[0].lost == 2
 

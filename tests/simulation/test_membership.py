@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 import bacalhau_node
+from bacalhau_node.protocol.circle import SWEEP
 from bacalhau_node.protocol.membership import Settings
+from bacalhau_node.protocol.view import STALE
 from bacalhau_node.testing.mesh import Mesh
 from bacalhau_node.testing.mesh_report import Phase, Trial, measure
 
@@ -104,11 +106,12 @@ def test_lost_messages_cost_nothing_but_time(phases: dict[str, Phase]) -> None:
 
 
 def test_the_dead_are_gone_from_every_view_when_their_records_are_stale() -> None:
+    """And a sweep later, and what their ages have lost on the way."""
     trial = Trial(60)
     trial.join()
     trial.settle()
     trial.churn()
-    trial.mesh.run(until=trial.mesh.now + 660)
+    trial.mesh.run(until=trial.mesh.now + STALE + SWEEP)
     assert not any(dead in trial.mesh.told[node] for node in trial.mesh.alive for dead in trial._dead)
     assert trial.mesh.complaints == []
 
@@ -120,7 +123,7 @@ def test_a_thousand_nodes_join_through_one() -> None:
     mesh.run(until=60)
     assert mesh.parts() == [1000]
     assert poorest(mesh) >= 950
-    assert max(mesh.messages.values()) <= 2000
+    assert max(mesh.messages.values()) <= 3000
     assert sum(mesh.messages.values()) <= 70 * 1000
     degrees = sorted(len(mesh.machine(node).neighbours) for node in mesh.alive)
     assert degrees[0] >= 3
