@@ -124,13 +124,13 @@ class Running:
         if self.request.on_interrupt == "detach":
             painter.finish(job.record())
             return JobInterrupted(f"detached; the job goes on: %bacalhau attach {name}", job=job.id)
-        job.cancel_soon()
         ended = False
         with suppress(KeyboardInterrupt):
+            job.cancel_soon()
             if painters.follow(job.monitor, painter, seconds=STOP_SECONDS):
                 painter.finish(job.record())
                 ended = True
-        if not ended and self.way in {"widget", "html"}:
+        if not ended:
             self._aside(lambda: self._put_away(painter))
         what = "stopped" if ended else "is stopping"
         states = job.monitor.snapshot().states
@@ -140,8 +140,10 @@ class Running:
 
     def _put_away(self, painter: painters.Painter) -> None:
         """Replace the view of a job that was left by its record, once there is one."""
-        painters.follow(self.job.monitor, painter)
-        painter.finish(self.job.record())
+        self.job.cancel_soon()  # the second interrupt may have come before the first had done it
+        if self.way in {"widget", "html"}:
+            painters.follow(self.job.monitor, painter)
+            painter.finish(self.job.record())
 
 
 def run(shell: Any, request: CellRequest, body: str) -> object:

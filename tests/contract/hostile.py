@@ -183,10 +183,13 @@ def has_mark(path):
             raise OSError('no mark')
 
 def search(folder):
+    before = len(reached)
     for base, folders, files in os.walk(folder):
         for name in files:
             path = os.path.join(base, name)
             attempt(path.replace(targets['mark'], '*'), lambda: has_mark(path))
+        if len(reached) > before:  # one find says it all, and this machine's folders may be large
+            return
 
 def pids():
     return [int(name) for name in os.listdir('/proc') if name.isdigit()]
