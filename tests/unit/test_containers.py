@@ -76,6 +76,25 @@ async def test_what_is_sent_arrives_and_is_dropped_after_the_end(tmp_path: Path)
     assert heard == [b"hello"]
 
 
+async def test_an_attach_that_is_cancelled_leaves_no_connection(tmp_path: Path) -> None:
+    asked, left = asyncio.Event(), []
+
+    async def talk(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> None:
+        asked.set()
+        left.append(await reader.read())
+
+    async with daemon(tmp_path, talk) as client:
+        attaching = asyncio.create_task(client.attach("x", lambda *_: None))
+        await asked.wait()
+        attaching.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await attaching
+        async with asyncio.timeout(10):
+            while not left:
+                await asyncio.sleep(0.01)
+    assert left == [b""]
+
+
 @pytest.mark.parametrize(
     ("answer", "words"),
     [

@@ -217,11 +217,16 @@ class Daemon:
         """Open the stream of a container that has not started."""
         query = "stream=1&stdin=1&stdout=1&stderr=1"
         head = f"POST /containers/{container}/attach?{query} HTTP/1.1\r\nHost: docker\r\n"
+        stream = Stream(receive)
         try:
             async with asyncio.timeout(CALL_SECONDS):
-                await self._connect(stream := Stream(receive))
+                await self._connect(stream)
                 await stream.open(f"{head}Connection: Upgrade\r\nUpgrade: tcp\r\nContent-Length: 0\r\n\r\n".encode())
+        except asyncio.CancelledError:
+            stream.close()
+            raise
         except OSError as error:  # includes TimeoutError
+            stream.close()
             raise DaemonError(f"the Docker daemon at {self.host} does not let us attach: {reason(error)}") from error
         return stream
 
