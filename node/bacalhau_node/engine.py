@@ -52,8 +52,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 STORE_AGAIN = 1.0
+"""Seconds until what the disk did not take is tried again, doubled up to `LONGEST_WAIT` (a guess)."""
 LONGEST_WAIT = 16 * STORE_AGAIN
-"""Seconds until what the disk did not take is tried again, doubled up to sixteen (a guess)."""
 
 FAREWELL = 1.0
 """Seconds that the last words of a node may take."""

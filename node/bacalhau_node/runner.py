@@ -301,10 +301,12 @@ class Runner:
 
     async def _entries(self, run: Run, job: _Job, providers: Sequence[Provider]) -> ShardEntries:
         if not job.foreign:
-            found = ((), ()) if run.block == job.bare else read_shard(self._content, run.block)
-            if found == ((), ()):
+            if run.block == job.bare:
+                return (), ()
+            entries, shared = read_shard(self._content, run.block)
+            if not (entries or shared):
                 job.bare = run.block
-            return found
+            return entries, shared
         await self._bring(run.block, providers, limit=strangers.MAX_PLAN)
         entries, shared = await asyncio.to_thread(read_shard, self._content, run.block)
         strangers.check_entries(run.spec, entries, shared)
@@ -323,7 +325,8 @@ class Runner:
     def _open(self, entries: Sequence[Entry], spec: JobSpec, scratch: Path, *, shared: bool) -> list[StagedFile]:
         if not entries:
             return []
-        sources, targets = spec.shared if shared else spec.inputs, mounts(spec)[shared]
+        own, common = mounts(spec)
+        sources, targets = (spec.shared, common) if shared else (spec.inputs, own)
         files = []
         for entry in entries:
             source = sources[entry.source]
